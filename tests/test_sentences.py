@@ -17,11 +17,13 @@ from torch.nn import functional as F
 import tiny
 from pretrain.checkpoint import load
 from pretrain.checkpoint.manifest import verify
+from pretrain.data.tables import read_table
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.sentences import POOLINGS, SentenceSettings
 from pretrain.objectives.embedding import Embedding
+from pretrain.utils import files as files_module
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -127,6 +129,9 @@ def test_several_poolings_are_joined_and_none_is_the_mean(tmp_path: Path) -> Non
     close(load(folder, quiet=True).embed(TEXTS), torch.cat(parts, dim=-1))
     folder = directory(tmp_path / "list", pooling={"pooling_mode": ["mean", "cls"]})
     close(load(folder, quiet=True).embed(TEXTS), torch.cat(parts[::-1], dim=-1))
+    # The older flags cannot say this order, which is kept all the same.
+    load(folder, quiet=True).save(tmp_path / "saved")
+    close(load(tmp_path / "saved", quiet=True).embed(TEXTS), torch.cat(parts[::-1], dim=-1))
     close(load(directory(tmp_path / "none"), quiet=True).embed(TEXTS), parts[1])
     plain = made("bert").embed(TEXTS)
     close(plain, parts[1])
@@ -156,6 +161,38 @@ def test_length_case_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     close(again.embed("A CAT"), model.embed("A CAT"))
 
 
+@pytest.mark.parametrize("more", [[], ["Normalize"]])
+def test_vectors_are_cut_after_the_normalisation_of_the_directory(
+    more: list[str], tmp_path: Path
+) -> None:
+    folder = directory(
+        tmp_path / "m",
+        pooling={"pooling_mode": ["max", "mean"]},
+        more=more,
+        config_sentence_transformers={"truncate_dim": 6},
+    )
+    model = load(folder, quiet=True)
+    whole = torch.cat([reference(folder, TEXTS, mode) for mode in ("max", "mean")], dim=-1)
+    wanted = (F.normalize(whole, dim=-1) if more else whole)[:, :6]
+    close(model.embed(TEXTS), wanted)
+    close(model.embed(TEXTS, normalize=False), whole[:, :6])
+    close(model.embed(TEXTS, normalize=True), F.normalize(wanted, dim=-1))
+    model.save(tmp_path / "saved")
+    close(load(tmp_path / "saved", quiet=True).embed(TEXTS), wanted)
+    table = read_table([{"anchor": text, "positive": text} for text in TEXTS])
+    answers = [answer["embedding"] for answer in Embedding(model).predict(table)]
+    close(torch.tensor(answers), wanted)
+
+
+def test_the_older_layout_is_refused_by_name(tmp_path: Path) -> None:
+    folder = directory(tmp_path / "m")
+    (folder / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "0_Transformer" / name)
+    with pytest.raises(CheckpointError, match=r"older layout.*save_pretrained"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("files", "named"),
     [
@@ -163,6 +200,7 @@ def test_length_case_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({"more": ["Normalize", "Dense"]}, "Dense"),
         ({"more": ["LayerNorm", "Normalize"]}, "LayerNorm"),
         ({"pooling": {"pooling_mode": "attention"}}, "attention"),
+        ({"config_sentence_transformers": {"truncate_dim": "8"}}, "truncate_dim '8'"),
         ({"modules": [{"type": MODULE + "Transformer", "path": ""}]}, "Transformer"),
         ({"modules": []}, "modules none"),
         (
@@ -178,7 +216,11 @@ def test_length_case_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ids=str,
 )
 def test_what_is_not_implemented_is_refused_by_name(
-    files: dict[str, Any], named: str, tmp_path: Path
+    files: dict[str, Any],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = directory(tmp_path / "m", **files)
     model = load(folder, quiet=True)
@@ -187,8 +229,12 @@ def test_what_is_not_implemented_is_refused_by_name(
     with pytest.raises(ConfigError, match=named):
         Embedding(model)
     close(model.embed(TEXTS, pooling="mean"), reference(folder, TEXTS, "mean"))
+    capsys.readouterr()
+    monkeypatch.setattr(files_module, "_TOLD", set())
     model.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "modules.json").exists()
+    said = capsys.readouterr().err
+    assert "left out of what is saved" in said and named in said
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -211,8 +257,6 @@ def test_the_task_writes_what_it_trained(mode: str, tmp_path: Path) -> None:
         "llama", None, tokenizer=tiny.tokenizer(), num_layers=2, hidden_size=16, num_heads=2, max_positions=48
     )  # fmt: skip
     task = Embedding(model, pooling=mode, normalize=True, max_length=20)
-    from pretrain.data.tables import read_table
-
     table = read_table([{"anchor": text, "positive": text[::-1]} for text in TEXTS])
     found = torch.tensor([answer["embedding"] for answer in task.predict(table)])
     saved = model.save(tmp_path / "m")
@@ -233,3 +277,20 @@ def test_sentence_transformers_opens_what_is_written(tmp_path: Path) -> None:
     theirs = library.SentenceTransformer(str(model.save(tmp_path / "m")), device="cpu")
     assert theirs.max_seq_length == 20
     close(torch.from_numpy(theirs.encode(TEXTS)), model.embed(TEXTS))
+
+
+@pytest.mark.parametrize("more", [[], ["Normalize"]])
+def test_sentence_transformers_has_the_same_vectors(more: list[str], tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    folder = directory(
+        tmp_path / "m",
+        pooling={"pooling_mode": ["mean", "cls"], "embedding_dimension": 16},
+        more=more,
+        config_sentence_transformers={"truncate_dim": 20},
+    )
+    model = load(folder, quiet=True)
+    for path in (folder, model.save(tmp_path / "saved")):
+        theirs = library.SentenceTransformer(str(path), device="cpu")
+        close(torch.from_numpy(theirs.encode(TEXTS)), model.embed(TEXTS))
+        scaled = theirs.encode(TEXTS, normalize_embeddings=True)
+        close(torch.from_numpy(scaled), model.embed(TEXTS, normalize=True))

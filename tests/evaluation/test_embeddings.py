@@ -24,6 +24,7 @@ from pretrain.evaluation import embeddings
 from pretrain.evaluation.embeddings import retrieval, sts
 from pretrain.models import build
 from pretrain.models.base import Model
+from pretrain.models.sentences import SentenceSettings
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,
@@ -214,3 +215,50 @@ def test_figures_equal_sentence_transformers(tmp_path, data_sets):
     wanted = evaluator(theirs)
     for key in ("spearman", "pearson"):
         assert found[key] == pytest.approx(wanted[f"{key}_cosine"], abs=1e-4)
+
+
+def test_prompts_are_those_of_sentence_transformers(tmp_path, capsys):
+    library = pytest.importorskip("sentence_transformers")
+    evaluation = pytest.importorskip("sentence_transformers.evaluation")
+    model = build("bert", None, tokenizer=tiny.tokenizer(), seed=4, max_positions=48, **SIZES)
+    texts = {str(i): text for i, text in enumerate(tiny.TEXTS)}
+    asked = {i: " ".join(text.split()[::-1]) for i, text in texts.items()}
+    data = {
+        "queries": [{"_id": i, "text": text} for i, text in asked.items()],
+        "corpus": [{"_id": i, "text": text} for i, text in texts.items()],
+        "relevance": [{"query-id": i, "corpus-id": i} for i in texts],
+    }
+    seen = set()
+    for number, prompts in enumerate(
+        (
+            {"query": "the red fox ", "document": "a dog "},
+            {"passage": "a dog on the mat ", "other": "the red fox "},
+            {"other": "the old log "},
+        )
+    ):
+        default = "other" if "other" in prompts else None
+        model.sentences = SentenceSettings(
+            config={"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": "dot"}
+        )
+        folder = model.save(tmp_path / str(number))
+        capsys.readouterr()
+        found = pretrain.evaluate(folder, data, task="retrieval")
+        said = capsys.readouterr().err
+        named = [name for name in prompts if name != "other"]
+        assert [name for name in prompts if f"the prompt {name!r}" in said] == named
+        assert "asks for the similarity 'dot'" in said
+        theirs = library.SentenceTransformer(str(folder), device="cpu", similarity_fn_name="cosine")
+        wanted = evaluation.InformationRetrievalEvaluator(
+            asked,
+            texts,
+            {i: {i} for i in texts},
+            write_csv=False,
+            main_score_function="cosine",
+            corpus_prompt_name="passage" if "passage" in prompts else None,
+        )(theirs)
+        assert found["ndcg@10"] == pytest.approx(wanted["cosine_ndcg@10"], abs=1e-4)
+        assert found["mrr@10"] == pytest.approx(wanted["cosine_mrr@10"], abs=1e-4)
+        seen.add(round(found["mrr@10"], 4))
+        pretrain.evaluate(folder, pairs(), task="sts")
+        assert ("the prompt 'other'" in capsys.readouterr().err) is (default is not None)
+    assert len(seen) == 3  # the prompts matter

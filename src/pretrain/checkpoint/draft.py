@@ -300,6 +300,12 @@ def model_texts(
     if model.head_kind == "causal-lm":
         texts["generation_config.json"] = to_json(_generation_config(model, config))
     if model.sentences is not None and model.head_kind in (None, "masked-lm", "causal-lm"):
+        if model.sentences.missing:
+            files.note(
+                f"modules.json is left out of what is saved: it asks for {' and '.join(model.sentences.missing)}, "
+                "which is not implemented. What is saved embeds with the mean over the tokens.",
+                once=True,
+            )
         contents = model.sentences.files(model.backbone.config.hidden_size)
         texts |= {name: to_json(content) for name, content in contents.items()}
     texts["README.md"] = readme(config, model.head_kind, count, model.card, repository)

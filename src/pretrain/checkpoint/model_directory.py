@@ -175,6 +175,12 @@ class ModelDirectory:
                 f"{self.path} holds a PEFT adapter, not a complete model. Its {ADAPTER_WEIGHTS} is missing, or the "
                 "adapter was given where its base, a complete model, is needed."
             )
+        if "modules.json" in names:
+            return (
+                f"{self.path} is a directory of sentence-transformers in its older layout, with the model in a folder "
+                f"of its own, such as 0_Transformer; this layout is not read. Write it anew with that library: "
+                f"SentenceTransformer(DIR).save_pretrained(NEW_DIR)."
+            )
         steps = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
         if steps:
             return (

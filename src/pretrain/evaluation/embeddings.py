@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["retrieval", "rows_with_texts", "sts"]
 
 _AT, _DEEP = 10, 100  # ranks at which a search is measured
+_OF_DOCUMENTS = (
+    "document",
+    "passage",
+    "corpus",
+)  # names of prompts, in the order of sentence-transformers
 _DIGITS = 6  # decimals of a cosine of fp32 vectors that mean something
 
 _PAIR = (
@@ -116,6 +121,8 @@ def sts(
     pairs = [table.columns[name] for name in ("sentence1", "sentence2")]
     texts = list(dict.fromkeys([*pairs[0], *pairs[1]]))  # each text is embedded once
     place = {text: i for i, text in enumerate(texts)}
+    default = None if model.sentences is None else model.sentences.config.get("default_prompt_name")
+    _say({"texts": _prompt(model, default)}, model)
     vectors = embed(model, texts, batch_size=batch_rows)
     a, b = (vectors[[place[text] for text in side]].double() for side in pairs)
     # Rounding errors of fp32 vectors must not decide the order of pairs that are equal, such as a text and itself.
@@ -144,6 +151,8 @@ def retrieval(
     Returns:
         The means over the queries that have a relevant document of ``ndcg@10``, ``recall@10``, ``recall@100`` and
         ``mrr@10`` (see `pretrain.metrics.ranking`), ``targets``, the number of these queries, and ``documents``.
+        Of a sentence-transformers directory, queries get the prompt ``query`` and documents the first of ``document``,
+        ``passage`` and ``corpus``; a line names them. Without such a prompt they get none, not the default one.
         Queries and documents without a text, and queries without a relevant document, are left out and counted in a
         printed line; of documents with equal scores the earlier one comes first.
     """
@@ -158,13 +167,43 @@ def retrieval(
     if limit and limit < len(asked):
         asked = [asked[i * len(asked) // limit] for i in range(limit)]
     names, texts = list(documents), list(documents.values())
-    found = search(model, [queries[query] for query in asked], texts, _DEEP, batch_size=batch_rows)
+    names_of = {"queries": _prompt(model, "query"), "documents": _prompt(model, *_OF_DOCUMENTS)}
+    _say(names_of, model)
+    prompts = [
+        model.sentences.prompts[name] if model.sentences and name else ""
+        for name in names_of.values()
+    ]
+    options: dict[str, Any] = {
+        "prompt": prompts[0],
+        "text_prompt": prompts[1],
+        "batch_size": batch_rows,
+    }
+    found = search(model, [queries[query] for query in asked], texts, _DEEP, **options)
     ranked = [
         metrics.ranking([names[hit.index] for hit in hits], relevant[query], _AT, _DEEP)
         for query, hits in zip(asked, found, strict=True)
     ]
     means = {key: float(np.mean([one[key] for one in ranked])) for key in ranked[0]}
     return means | {"targets": float(len(asked)), "documents": float(len(documents))}
+
+
+def _prompt(model: Model, *names: str | None) -> str | None:
+    """Return the first of these names that the directory of the model has a prompt for, which is not empty."""
+    stored = model.sentences
+    return next((name for name in names if stored and name and stored.prompts.get(name)), None)
+
+
+def _say(prompts: Mapping[str, str | None], model: Model) -> None:
+    """Name the prompts that are used, and a measure of similarity in the directory that is not."""
+    if used := [f"{what} get the prompt {name!r}" for what, name in prompts.items() if name]:
+        note(f"{' and '.join(used)} of the model's directory")
+    wanted = (
+        "cosine" if model.sentences is None else model.sentences.config.get("similarity_fn_name")
+    )
+    if wanted not in (None, "cosine"):
+        note(
+            f"the model's directory asks for the similarity {wanted!r}; the figures here are those of the cosine"
+        )
 
 
 _Texts = dict[str, str]

@@ -209,8 +209,9 @@ def embed_counting(
                 {"input_ids": ids} | ({} if real is None else {"attention_mask": real})
             ).float()
             vectors[chosen] = pool(hidden, real, modes, skip).cpu()
-    scaled = stored.normalize and not stored.missing if normalize is None else normalize
-    return torch.nn.functional.normalize(vectors, dim=-1) if scaled else vectors, cut
+    if stored.missing:  # vectors of the model alone
+        stored = SentenceSettings()
+    return stored.finish(vectors, normalize), cut
 
 
 def cut_texts(model: Model, cut: int, count: int) -> str:

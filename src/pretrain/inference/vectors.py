@@ -66,7 +66,15 @@ def similarity(model: Model, a: Any, b: Any = None, **options: Any) -> Tensor:
     return (rows @ columns.T).clamp(-1, 1)  # rounding may exceed the bounds of a cosine
 
 
-def search(model: Model, queries: Any, texts: Any, top_k: int = 10, **options: Any) -> Any:
+def search(
+    model: Model,
+    queries: Any,
+    texts: Any,
+    top_k: int = 10,
+    *,
+    text_prompt: str | None = None,
+    **options: Any,
+) -> Any:
     """Return the texts whose vectors have the largest cosines with a query's, by comparing it with all of them.
 
     Texts are embedded and compared 4,096 at a time, so that memory does not grow with their number. To search the same
@@ -78,8 +86,8 @@ def search(model: Model, queries: Any, texts: Any, top_k: int = 10, **options: A
         texts: the texts to search, in any iterable, or their vectors (N, D): a tensor, or an array, which may be
             mapped from a file (``numpy.load("vectors.npy", mmap_mode="r")``).
         top_k: number of hits for each query; fewer if there are fewer texts.
-        **options: see ``embed``. ``prompt`` and ``prompt_name`` are those of the queries; texts get the default prompt
-            of the model's directory, if it has one.
+        text_prompt: prefix of every text; None is the default prompt of the model's directory, if it has one.
+        **options: see ``embed``. ``prompt`` and ``prompt_name`` are those of the queries.
 
     Returns:
         The hits of one query, best first, those of equal score in their order among the texts; for several queries a
@@ -93,6 +101,7 @@ def search(model: Model, queries: Any, texts: Any, top_k: int = 10, **options: A
         raise ConfigError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
     wanted = _said(model, *_units(model, queries, options))
     others = {key: value for key, value in options.items() if key not in ("prompt", "prompt_name")}
+    others["prompt"] = text_prompt
     scores = torch.empty(len(wanted), 0)
     indices = torch.empty(len(wanted), 0, dtype=torch.long)
     kept: dict[int, str] = {}

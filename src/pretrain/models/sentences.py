@@ -109,7 +109,8 @@ class SentenceSettings:
         normalize: scale vectors to length one.
         max_length: maximum number of tokens of a text; None is the tokenizer's limit.
         lower_case: lower-case texts before tokenization.
-        config: content of config_sentence_transformers.json, with ``prompts`` and ``default_prompt_name``.
+        config: content of config_sentence_transformers.json, with ``prompts``, ``default_prompt_name`` and
+            ``truncate_dim``.
         missing: features of the directory that are not implemented, as named in the error that ``embed`` raises.
     """
 
@@ -125,6 +126,12 @@ class SentenceSettings:
         """Return the text, lower-cased if the settings ask for it."""
         return text.lower() if self.lower_case else text
 
+    @property
+    def prompts(self) -> Mapping[str, Any]:
+        """The prompts of the directory by their names."""
+        stored = self.config.get("prompts")
+        return stored if isinstance(stored, Mapping) else {}
+
     def prompt(self, prompt: str | None, name: str | None) -> str:
         """Return the prefix of every text: the given prompt, the one of that name, or the default of the directory.
 
@@ -133,8 +140,7 @@ class SentenceSettings:
         """
         if prompt is not None:
             return prompt
-        stored = self.config.get("prompts")
-        prompts: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+        prompts = self.prompts
         if name is not None and name not in prompts:
             raise ConfigError(
                 f"There is no prompt {name!r}; the prompts of this model: {', '.join(prompts) or 'none'}."
@@ -142,6 +148,20 @@ class SentenceSettings:
         default = self.config.get("default_prompt_name")
         name = default if name is None and isinstance(default, str) else name
         return str(prompts.get(name) or "") if name is not None else ""
+
+    def finish(self, vectors: Tensor, normalize: bool | None = None) -> Tensor:
+        """Scale pooled vectors (N, D) to length one and cut them to ``truncate_dim``, as sentence-transformers does.
+
+        Vectors that the directory normalises are cut afterwards, so that they are shorter than one.
+
+        Args:
+            vectors: (N, D).
+            normalize: True scales what was cut, False scales nothing; None does as the directory says.
+        """
+        if self.normalize and normalize is not False:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        vectors = vectors[:, : self.config.get("truncate_dim")]
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
     @classmethod
     def read(cls, directory: JsonFiles) -> SentenceSettings | None:
@@ -173,6 +193,11 @@ class SentenceSettings:
         except ConfigError:
             missing.append(f"the pooling {modes!r}")
             modes = ("mean",)
+        config = dict(read("config_sentence_transformers.json") or {})
+        cut = config.get("truncate_dim")
+        if cut is not None and (type(cut) is not int or cut < 1):
+            missing.append(f"the truncate_dim {cut!r}")
+            del config["truncate_dim"]
         length = transformer.get("max_seq_length")
         return cls(
             modes,
@@ -180,7 +205,7 @@ class SentenceSettings:
             "Normalize" in names,
             length if type(length) is int and length > 0 else None,
             transformer.get("do_lower_case") is True,
-            dict(read("config_sentence_transformers.json") or {}),
+            config,
             tuple(missing),
         )
 
@@ -194,8 +219,11 @@ class SentenceSettings:
             {"idx": i, "name": str(i), "path": path, "type": _MODULE + kind}
             for i, (kind, path) in enumerate(paths.items())
         ]
-        flags = {key: mode in self.pooling for mode, key in POOLINGS.items()}
-        pooling = {"word_embedding_dimension": hidden_size} | flags
+        pooling: dict[str, Any] = {"word_embedding_dimension": hidden_size}
+        if self.pooling == tuple(mode for mode in POOLINGS if mode in self.pooling):
+            pooling |= {key: mode in self.pooling for mode, key in POOLINGS.items()}
+        else:  # an order that the older flags cannot say
+            pooling["pooling_mode"] = list(self.pooling)
         defaults: dict[str, Any] = {
             "prompts": {},
             "default_prompt_name": None,

@@ -269,8 +269,7 @@ class Embedding(Task):
         return 0
 
     def outputs(self, batch: Batch) -> list[Any]:
-        vectors = self.vectors(batch)
-        return list((F.normalize(vectors, dim=-1) if self.sentences.normalize else vectors).cpu())
+        return list(self.sentences.finish(self.vectors(batch)).cpu())
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``embedding``, D numbers, as ``model.embed`` returns them."""
