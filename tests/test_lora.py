@@ -403,6 +403,27 @@ def test_merging_writes_a_whole_model(
     assert cli.main(["merge", str(tmp_path / "base"), "--out", str(tmp_path / "x")]) == 2
 
 
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_merged_model_keeps_the_terms_of_its_base_and_not_its_card(
+    tmp_path: Path, theirs: bool
+) -> None:
+    """Whether the adapter is in memory, was saved here, or by peft."""
+    save_model(tiny(), tmp_path / "base")
+    (tmp_path / "base" / "manifest.json").unlink()
+    card = "---\nlicense: cc-by-nc-4.0\nlanguage: de\n---\n# Theirs\n"
+    (tmp_path / "base" / "README.md").write_text(card)
+    model = shake(apply_lora(load(tmp_path / "base", quiet=True), LoraConfig(r=4)))
+    save_adapter(model, tmp_path / "adapter")
+    if theirs:
+        (plain(tmp_path / "adapter") / "README.md").unlink()
+    save_model(merge(model), tmp_path / "1")
+    save_model(merge(load(tmp_path / "adapter", quiet=True)), tmp_path / "2")
+    for name in ("1", "2") if theirs else ("1", "2", "adapter"):
+        text = (tmp_path / name / "README.md").read_text()
+        assert "license: cc-by-nc-4.0\nlanguage: de\n" in text
+        assert "Theirs" not in text and "Trained with" not in text
+
+
 def test_another_head_on_a_stored_adapter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -229,6 +229,29 @@ def test_config_card_and_generation_config(tmp_path, tokenizer):
     assert head["license"] == "cc0-1.0"
 
 
+def test_the_card_of_another_model_stays(tmp_path, tokenizer):
+    """Without a block of ours nothing is known of its training, and nothing is claimed."""
+    model = tiny("gpt2", tokenizer)
+    model.save(tmp_path / "theirs")
+    made = (tmp_path / "theirs" / "README.md").read_text()
+    assert "Trained with" not in made and "Opens in `transformers`" in made
+    (tmp_path / "theirs" / "manifest.json").unlink()
+    card = "---\nlicense: cc-by-nc-4.0\nlanguage: de\nbase_model: org/base\n---\n# Theirs\n"
+    (tmp_path / "theirs" / "README.md").write_text(card)
+    opened = load(tmp_path / "theirs", quiet=True)
+    opened.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == card
+    verify(tmp_path / "copy")
+    assert load(tmp_path / "copy", quiet=True).card == card
+    # Once it is trained here, the card is ours, with their terms.
+    block = {"objective": "NextToken", "step": 1}
+    trained = checkpoint(tmp_path / "run", 1, opened, pretrain_block=block)
+    ours = (trained / "README.md").read_text()
+    assert "# Theirs" not in ours and "Trained with `pretrain`" in ours
+    assert "license: cc-by-nc-4.0\nlanguage: de\n" in ours
+    assert load(trained, quiet=True).card is None
+
+
 def test_nothing_of_this_machine_is_in_any_file(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "canary-token-4711")
     monkeypatch.chdir(tmp_path)

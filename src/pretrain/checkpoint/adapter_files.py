@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.best import opened
-from pretrain.checkpoint.download import described, located
+from pretrain.checkpoint.download import described, located, terms
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -108,6 +108,8 @@ def open_adapter(
     model.source = source.name
     model.generation_config = dict(source.generation_config)
     model.tokenizer, model.sentences = source.tokenizer, source.sentences
+    block = model.extra_config.get("pretrain") or {}
+    model.extra_config["pretrain"] = {**terms(source.name or ""), **block}
     if facts and facts.get("base_sample") != base_sample(model):
         text = f"The base {source.name or 'given'} has other weights than the base that {path} was trained on"
         if base is None:

@@ -183,7 +183,9 @@ def open_described(
 
 
 def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> None:
-    """Read the generation settings, the sentence-embedding settings and the tokenizer, where present."""
+    """Read the generation and sentence-embedding settings, the tokenizer, and the card of another's model."""
+    if not directory.model_config().get("pretrain"):
+        model.card = directory.card()
     if directory.intact("generation_config.json"):
         model.generation_config = drop_code(directory.json("generation_config.json"))
     model.sentences = SentenceSettings.read(directory) or model.sentences

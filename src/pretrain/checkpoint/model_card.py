@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pretrain.checkpoint.licences import licence_fields
+from pretrain.checkpoint.licences import card_terms, licence_fields
 
 __all__ = [
     "COUNTS",
@@ -73,15 +73,19 @@ def readme(
 ) -> bytes:
     """Return the README.md of a model: the card that was written for it, else one made from `config.json`.
 
-    A written card is used only if it describes this model: it must contain the data fingerprint recorded in
-    `config.json`, which the card of an earlier fine-tuning does not. Its examples open ``repository``, if it is given.
+    A written card is used only if it describes this model: it came with a model that has no block of this package in
+    `config.json`, or contains the data fingerprint recorded there, which the card of an earlier fine-tuning does not.
+    Of another written card, licence and languages are kept. Its examples open ``repository``, if it is given.
     """
     block = config.get("pretrain")
-    fingerprint = block.get("fingerprint") if isinstance(block, Mapping) else None
-    if written and isinstance(fingerprint, str) and fingerprint and fingerprint in written:
+    known = block if isinstance(block, Mapping) else {}
+    fingerprint = known.get("fingerprint")
+    told = isinstance(fingerprint, str) and fingerprint and fingerprint in (written or "")
+    if written and (block is None or told):
         card = written.encode("utf-8", "replace")
     else:
-        card = model_card(config, head_kind, parameters)
+        stated = {**known, **card_terms(written or "")}
+        card = model_card({**config, "pretrain": stated}, head_kind, parameters)
     return card.replace(HERE.encode(), (repository or HERE).encode())
 
 
@@ -118,6 +122,7 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
     if block.get("license"):  # that of the model from which training started
         licences.append(str(block["license"]))
         stated = True
+    made = "Trained with `pretrain`; opens" if objective_name(block) else "Opens"
     library = "peft" if isinstance(block.get("adapter"), Mapping) else "transformers"
     one_licence = stated and len({licence.lower() for licence in licences}) == 1
     fields = {
@@ -131,7 +136,7 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
         front_matter(fields),
         f"# {one_line(family)}, {parameters / 1e6:,.1f} M parameters",
         "",
-        f"Trained with `pretrain`; opens in `{library}` and in `pretrain.load`.",
+        f"{made} in `{library}` and in `pretrain.load`.",
         "",
     ]
     if family in _OWN_TOKENIZER:

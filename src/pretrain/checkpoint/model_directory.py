@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -115,6 +116,13 @@ class ModelDirectory:
         if not isinstance(value, list):
             raise CheckpointCorrupt(self.real(name), "a JSON list", type(value).__name__)
         return value
+
+    def card(self) -> str | None:
+        """Return the model card; None if there is none, or it is damaged or no regular file."""
+        with contextlib.suppress(CheckpointError):
+            if self.intact("README.md"):
+                return read_bytes(self.real("README.md")).decode("utf-8", "replace")
+        return None
 
     def model_config(self) -> dict[str, Any]:
         """Return the configuration of the adapted model; empty if peft wrote the directory."""

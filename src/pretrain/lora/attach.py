@@ -274,10 +274,13 @@ def _restore(model: Model, adapter: Adapter) -> None:
                 _put(model, name, layer.plain())
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.adapter = model.card = None  # the model card described the adapter
+    model.adapter = None
     block = model.extra_config.get("pretrain")
-    if isinstance(block, dict):
-        model.extra_config["pretrain"] = {k: v for k, v in block.items() if k != "adapter"}
+    block = block if isinstance(block, dict) else {}
+    # Without a block, the model card of a base of somebody else would be written for other weights.
+    model.extra_config["pretrain"] = {k: v for k, v in block.items() if k != "adapter"}
+    if block.get("fingerprint"):
+        model.card = None  # it described the adapter
 
 
 def unload(model: Model) -> Model:
