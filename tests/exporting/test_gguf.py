@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from functools import cache
@@ -114,7 +115,19 @@ def test_the_tokenizer(tmp_path: Path) -> None:
     ids = {role: own[f"ggml.{role}_token_id"] for role in ("bos", "eos", "padding", "unknown")}
     assert list(ids.values()) == [words().bos_id, words().eos_id, words().pad_id, words().unk_id]
     assert own["ggml.add_bos_token"] is True and own["ggml.add_eos_token"] is False
-    assert own["chat_template"] == words().chat_template
+    assert own["chat_template"] == words().chat_template and "chat_templates" not in own
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    model = made("llama")
+    assert model.tokenizer is not None
+    model.processor = copy.copy(model.tokenizer)
+    model.processor.named_templates = {"tool_use": "{{ tools }}", "r\u00e4g-1": "{{ documents }}"}
+    fields, _ = read(model.export("gguf", tmp_path / "out"))
+    assert sorted(fields["tokenizer.chat_templates"]) == ["r_g_1", "tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert fields["tokenizer.chat_template.r_g_1"] == "{{ documents }}"
+    assert fields["tokenizer.chat_template"] == words().chat_template
 
 
 @pytest.mark.parametrize("said", ["</s>", None, 10**6, [-1, 7.0, True], [9, "</s>"]])
@@ -146,14 +159,17 @@ def test_types_of_numbers(tmp_path: Path, capfd: Any) -> None:
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"  # 48 columns
 
 
-def test_weights_too_large_for_f16_leave_nothing_behind(tmp_path: Path) -> None:
-    model = made("gpt2")
+@pytest.mark.parametrize(("dtype", "weight"), [("f16", 1e5), ("q8_0", 1e7), ("bf16", 3.4e38)])
+def test_weights_too_large_for_the_type_leave_nothing_behind(
+    dtype: str, weight: float, tmp_path: Path
+) -> None:
+    model = made("llama")
     with torch.no_grad():
-        model.backbone.get_parameter("token_embedding.weight")[0, 0] = 1e5
-    with pytest.raises(ConfigError, match="bf16"):
-        model.export("gguf", tmp_path / "out")
+        model.backbone.get_parameter("token_embedding.weight")[0, 0] = weight
+    with pytest.raises(ConfigError, match=f"too large for {dtype}.*f32"):
+        model.export("gguf", tmp_path / "out", dtype=dtype)
     assert not os.listdir(tmp_path)
-    model.export("gguf", tmp_path / "out", dtype="bf16")
+    model.export("gguf", tmp_path / "out", dtype="f32")
 
 
 def test_llama3_scaling_becomes_divisors(tmp_path: Path) -> None:

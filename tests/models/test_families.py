@@ -285,6 +285,27 @@ class TestLoading:
         batch = batch_for(model)
         assert torch.equal(model(batch), target.eval()(batch))
 
+    @pytest.mark.parametrize(
+        ("family", "first", "second"),
+        [
+            ("bert", "cls.predictions.bias", "cls.predictions.decoder.bias"),
+            ("roberta", "lm_head.bias", "lm_head.decoder.bias"),
+        ],
+    )
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_the_bias_of_the_decoder_is_computed_with(self, family, first, second, tied):
+        """As in transformers, which keeps both where a file has both."""
+        model = build(family, **TINY, tie_embeddings=tied)
+        state = model.disk_state()
+        wanted = state[second if second in state else first] + 1
+        for names in ((first, second), (second, first)):
+            both = {name: value for name, value in state.items() if name not in names}
+            both |= {name: wanted if name == second else wanted - 1 for name in names}
+            target = Model.from_hf_config(model.hf_config())
+            report = target.load_disk_state(both)
+            assert torch.equal(target.head.output_bias, wanted)
+            assert not report.missing and not report.unexpected and report.tied
+
     def test_hub_gpt2_without_prefix_and_with_buffers(self):
         model = build("gpt2", **TINY)
         hub = {

@@ -171,8 +171,8 @@ HEADERS = {
     "name too long": ({"a" * 257: F}, 4),
     "empty name": ({"": F}, 4),
     "name in Cyrillic": ({"\u0430": F}, 4),
-    "unknown dtype": ({"a": F | {"dtype": "F8_E4M3"}}, 4),
-    "float64": ({"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}, 8),
+    "unknown dtype": ({"a": F | {"dtype": "F128"}}, 4),
+    "float64 of four bytes": ({"a": F | {"dtype": "F64"}}, 4),
     "dtype is a list": ({"a": F | {"dtype": ["F32"]}}, 4),
     "nine dims": ({"a": F | {"shape": [1] * 9}}, 4),
     "negative size": ({"a": F | {"shape": [-1]}}, 4),
@@ -214,6 +214,20 @@ def test_bombs_are_refused_at_once(tmp_path, name):
         with pytest.raises(CheckpointCorrupt):
             read_header(path)
     assert time.perf_counter() - began < 1
+
+
+def test_other_types_of_the_format_are_not_called_damage(tmp_path):
+    doubles = {"a": torch.tensor([[1.5, -1 / 3]], dtype=torch.float64), "b": torch.ones(3)}
+    safetensors.torch.save_file(doubles, tmp_path / "f64.safetensors")
+    found = read_tensors(tmp_path / "f64.safetensors", floats_to_fp32=True)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert torch.equal(found["a"], doubles["a"].float()) and torch.equal(found["b"], doubles["b"])
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.complex64):
+        safetensors.torch.save_file({"a": torch.ones(4).to(dtype)}, tmp_path / "m.safetensors")
+        for read in (read_tensors, read_header):
+            with pytest.raises(CheckpointError, match="is not read here") as caught:
+                read(tmp_path / "m.safetensors")
+            assert not isinstance(caught.value, CheckpointCorrupt)
 
 
 def test_huge_headers_are_refused_before_they_are_read(tmp_path):

@@ -207,7 +207,7 @@ class ModelDirectory:
 def read_weights(
     directory: ModelDirectory, names: Mapping[str, set[str] | None]
 ) -> dict[str, Tensor]:
-    """Read all tensors of the given files, with bf16 and fp16 converted to fp32.
+    """Read all tensors of the given files, with bf16, fp16 and fp64 converted to fp32.
 
     Raises:
         CheckpointCorrupt: a file is damaged, or does not hold exactly the tensors that the index names.

@@ -57,6 +57,7 @@ class _Type:
     block: int  # elements
     size: int  # bytes of a block
     encode: Callable[[Tensor], NDArray[Any]]
+    largest: float  # number
 
 
 def _q8(tensor: Tensor) -> NDArray[Any]:
@@ -70,13 +71,15 @@ def _q8(tensor: Tensor) -> NDArray[Any]:
     return np.concatenate([scale.astype(np.float16).view(np.int8), whole], axis=1)
 
 
+_FULL, _HALF, _SHORT = (
+    torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)
+)
 DTYPES = {
-    "f32": _Type(0, 0, 1, 4, lambda tensor: tensor.numpy()),
-    "f16": _Type(1, 1, 1, 2, lambda tensor: tensor.half().numpy()),
-    "bf16": _Type(30, 32, 1, 2, lambda tensor: tensor.bfloat16().view(torch.int16).numpy()),
-    "q8_0": _Type(8, 7, _BLOCK, 34, _q8),
+    "f32": _Type(0, 0, 1, 4, lambda tensor: tensor.numpy(), _FULL),
+    "f16": _Type(1, 1, 1, 2, lambda tensor: tensor.half().numpy(), _HALF),
+    "bf16": _Type(30, 32, 1, 2, lambda tensor: tensor.bfloat16().view(torch.int16).numpy(), _SHORT),
+    "q8_0": _Type(8, 7, _BLOCK, 34, _q8, 127 * _HALF),
 }
-_LARGEST_HALF = 65504.0
 
 
 def metadata(model: Model, name: str) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def write(model: Model, fields: Mapping[str, Any], path: Path, dtype: str) -> No
         dtype: a key of `DTYPES`, the type of the matrices.
 
     Raises:
-        ConfigError: a weight is too large for f16.
+        ConfigError: a weight is too large for the type.
     """
     tensors = _tensors(model)
     fields = {**fields, "general.file_type": DTYPES[dtype].file}
@@ -166,10 +169,11 @@ def write(model: Model, fields: Mapping[str, Any], path: Path, dtype: str) -> No
         file.write(bytes(header.ljust(_padded(len(header)), b"\0")))
         for key, kind in types.items():
             tensor = tensors[key]
-            if kind is DTYPES["f16"] and float(tensor.abs().max()) > _LARGEST_HALF:
+            if (largest := float(tensor.abs().max())) > kind.largest:
+                name = next(name for name, known in DTYPES.items() if known is kind)
+                wider = "f32" if name == "bf16" else "bf16 or f32"
                 raise ConfigError(
-                    f"{key} has a weight of {float(tensor.abs().max()):.3g}, too large for f16. Choose the dtype bf16 "
-                    "or f32."
+                    f"{key} has a weight of {largest:.3g}, too large for {name}. Choose the dtype {wider}."
                 )
             data = kind.encode(tensor).tobytes()
             file.write(data.ljust(_padded(len(data)), b"\0"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,13 @@ def tokenizer_fields(model: Model) -> dict[str, Any]:
     found |= {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.chat_template
-    return found
+    # Names are letters and digits there, as in llama.cpp's own files.
+    named = {
+        re.sub("[^a-zA-Z0-9]", "_", k): text for k, text in tokenizer.named_templates.items() if k
+    }
+    if named:
+        found["tokenizer.chat_templates"] = list(named)
+    return found | {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
 
 
 def _ends(model: Model, tokenizer: Tokenizer) -> list[int]:

@@ -227,13 +227,15 @@ def match_disk_state(
                 "Keep only one of them."
             )
         done[entry.disk] = original
-        fill(entry, original)
     for key, original in spare.items():
         for entry in entries:
-            if entry.memory == (copies[key],) and entry.disk not in done:
+            # The second name of a tensor of a tied head is the one that transformers computes with.
+            if entry.memory == (copies[key],) and (entry.disk not in done or _tied(model)):
                 done[entry.disk] = original
-                fill(entry, original)
         report.tied.append(original)
+    for entry in entries:
+        if entry.disk in done:
+            fill(entry, done[entry.disk])
     report.loaded = len(done)
     absent = [entry for entry in entries if entry.disk not in done]
     _refuse_half(model, absent)

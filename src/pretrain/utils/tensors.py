@@ -50,6 +50,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_READ = {**DTYPES, "F64": torch.float64}  # written by no code here
+_NOT_READ = (  # the other types of the format
+    *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
+    *("C64", "U16", "U32", "U64"),
+)
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,256}")
 _SLASHED = re.compile(r"[A-Za-z0-9._/-]{1,256}")  # training files: `exp_avg/blocks.0.weight`
@@ -197,6 +202,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises:
         CheckpointCorrupt: the header is invalid; the error names the file, what was expected and what was found.
+        CheckpointError: a tensor has a type of the format that is not read here.
     """
     descriptor, size = open_regular(path)
     try:
@@ -213,7 +219,7 @@ def read_tensors(
     Args:
         path: a regular file.
         record: the manifest entry of the file; None for a directory without a manifest.
-        floats_to_fp32: convert bfloat16 and float16 to float32.
+        floats_to_fp32: convert bfloat16, float16 and float64 to float32.
         slashes: allow "/" in names.
 
     Returns:
@@ -221,7 +227,8 @@ def read_tensors(
 
     Raises:
         CheckpointCorrupt: the file differs from its record or violates the format.
-        CheckpointError: the file is larger than the memory of this machine.
+        CheckpointError: the file is larger than the memory of this machine, or a tensor has a type of the format that
+            is not read here.
     """
     descriptor, size = open_regular(path)
     try:
@@ -234,7 +241,7 @@ def read_tensors(
         tensors = {}
         for name, info in infos.items():
             tensors[name] = _read_one(path, descriptor, info, digest if record else None, name)
-            if floats_to_fp32 and info.dtype in (torch.bfloat16, torch.float16):
+            if floats_to_fp32 and info.dtype.is_floating_point:
                 tensors[name] = tensors[name].float()
     finally:
         os.close(descriptor)
@@ -320,8 +327,14 @@ def _parse_entry(path: Path, name: str, entry: object) -> TensorInfo:
             path, f"dtype, shape and data_offsets of {name!r}", str(entry)[:120]
         )
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointCorrupt(path, f"{name!r} as one of {', '.join(DTYPES)}", str(code)[:40])
+    if code in _NOT_READ:
+        raise CheckpointError(
+            f"{path}: the tensor {name!r} has the type {code}, which is not read here. Convert the model to one of "
+            f"{', '.join(_READ)} first, for example with transformers: from_pretrained(DIR, dtype='bfloat16') and "
+            "save_pretrained(NEW_DIR)."
+        )
+    if not isinstance(code, str) or code not in _READ:
+        raise CheckpointCorrupt(path, f"{name!r} as one of {', '.join(_READ)}", str(code)[:40])
     if (
         not _naturals(shape)
         or len(shape) > DIM_LIMIT
@@ -332,7 +345,7 @@ def _parse_entry(path: Path, name: str, entry: object) -> TensorInfo:
         )
     if not _naturals(offsets) or len(offsets) != 2:
         raise CheckpointCorrupt(path, f"two offsets for {name!r}", str(offsets)[:80])
-    dtype, (start, stop) = DTYPES[code], offsets
+    dtype, (start, stop) = _READ[code], offsets
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise CheckpointCorrupt(
             path, f"{math.prod(shape) * dtype.itemsize:,} bytes for {name!r}", f"{stop - start:,}"
