@@ -186,8 +186,22 @@ def test_an_argument_goes_before_the_file_and_the_file_before_the_default() -> N
     assert found.sampler.repetition_penalty == 1.0
     assert read({"max_length": 9}).budget(4) == 5
     assert read({"max_length": 9}, max_new_tokens=30).budget(4) == 30
-    with pytest.raises(ConfigError, match="max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"max_length of generation_config\.json is 9"):
         read({"max_length": 9}).budget(9)
+    with pytest.raises(ConfigError, match="and max_length is 3,"):
+        read({"max_length": 9}, max_length=3).budget(9)
+
+
+@pytest.mark.parametrize("ends", ["2", [2, "3"], 2.0, True])
+def test_ends_of_the_caller_that_are_no_ids_are_refused(ends: Any) -> None:
+    """Those of a file are skipped, for anyone may have written it."""
+    model = build("gpt2", "tiny", vocab_size=VOCAB, max_positions=200)
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        model.generate([1, 2], eos_token_id=ends, max_new_tokens=1)
+    model.generation_config = {"eos_token_id": ends}
+    assert len(model.generate([1, 2], max_new_tokens=1)) == 3
+    with pytest.raises(ConfigError, match="stop must be"):
+        model.generate([1, 2], stop=5)
 
 
 def test_a_file_that_asks_for_chance_is_obeyed_unless_the_caller_says_otherwise() -> None:

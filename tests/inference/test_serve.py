@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -135,11 +136,14 @@ def test_requests_decide_and_options_are_the_defaults(server: Server) -> None:
     assert "".join(whole) == greedy
 
 
-def test_models(server: Server) -> None:
+def test_models(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = json.loads(ask(server, None, "/v1/models")[2])
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["tiny"]
     assert json.loads(ask(server, None, "/v1/models/tiny")[2]) == listed["data"][0]
     refused(server, 404, None, "/v1/models/other")
+    monkeypatch.setattr(server, "name", "mein Schiff/größer")
+    found = json.loads(ask(server, None, f"/v1/models/{quote(server.name, safe='')}")[2])
+    assert found["id"] == server.name
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.check import check_value
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.fill import embed, fill_mask
@@ -118,7 +119,7 @@ def _checked(model: Model, prompts: list[list[int]], options: Mapping[str, Any])
     """Return the settings of a call, after a check of the model, its prompts and the options."""
     _check_kind(model)
     options = dict(options)
-    stop = options.pop("stop", None)
+    stop = check_value("stop", options.pop("stop", None), str | list[str] | None)
     chosen = Settings.read(model, options if stop is None else {**options, "stop_strings": stop})
     check_ids(model, prompts)
     return chosen

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote
 
 from pretrain.config.check import check_value
 from pretrain.data.chat import Message, as_messages
@@ -297,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the page or the model."""
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         model = {
             "id": self.server.name,
             "object": "model",

@@ -186,6 +186,7 @@ class Settings:
         stop: texts at which to stop.
         new_tokens: maximum number of new tokens; None if ``length`` is the limit.
         length: maximum number of tokens of prompt and answer together.
+        length_name: what sets ``length``, as named in an error.
     """
 
     sampler: Sampler
@@ -193,6 +194,7 @@ class Settings:
     stop: tuple[str, ...]
     new_tokens: int | None
     length: int | None
+    length_name: str
 
     @classmethod
     def read(cls, model: Model, given: Mapping[str, Any]) -> Settings:
@@ -209,12 +211,14 @@ class Settings:
         reader = _Reader(stored, given, model.backbone.vocab_size)
         sampler = _sampler(reader)
         _name_missing(stored, sampling=sampler.heat > 0)
-        ends = model.end_ids(given.get("eos_token_id"))
+        asked = check_value("eos_token_id", given.get("eos_token_id"), int | list[int] | None)
+        ends = model.end_ids(asked)
         return cls(
             sampler,
             reader.rules(tuple(ends)),
             reader.texts("stop_strings"),
             *reader.lengths(),
+            "max_length" if "max_length" in given else f"max_length of {FILE}",
         )
 
     def budget(self, prompt: int) -> int:
@@ -228,7 +232,7 @@ class Settings:
         assert self.length is not None
         if prompt >= self.length:
             raise ConfigError(
-                f"The prompt has {prompt} tokens, and max_length of {FILE} is {self.length}, which counts the prompt. "
+                f"The prompt has {prompt} tokens, and {self.length_name} is {self.length}, which counts the prompt. "
                 "Give max_new_tokens."
             )
         return self.length - prompt
