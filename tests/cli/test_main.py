@@ -316,7 +316,9 @@ def test_train_passes_the_file_with_what_was_given(
     path.write_text(
         "optim: {lr: 1, min_lr: 0.5}\nmodel: {overrides: {num_heads: 2, num_layers: 1}}\n"
     )
-    words = f"train --config {path} --data.train books --optim.lr 6e-4 --optim.betas [0.9,0.99]"
+    base = tmp_path / "base.yaml"
+    base.write_text("optim: {lr: 2, min_lr: 0.1}\ndata: {train: peps}\ntrain: {seed: 3}\n")
+    words = f"train --config {base} --config {path} --data.train books --optim.lr 6e-4 --optim.betas [0.9,0.99]"
     words += " --objective.init_args.rate 0.2 --objective.class_path MaskedLM --model.overrides.num_layers 3"
     words += " --model.overrides.rope.type linear --model.overrides.rope.factor 2"
     words += (
@@ -335,7 +337,7 @@ def test_train_passes_the_file_with_what_was_given(
                     "rope": {"type": "linear", "factor": 2},
                 }
             },
-            "train": {"batch_rows": 10},
+            "train": {"batch_rows": 10, "seed": 3},
             "parallel": {"compile": True},
         }
     )

@@ -245,6 +245,46 @@ def test_errors_in_a_file_carry_the_line(tmp_path: Path) -> None:
     assert error(path, {"optim.lr": "fast"}).startswith("optim.lr")
 
 
+def test_of_several_files_each_replaces_settings_of_those_before_it(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(
+        "learning_rate: 1e-3\nmin_lr: 0.5\nmodel.overrides: {num_heads: 2, hidden_size: 8}\n"
+    )
+    second.write_text("optim:\n  lr: 2e-3\nmodel: {overrides: {num_heads: 4}}\nbatch_size: 8\n")
+    found = RunConfig.load([first, second], {"train.batch_rows": 16})
+    assert (found.optim.lr, found.optim.min_lr, found.train.batch_rows) == (2e-3, 0.5, 16)
+    assert found.model.overrides == {"num_heads": 4, "hidden_size": 8}
+    assert RunConfig.load([second, first]).optim.lr == 1e-3
+    # Errors name the file that holds the value.
+    for place, bad, lines in ((second, "optim:\n  lr: -1\n", 2), (first, "a: 1\n", 1)):
+        place.write_text(bad)
+        with pytest.raises(ConfigError, match=rf"^{place}:{lines}: "):
+            RunConfig.load([first, second])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("optim: {lr: 1e-3}\noptim.lr: 2e-3\n", ["optim.lr is given twice", "by its full name"]),
+        (
+            "model: {overrides: {a: 1}}\nmodel.overrides.a: 2\n",
+            ["model.overrides and model.overrides.a are both"],
+        ),
+        ("data: {text: body}\ndata.text.b: c\n", ["data.text and data.text.b are both"]),
+        (
+            "dropout: 0.1\nmodel: {overrides: {dropout: 0}}\n",
+            ["dropout and model.overrides are both"],
+        ),
+    ],
+)
+def test_one_setting_has_one_value_in_a_file(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(path)
+    assert all(part in str(caught.value) for part in [str(path), *parts]), caught.value
+
+
 def test_a_word_that_was_once_a_flag_reads_both(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     written = {"true": "full", "false": "off", "selective": "selective", "off": "off"}

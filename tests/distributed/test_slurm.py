@@ -163,6 +163,13 @@ def written(place: Path, *options: str) -> Path:
 # ------------------------------------------------------------------------------------------------- the text
 
 
+def test_a_second_file_of_settings_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["slurm", "--config", "a run.yaml", "--config", "b.yaml", "--nodes", "2"]) == 2
+    assert "one file of settings" in capsys.readouterr().err
+
+
 def test_bash_reads_it_and_slurm_finds_its_options(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -345,7 +345,12 @@ def add_settings(parser: Parser, kind: Any) -> None:
     from pretrain.config import fields
 
     add = parser.add_argument
-    add("--config", type=str | None, help="YAML file of settings")
+    add(
+        "--config",
+        type=str | None,
+        action="append",
+        help="YAML file of settings; of several, each replaces settings of those before it",
+    )
     add("--show_config", action="store_true", help="print the settings as YAML and exit")
     names = {
         section: {spec.name: spec for spec in fields(of)} for section, of in kind.SECTIONS.items()

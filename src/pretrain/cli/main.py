@@ -208,7 +208,12 @@ def _quickstart(args: Any) -> int:
 def _add_prepare(parser: Any) -> None:
     add = parser.add_argument
     add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
-    add("--config", type=str | None, help="YAML file of pretrain train: prepare its data")
+    add(
+        "--config",
+        type=str | None,
+        action="append",
+        help="YAML file of pretrain train: prepare its data; of several, each replaces settings of those before it",
+    )
     add("--out", type=str | None, help="directory to write; not given, the cache")
     add(
         "--tokenizer",
@@ -260,8 +265,8 @@ def _prepare(args: Any) -> None:
         settings = RunConfig.load(args.config)
         if settings.data.source is not None:
             raise ConfigError(
-                f"{args.config} reads its rows by data.source ({settings.data.source}), so no text is to be prepared: "
-                "train with it as it is. Images are prepared by pretrain prepare FOLDER --source images."
+                f"{' '.join(args.config)} reads its rows by data.source ({settings.data.source}), so no text is to be "
+                "prepared: train with it as it is. Images are prepared by pretrain prepare FOLDER --source images."
             )
         prepared = open_data(settings, quiet=quiet)
     else:
@@ -399,8 +404,14 @@ def _slurm(args: Any) -> None:
     from pretrain.distributed.slurm import is_task, write
     from pretrain.finetuning.settings import TuneConfig
 
-    (TuneConfig if is_task(args.config) else RunConfig).load(args.config)
-    print(write(**vars(args)), end="")
+    config, *more = args.config
+    if more:
+        raise ConfigError(
+            f"pretrain slurm writes a script for one file of settings, and --config names {config} and {more[0]} too. "
+            f"Make them one: pretrain train --config {config} --config {more[0]} --show_config > both.yaml"
+        )
+    (TuneConfig if is_task(config) else RunConfig).load(config)
+    print(write(**vars(args) | {"config": config}), end="")
 
 
 def _add_predict(parser: Any) -> None:

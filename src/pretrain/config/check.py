@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -39,8 +40,8 @@ _OPEN = {
 }
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """Read a YAML file; return its sections and the line number of every key.
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a YAML file; return its sections and the place of every key, as ``FILE:LINE``.
 
     Raises:
         ConfigError: the file is missing, not a regular file, too large, not UTF-8, not YAML, or has no sections.
@@ -75,7 +76,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise ConfigError(
             f"{path}: a config is a mapping of sections (data: ..., model: ...), found {_show(value)}."
         )
-    return value, lines
+    return value, {".".join(key): f"{path}:{line}" for key, line in lines.items()}
 
 
 def _neighbours(path: Path) -> list[str]:
@@ -97,39 +98,42 @@ def read_sections(
 
     Args:
         sections: the dataclass of each section.
-        source: see `RunConfig.load`.
-        overrides: see `RunConfig.load`.
+        source: see `Sections.load`.
+        overrides: see `Sections.load`.
 
     Raises:
-        ConfigError: see `RunConfig.load`.
+        ConfigError: see `Sections.load`.
     """
-    lines: dict[tuple[str, ...], int] = {}
-    name = ""
-    if source is None:
-        raw: Any = {}
-    elif dataclasses.is_dataclass(source) and not isinstance(source, type):
-        raw = {key: vars(getattr(source, key)) for key in sections}
-    elif isinstance(source, Mapping):
-        raw = source
-    elif isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        raw, lines = read_file(Path(name))
-    else:
-        raise ConfigError(f"A config is a YAML file or a dict of sections, not {_show(source)}.")
-    checker = _Checker(sections, name, lines)
-    merged = checker.nested(raw)
-    late = _Checker(sections, "", {})
-    for section, values in late.nested(overrides or {}).items():
-        checker.touched.update(f"{section}.{key}" for key in values)
-        checker.merge(merged.setdefault(section, {}), values, section)
-    kept = {key: word for key, word in checker.words.items() if key not in checker.touched}
-    checker.words = kept | late.words
+    layers = list(source) if isinstance(source, list | tuple) else [source]
+    merged: dict[str, dict[str, Any]] = {}
+    checker = _Checker(sections)
+    for layer in (*layers, overrides):
+        raw, places = _opened(layer, sections)
+        late = _Checker(sections, places)
+        for section, values in late.nested(raw).items():
+            checker.merge(merged.setdefault(section, {}), values, section)
+            checker.replaced({f"{section}.{key}" for key in values}, in_file=bool(places))
+        checker.words |= late.words
+        checker.places |= places
     return {section: checker.section(section, merged.get(section, {})) for section in sections}
+
+
+def _opened(layer: Any, sections: Mapping[str, type]) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Return the settings of one source as they are written, and the places of the keys of a file."""
+    if layer is None:
+        return {}, {}
+    if dataclasses.is_dataclass(layer) and not isinstance(layer, type):
+        return {key: vars(getattr(layer, key)) for key in sections}, {}
+    if isinstance(layer, Mapping):
+        return layer, {}
+    if isinstance(layer, str | os.PathLike):
+        return read_file(Path(os.fspath(layer)))
+    raise ConfigError(f"A config is a YAML file or a dict of sections, not {_show(layer)}.")
 
 
 def settings_in(raw: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
     """Return the settings of these sections that are given under any of their names; all else is left out."""
-    checker = _Checker(sections, "", {})
+    checker = _Checker(sections)
     found: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for key, value in raw.items():
         inside = value if key in sections and isinstance(value, Mapping) else None
@@ -145,23 +149,28 @@ class _Checker:
     """Checks values against the fields of the sections; errors carry file and line where known."""
 
     def __init__(
-        self, sections: Mapping[str, type], name: str, lines: dict[tuple[str, ...], int]
+        self, sections: Mapping[str, type], places: Mapping[str, str] | None = None
     ) -> None:
-        self.sections, self.name, self.lines = sections, name, lines
+        self.sections, self.places = sections, dict(places or {})
         self.hints = {section: get_type_hints(kind) for section, kind in sections.items()}
         self.fields = {
             key: {f.name: f for f in dataclasses.fields(kind) if f.init}
             for key, kind in sections.items()
         }
-        self.touched: set[str] = set()
+        self.touched: set[str] = set()  # settings whose value is of no file
         self.words: dict[str, str] = {}  # setting -> the other name under which it was given
 
     def fail(self, key: str, message: str) -> ConfigError:
         word = self.words.get(key, key)
-        line = self.lines.get(tuple(word.split("."))) if key not in self.touched else None
+        place = self.places.get(word) if key not in self.touched else None
         if word != key and word.rpartition(".")[2] not in message:
             message += f" It was given as {word}."
-        return ConfigError(f"{self.name}:{line}: {message}" if line else message)
+        return ConfigError(f"{place}: {message}" if place else message)
+
+    def replaced(self, keys: set[str], *, in_file: bool) -> None:
+        """Forget how and where these settings were given before."""
+        self.touched = self.touched - keys if in_file else self.touched | keys
+        self.words = {key: word for key, word in self.words.items() if key not in keys}
 
     def nested(self, raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Convert sections, dotted keys and other names of settings to nested dicts; raise for unknown names."""
@@ -176,17 +185,28 @@ class _Checker:
             for word, given in words.items():
                 said = str(key) if self.words.get(word) == key else word  # a section by its value
                 setting, item = self.setting(word, given)
-                if (other := written.setdefault(setting, said)) != said:
-                    dashes = "" if self.name else either("--", "")
-                    both = f"{dashes}{other} and {dashes}{said}"
-                    raise self.fail(word, f"{both} are both {setting}; give one.")
                 section, name, *path = setting.split(".", 2)
-                into = found.setdefault(section, {})
-                item = {path[0]: item} if path else item
-                if isinstance(item, Mapping) and isinstance(before := into.get(name), Mapping):
-                    item = {**before, **item}
+                into, item = found.setdefault(section, {}), {path[0]: item} if path else item
+                whole = f"{section}.{name}"  # its items may be given apart from each other
+                parts = (
+                    [f"{whole}.{part}" for part in item] if isinstance(item, Mapping) else [whole]
+                )
+                for part, other in itertools.product(parts, written):
+                    if f"{part}.".startswith(f"{other}.") or f"{other}.".startswith(f"{part}."):
+                        raise self.twice(word, setting, written[other], said)
+                written |= dict.fromkeys(parts, said)
+                if isinstance(item, Mapping):
+                    item = {**into.get(name, {}), **item}
                 into[name] = item
         return found
+
+    def twice(self, word: str, setting: str, first: str, second: str) -> ConfigError:
+        if first == second:
+            how = f"in the section {setting.partition('.')[0]} and by its full name"
+            return self.fail(word, f"{first} is given twice, {how}; remove one of them.")
+        dashes = "" if self.places else either("--", "")
+        both = f"{dashes}{first} and {dashes}{second}"
+        return self.fail(word, f"{both} are both {setting}; give one.")
 
     def inside(self, section: str, value: Any) -> Mapping[str, Any]:
         """Return the settings of a section, which may be given as its main setting alone."""
@@ -415,7 +435,7 @@ def type_of(sections: Mapping[str, type], word: str) -> Any:
     Raises:
         ConfigError: no setting has this name, or it means something else here.
     """
-    checker = _Checker(sections, "", {})
+    checker = _Checker(sections)
     found = checker.resolve(word)
     if found is None or (found[1] is not None and found[1].advice):
         raise checker.fail(word, f"{word!r} is not a setting.{checker.suggest(word)}")
@@ -446,7 +466,7 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
 
     if hint is None or not plain(hint):
         return value
-    return _Checker({}, "", {}).value(key, value, hint)
+    return _Checker({}).value(key, value, hint)
 
 
 def _is_number(value: Any) -> bool:

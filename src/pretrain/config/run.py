@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -352,13 +352,19 @@ class Sections:
     @classmethod
     def load(
         cls,
-        source: str | os.PathLike[str] | Mapping[str, Any] | Sections | None = None,
+        source: str
+        | os.PathLike[str]
+        | Mapping[str, Any]
+        | Sections
+        | Sequence[str | os.PathLike[str]]
+        | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> Self:
         """Read settings and check every one of them.
 
         Args:
-            source: a YAML file, a dict of sections, settings of this class, or None (the defaults).
+            source: a YAML file, a dict of sections, settings of this class, a list of files, each of which replaces
+                settings of those before it as ``overrides`` do, or None (the defaults).
             overrides: settings that replace those of the source: sections
                 (``{"optim": {"lr": 6e-4}}``) or dotted keys (``{"optim.lr": 6e-4}``). Items of settings that are
                 mappings of any names (``model.overrides``, ``task.options``) are merged, those of

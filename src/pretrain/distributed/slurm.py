@@ -33,7 +33,13 @@ wait_for srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-b
 def add_slurm(parser: Any) -> None:
     """Declare the options of ``pretrain slurm``."""
     add = parser.add_argument
-    add("--config", type=str, required=True, help="YAML file of pretrain train or finetune")
+    add(
+        "--config",
+        type=str,
+        action="append",
+        required=True,
+        help="YAML file of pretrain train or finetune",
+    )
     add("--nodes", type=int, required=True, help="hosts")
     add("--gpus_per_node", type=int, default=8, help="GPUs of a host; 0 is one process on its CPU")
     add("--time", type=str, default="24:00:00", help="limit: 24:00:00, or 2-00:00:00 for days")
