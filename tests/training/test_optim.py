@@ -8,7 +8,7 @@ from torch import nn
 
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.models import build
+from pretrain.models import build, family_class
 from pretrain.objectives import Objective
 from pretrain.training import optim
 from pretrain.training.optim import Muon, build_optimizers, orthogonalize, settled_lr
@@ -62,6 +62,49 @@ def test_decay_is_off_for_norms_biases_and_embeddings() -> None:
     for name, p in net.named_parameters():
         want = 0.1 if name in ("block.0.weight", "block.2.weight", "head.weight") else 0.0
         assert decay[id(p)] == want, name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "vit",
+        "vit_mae",
+        "dinov2",
+        "clip",
+        "siglip",
+        "git",
+        "audio-spectrogram-transformer",
+        "resnet",
+        "bert",
+    ],
+)
+def test_tables_positions_and_tokens_do_not_decay(family: str, name: str) -> None:
+    text = {} if family_class(family).processor_class else {"vocab_size": 32}
+    with torch.device("meta"):
+        model = build(family, "tiny", **text)
+    config = OptimConfig(name=name, weight_decay=0.1)
+    found = build_optimizers(model, config, model.backbone.blocks(), torch.device("meta"))
+    groups = [group for opt in found.optimizers for group in opt.param_groups]
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    parts = ("embedding.weight", "position", "token", "probe", "norm", "scale", "bias", "lambda")
+    for key, p in model.named_parameters():
+        added = any(part in key for part in parts) and "projection" not in key
+        still = p.ndim < 2 or added
+        assert decay[p] == (0.0 if still else 0.1), key
+
+
+def test_own_parameters_are_weights_by_their_name() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.weight_in = (nn.Parameter(torch.ones(4, 8)) for _ in range(2))
+            self.norm = nn.LayerNorm((4, 8))
+
+    block = Mixed()
+    adamw, muon = build_optimizers(block, OptimConfig(name="muon"), [block], CPU).optimizers
+    assert [p for g in muon.param_groups for p in g["params"]] == [block.weight_in]
+    assert not any(g["weight_decay"] for g in adamw.param_groups)
 
 
 def test_tied_matrix_is_stepped_once_and_not_decayed() -> None:

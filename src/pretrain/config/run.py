@@ -136,7 +136,7 @@ class OptimConfig:
     eps: float = setting(1e-8, 1e-30, 1.0)
     """Added to the square root of the second moment."""
     weight_decay: float = setting(0.1, 0.0, 100.0)
-    """Decoupled weight decay of the matrices (never of norms, biases and embeddings)."""
+    """Decoupled weight decay of matrices and convolutions (not of norms, biases, embeddings, positions, tokens)."""
     cautious: bool = False
     """Decay a weight only where the update has its sign, that is, where the update brings it nearer to zero too."""
     clip: float = setting(1.0, 0.0, 1e6)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pretrain.config import OptimConfig
 from pretrain.distributed.estimates import MATRICES_TOGETHER
@@ -25,7 +26,15 @@ from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Objective
 
-__all__ = ["Muon", "Optimizers", "build_optimizers", "orthogonalize", "settled_lr"]
+__all__ = [
+    "Muon",
+    "Optimizers",
+    "build_optimizers",
+    "muon_weights",
+    "orthogonalize",
+    "settled_lr",
+    "weights_of",
+]
 
 OPTIMIZERS = ("adamw", "muon")
 # Polar Express (arXiv 2505.16932): the odd polynomials of degree 5 that bring singular values from 1e-3 to 1 nearest to
@@ -330,6 +339,31 @@ def settled_lr(settings: OptimConfig, objective: Objective) -> tuple[OptimConfig
     return dataclasses.replace(settings, lr=lr), f" (auto: {reason})"
 
 
+def weights_of(module: nn.Module) -> set[Tensor]:
+    """Return the weights by which ``module`` multiplies, which alone decay.
+
+    These are parameters of two dimensions or more of linear layers and convolutions, and those of other modules whose
+    name contains ``weight``. Tables (``nn.Embedding``), norms, and other parameters, such as positions, class tokens,
+    mask tokens and queries, are looked up or added.
+    """
+    found: set[Tensor] = set()
+    others: set[Tensor] = set()
+    for owner in module.modules():
+        multiplies = isinstance(owner, nn.Linear | _ConvNd)
+        for name, p in owner.named_parameters(recurse=False):
+            if isinstance(owner, nn.Embedding | nn.LayerNorm | nn.RMSNorm):
+                others.add(p)
+            elif p.ndim >= 2 and (multiplies or "weight" in name):
+                found.add(p)
+    return found - others  # a tied head multiplies by a table
+
+
+def muon_weights(module: nn.Module, hidden: Iterable[nn.Module]) -> set[Tensor]:
+    """Return those of `weights_of` that Muon updates: the matrices of the blocks ``hidden``."""
+    inside: set[Tensor] = {p for block in hidden for p in block.parameters() if p.ndim == 2}
+    return inside & weights_of(module)
+
+
 def build_optimizers(
     module: nn.Module,
     settings: OptimConfig,
@@ -345,7 +379,7 @@ def build_optimizers(
     Args:
         module: the module to train. A tied matrix is one parameter and is updated once.
         settings: the ``optim`` section.
-        hidden: the blocks, whose 2-D weights are updated by Muon.
+        hidden: the blocks, of which Muon updates `muon_weights`.
         device: device of the parameters; fused AdamW is used where torch has it.
         scales: factors on the learning rates of parameters; 1 if missing.
         fresh: newly initialised parameters, which get weight decay instead of ``optim.l2_sp``.
@@ -361,21 +395,16 @@ def build_optimizers(
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
     if not names:
         raise ConfigError("Nothing is trainable: every parameter of the model is frozen.")
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    matrices: list[Tensor] = []
-    if settings.name == "muon":
-        inside = {id(p) for block in hidden for p in block.parameters() if p.ndim == 2}
-        inside -= embeddings
-        matrices = [p for p in names if id(p) in inside]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in names if id(p) not in taken]
+    decaying = weights_of(module)
+    orthogonal = muon_weights(module, hidden) if settings.name == "muon" else set()
+    matrices = [p for p in names if p in orthogonal]
+    rest = [p for p in names if p not in orthogonal]
     anchors = {p: p.detach().clone() for p in names if settings.l2_sp and p not in fresh}
 
     def groups(params: Iterable[Tensor], lr: float) -> list[dict[str, Any]]:
         found: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
         for p in params:
-            decays = p.ndim >= 2 and id(p) not in embeddings and p not in anchors
-            decay = settings.weight_decay if decays else 0.0
+            decay = settings.weight_decay if p in decaying and p not in anchors else 0.0
             found[decay, (scales or {}).get(p, 1.0)].append(p)
         return [
             {"params": members, "weight_decay": decay, "lr": lr * scale}

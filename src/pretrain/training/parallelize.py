@@ -18,6 +18,7 @@ from pretrain.distributed.estimates import Needs
 from pretrain.distributed.mesh import choose_mesh
 from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World
+from pretrain.training.optim import muon_weights
 from pretrain.training.plan import choose_micro_rows, row_length
 from pretrain.training.precision import choose_device
 from pretrain.utils.memory_info import total_memory
@@ -128,11 +129,7 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
     objective, optim = trainer.objective, trainer.optim
     model = objective.model
     trained = [p for p in objective.parameters() if p.requires_grad]
-    # The parameters that `build_optimizers` assigns to Muon.
-    embeddings = {m.weight for m in objective.modules() if isinstance(m, torch.nn.Embedding)}
-    inside = {
-        p for block in model.backbone.blocks() for p in block.parameters() if p.ndim == 2
-    } - embeddings
+    inside = muon_weights(objective, model.backbone.blocks()) if optim.name == "muon" else set()
     head: Any = model.head
     length = row_length(trainer.train_data, objective)
     return Needs(
@@ -141,7 +138,7 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
         trainable=sum(p.numel() for p in trained),
         row_length=length,
         tied=bool(getattr(head, "tied", True)),
-        muon=sum(p.numel() for p in trained if p in inside) if optim.name == "muon" else 0,
+        muon=sum(p.numel() for p in trained if p in inside),
         micro_tokens=micro_rows * length,
         ema=bool(optim.ema),
         anchors=bool(optim.l2_sp),
