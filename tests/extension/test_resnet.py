@@ -14,7 +14,7 @@ import pretrain
 import pretrain.models
 from distributed.torchrun import launch
 from extension import resnet
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import CheckpointError, ConfigError, TrainingError
 from pretrain.models import build
 from pretrain.nn.buffers import parameters_on_meta, persistent_buffers
 from pretrain.training.trainer import Hook
@@ -143,6 +143,15 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
         task.fit()
     with pytest.raises(ConfigError, match=r"update .*running_mean twice"):
         tiny().backbone.set_activation_checkpointing("full")
+
+
+def test_the_size_of_a_micro_batch_is_kept(tmp_path: Path) -> None:
+    """Each micro-batch has statistics of its own."""
+    resnet.trainer(tmp_path, limit=2).fit()
+    with pytest.raises(TrainingError, match=r"train\.micro_rows 4 and this run has 8"):
+        resnet.trainer(tmp_path, limit=4, micro_rows=8).fit()
+    assert "micro_rows" not in resnet.trainer(tmp_path).less_memory()
+    assert resnet.trainer(tmp_path, limit=4).fit().step == 4
 
 
 def test_parameters_on_meta_keep_ties_and_leave_other_threads_alone() -> None:

@@ -122,6 +122,14 @@ def test_a_longer_limit_goes_on(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_run_without_the_average_goes_on_from_the_raw_weights(tmp_path: Path) -> None:
+    options = {"schedule": "constant", "warmup": 0.0}
+    _run(tmp_path / "whole", "NextToken", limit="12 steps", optim=options)
+    _run(tmp_path / "cut", "NextToken", limit="6 steps", optim={"ema": 0.9, **options})
+    _run(tmp_path / "cut", "NextToken", limit="12 steps", optim=options)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -365,6 +365,9 @@ def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
     run = pretrain.train(given)
     assert run.step == 8 and RunConfig.load(run.path / "run.yaml").train.limit == "8 steps"
     assert "is resumed with train.limit '8 steps' (was '6 steps')" in capsys.readouterr().err
+    assert pretrain.train(given, train={"micro_rows": 2}).step == 8
+    assert "is resumed with train.micro_rows 2 (was 0)" in capsys.readouterr().err
+    given["train"]["micro_rows"] = 2
     (event,) = (r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed")
     assert event["step"] == 6 and event["planned"] == 6
     said = "was changed while it went on (until step 6 it was to have 6 steps)"

@@ -172,7 +172,7 @@ class TrainConfig:
     batch_rows: int = setting(0, 0, 1 << 24)
     """Rows per optimizer step, over all devices and micro-batches (global batch); 0 is automatic: 32, or 16 or 8 where
     an epoch would have fewer than 32 steps."""
-    micro_rows: int = setting(0, 0, 1 << 24)
+    micro_rows: int = setting(0, 0, 1 << 24, resumable=True)
     """Rows per forward pass of one process (micro-batch); 0 is automatic: on a CPU about 8,192 tokens, always the
     same; on a GPU the fastest of a few sizes that fit, measured before the first step of a run that is long enough
     and kept when it is resumed. Two runs of one command may then differ in the last bits and the draws of dropout."""

@@ -65,7 +65,7 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
             raise TrainingError(
                 f"A forward and backward pass of {trainer.micro_rows} row{'s' * (trainer.micro_rows > 1)} of "
                 f"{row_length(trainer.train_data, trainer.objective)} {trainer.objective.unit_name} does not fit into "
-                f"the memory of {trainer.device}. Lower train.micro_rows (the result stays the same), or set "
+                f"the memory of {trainer.device}. {trainer.less_memory()} shorter rows, or set "
                 "parallel.activation_checkpointing=full."
             ) from error
         if not trainer.strategy.sharded:

@@ -15,7 +15,6 @@ import torch
 from pretrain.distributed.estimates import memory
 from pretrain.distributed.mesh import USABLE
 from pretrain.errors import out_of_memory
-from pretrain.nn.buffers import changing_buffers
 from pretrain.training.dry_run import nothing_kept, run_pass
 from pretrain.training.parallelize import common_ground, needs_of
 from pretrain.training.plan import row_length
@@ -39,9 +38,8 @@ def may_measure(trainer: Trainer) -> bool:
         or trainer.state.micro_rows  # memory ran out with more
         or trainer.state.step  # the steps before had the size of the rule
         or trainer.device.type in _EXACT
-        or trainer.parallel.reproducible
         or trainer.objective.couples_examples
-        or changing_buffers(trainer.objective)
+        or trainer.micro_rows_matter
     )
 
 

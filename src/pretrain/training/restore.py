@@ -87,7 +87,7 @@ def training_state(trainer: Trainer) -> TrainingState:
     if others:
         tensors["objective"] = others
     state: dict[str, Any] = {"run": trainer.state.to_json(), "identity": identity(trainer)}
-    state["optim"] = optimizer_settings(trainer)
+    state["optim"], state["micro_rows"] = optimizer_settings(trainer), trainer.train.micro_rows
     state["unit"] = getattr(trainer.objective.model.head, "unit", 1.0)
     return TrainingState(tensors=tensors, state=state)
 
@@ -129,6 +129,13 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
                 "moments and its schedule do not fit. Restore the setting, or use a new train.out."
             )
+    size, given = training.state.get("micro_rows"), trainer.train.micro_rows
+    if trainer.micro_rows_matter and size not in (None, given):
+        raise TrainingError(
+            f"{checkpoint} was trained with train.micro_rows {size} and this run has {given}. The size is part of the "
+            "result where a model has running statistics, and with parallel.reproducible. Restore the setting, or use "
+            "a new train.out."
+        )
     head: Any = trainer.objective.model.head
     if hasattr(head, "unit"):
         # What is in training/ is in the unit of the run; earlier versions had none.
@@ -144,7 +151,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"{checkpoint}/training lacks {stem}.safetensors: the run was made with another optim.ema. Use the "
                 "old value or a new train.out."
             )
-    if trainer.average.decay:
+    if "weights" in training.tensors:  # the model holds their average, also if this run keeps none
         trainer.average.load(training.tensors["weights"])
     trainer.optimizers.load(training.tensors["optimizer"])
     return state

@@ -363,8 +363,8 @@ class Trainer:
                 raise
             rows = f" with {self.micro_rows} rows at a time" if hasattr(self, "micro_rows") else ""
             raise TrainingError(
-                f"There is not enough memory on {self.device} for step {self.state.step + 1:,}{rows}. Lower "
-                "train.micro_rows (the result stays the same), use shorter rows or a smaller model, or set "
+                f"There is not enough memory on {self.device} for step {self.state.step + 1:,}{rows}. "
+                f"{self.less_memory()} shorter rows or a smaller model, or set "
                 "parallel.activation_checkpointing=full. Checkpoints are untouched: the same command goes on from the "
                 "newest."
             ) from error
@@ -508,6 +508,17 @@ class Trainer:
         # Outside of the handler, whose traceback keeps the activations alive.
         return self._backward(self.feed.step_at(state.rows), count)
 
+    @property
+    def micro_rows_matter(self) -> bool:
+        """Whether a step depends on the size of its micro-batches: running statistics, ``parallel.reproducible``."""
+        return self.parallel.reproducible or bool(changing_buffers(self.objective))
+
+    def less_memory(self) -> str:
+        """Say how the batch of a step can take less memory, as the start of a sentence."""
+        if self.micro_rows_matter or self.objective.couples_examples:
+            return "Use"
+        return "Lower train.micro_rows (the result stays the same), use"
+
     def halve_micro_rows(self) -> bool:
         """Make the micro-batches smaller after memory ran out; return False if that is not possible.
 
@@ -515,12 +526,7 @@ class Trainer:
         of the result: losses that compare rows, running statistics, ``parallel.reproducible``.
         """
         before = self.micro_rows
-        kept = (
-            self.world.size > 1
-            or self.objective.couples_examples
-            or self.parallel.reproducible
-            or bool(changing_buffers(self.objective))
-        )
+        kept = self.world.size > 1 or self.objective.couples_examples or self.micro_rows_matter
         if kept or before == 1:
             return False
         fewer = [r for r in range(1, before // 2 + 1) if self.train.batch_rows % r == 0]
