@@ -110,6 +110,14 @@ def test_the_score_of_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert task.state.best_step == 5 and task.state.best_score == 0.3
 
 
+def test_losses_on_other_rows_are_not_compared(tmp_path: Path) -> None:
+    _run(tmp_path, [0.5, 0.8], eval_rows=Rows(4, seed=9))
+    for rows, limit, best in ((4, "4 steps", 2), (3, "6 steps", 5)):
+        task, _ = _run(tmp_path, [0.3, 0.2], limit=limit, eval_rows=Rows(rows, seed=9))
+        assert task.state.best_step == best, rows
+    assert task.state.best_score == -0.3 and task.state.eval_rows == 3
+
+
 def test_states_from_before_there_were_monitors_are_read() -> None:
     old = {"step": 7, "best_loss": 1.5, "best_step": 5, "evals_since_best": 1}
     state = RunState.from_json(old)
@@ -175,8 +183,8 @@ def test_the_last_evaluation_is_the_best_but_for_chance(
     figures = {"loss": 2.0, name: last, "targets": targets}
     assert improves(state, figures, name, last=True) is chosen
     assert state.best_step == (2 if chosen else 1)
-    # A run that goes on has to beat the best figure, and not the last one.
-    assert state.best_score == score({name: best}, name)
+    # A run that goes on has to beat the figure of the checkpoint that is kept.
+    assert state.best_score == score({name: last if chosen else best}, name)
     again = RunState(monitor=name, step=1)
     improves(again, {name: best, "loss": best, "targets": targets}, name)
     again.step = 2

@@ -27,7 +27,7 @@ from pretrain.errors import (
 from pretrain.objectives import build_objective
 from pretrain.report.history import on_as_many
 from pretrain.training import run as running
-from pretrain.training.preflight import remarks
+from pretrain.training.preflight import rate_remarks, remarks
 from pretrain.training.run import run_name, settle_size
 from pretrain.training.trainer import Trainer
 from pretrain.utils.run_log import read_log
@@ -215,6 +215,17 @@ def test_remarks_on_what_cannot_be_learnt() -> None:
     (line,) = told(100, tokens=285_000)  # 1 MB of English
     assert "8,192" in line and "35 times" in line and "data.vocab_size 2048" in line
     assert told(100, tokens=285_000, parent="books") == []
+
+
+def test_remarks_on_rates_that_train_nothing() -> None:
+    assert rate_remarks(OptimConfig(), 10) == rate_remarks(OptimConfig(warmup=10.0), 10) == []
+    (line,) = rate_remarks(OptimConfig(warmup=40.0), 10)
+    assert "40 steps" in line and "25%" in line and "optim.warmup" in line
+    (line,) = rate_remarks(OptimConfig(lr=0.0), 10)
+    assert line.startswith("optim.lr is 0")
+    assert rate_remarks(OptimConfig(muon_lr=0.0), 10) == []
+    (line,) = rate_remarks(OptimConfig(name="muon", muon_lr=0.0), 10)
+    assert line.startswith("optim.muon_lr is 0")
 
 
 def test_going_on_from_a_checkpoint_with_new_text(tmp_path: Path, text: Path) -> None:

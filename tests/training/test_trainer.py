@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -191,6 +192,35 @@ def test_the_average_of_the_weights_is_what_is_saved(tmp_path: Path) -> None:
     saved = pretrain.load(tmp_path, quiet=True).state_dict()
     for key, value in average.items():
         torch.testing.assert_close(saved[key.removeprefix("model.")], value)
+
+
+def test_a_checkpoint_has_no_figures_of_another_step(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "eval_every": "2 steps",
+        "save_every": "3 steps",
+        "best": False,
+        "keep": 9,
+    }
+    trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(4), limit="4 steps", **options).fit()
+    blocks = {
+        step: json.loads((tmp_path / f"checkpoint-{step}" / "config.json").read_text())["pretrain"]
+        for step in (3, 4)
+    }
+    assert blocks[3]["metrics"] == {} and "loss" in blocks[4]["metrics"]
+    assert "held-out" not in (tmp_path / "checkpoint-3" / "README.md").read_text()
+
+
+def test_a_run_shortened_to_its_present_step_evaluates_its_weights(tmp_path: Path) -> None:
+    def stop(record: Any) -> None:
+        if record["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options: dict[str, Any] = {"eval_every": "2 steps", "eval_rows": Rows(4)}
+    trainer(tmp_path, objective(), Rows(8), hooks=[stop], **options).fit()
+    run = trainer(tmp_path, objective(), Rows(8), **options, limit="3 steps").fit()
+    assert [r["step"] for r in run.history if "eval" in r] == [2, 4, 5]
+    block = json.loads((run.checkpoint / "config.json").read_text())["pretrain"]  # type: ignore[operator]
+    assert run.step == 5 and block["metrics"] == run.metrics
 
 
 def test_fewer_rows_than_a_batch(tmp_path: Path) -> None:

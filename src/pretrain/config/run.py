@@ -181,7 +181,7 @@ class TrainConfig:
     or 10 steps, whichever is more, and ten times in a run of less than 100 steps; if train.monitor is the loss,
     less often, down to eight times, where evaluations would be more than a fifth of the work."""
     eval_rows: int = setting(0, 0, 1 << 40, resumable=True)
-    """Held-out rows per evaluation; 0 is all of them."""
+    """Held-out rows per evaluation; 0 is all of them. A run that goes on with another number begins its best afresh."""
     save_every: str = setting("10%", resumable=True, unit="steps")
     """Save every "200 steps" or 200, "0.5 epochs" or "10%" of the run; 0 is only at the end."""
     async_save: bool = setting(False, resumable=True)

@@ -31,7 +31,12 @@ def score(figures: Mapping[str, float], monitor: str) -> float:
 
 
 def improves(
-    state: RunState, figures: Mapping[str, float], monitor: str, *, last: bool = False
+    state: RunState,
+    figures: Mapping[str, float],
+    monitor: str,
+    *,
+    rows: int = 0,
+    last: bool = False,
 ) -> bool:
     """Whether an evaluation at ``state.step`` is the best so far; if so, it is recorded in ``state``.
 
@@ -43,22 +48,24 @@ def improves(
     best figure is above its own by more than one standard error of a proportion of the targets (docs/lab-log.md). A
     loss, which scatters less, is compared as it is.
 
+    Scores of another figure, or on another number of ``rows``, cannot be compared: the best begins afresh.
+
     Raises:
         TrainingError: as `score`.
     """
     value, loss = score(figures, monitor), figures.get("loss")
-    if state.monitor != monitor:  # scores of different figures cannot be compared
-        state.monitor, state.best_score, state.evals_since_best = monitor, math.inf, 0
-        state.loss_at_best = None
+    if state.monitor != monitor or state.eval_rows not in (None, rows):
+        state.best_score, state.evals_since_best, state.loss_at_best = math.inf, 0, None
+    state.monitor, state.eval_rows = monitor, rows
     better = value < state.best_score
     # Older states lack the loss; then the first of equal evaluations stays the best.
     if value == state.best_score and loss is not None and state.loss_at_best is not None:
         better = loss < state.loss_at_best
-    if better:
+    if not better and last and (chance := _chance(state, figures)):
+        better = value - state.best_score <= chance
+    if better:  # what is compared with is always the figure of the checkpoint that is kept
         state.best_score, state.best_step = value, state.step
         state.loss_at_best = loss if loss is not None and math.isfinite(loss) else None
-    elif last and (chance := _chance(state, figures)) and value - state.best_score <= chance:
-        better, state.best_step = True, state.step
     state.evals_since_best = 0 if better else state.evals_since_best + 1
     return better
 

@@ -28,6 +28,7 @@ from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.micro_rows import fastest_micro_rows, may_measure
 from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
+from pretrain.training.schedule import warmup_steps
 from pretrain.utils.directories import temporary_name
 from pretrain.utils.memory_info import free_memory, peak_memory
 
@@ -287,7 +288,26 @@ def describe(
         lines.append(suggestion)
     if trainer.eval_data is None:
         lines.append("no held-out rows: nothing will be evaluated")
-    return lines
+    return lines + rate_remarks(optim, steps)
+
+
+def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:
+    """Return a line on each learning rate that is 0, and on a warm-up that does not end in ``steps`` steps."""
+    rates = {"optim.lr": optim.lr} | (
+        {"optim.muon_lr": optim.muon_lr} if optim.name == "muon" else {}
+    )
+    found = [
+        f"{key} is 0, so no step changes the weights that have this rate; set a rate above 0"
+        for key, rate in rates.items()
+        if not rate
+    ]
+    warm = warmup_steps(optim.warmup, steps)
+    if warm > steps:
+        found.append(
+            f"the warm-up of {warm:,} steps is longer than the run, whose rate ends at {steps / warm:.0%} of its peak; "
+            "lower optim.warmup (below 1 it is a share of the steps), or raise train.limit"
+        )
+    return found
 
 
 def remarks(trainer: Trainer, steps: int) -> list[str]:

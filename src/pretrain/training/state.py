@@ -43,6 +43,7 @@ class RunState:
         total_steps: steps of the whole run; changes during training only under a limit in minutes.
         skipped: steps without an update because of non-finite numbers; ``skipped_in_row`` of them in a row just now.
         owed: an evaluation was interrupted by a stop request, and must be repeated.
+        eval_rows: held-out rows on which ``best_score`` was measured; None if unknown.
         best_score: best value of the metric ``monitor``, negated if higher is better.
         loss_at_best: loss of that evaluation, which resolves ties; None if unknown.
         lowest: depth of the lowest layer unfrozen by gradual unfreezing; None before the first step.
@@ -67,6 +68,7 @@ class RunState:
     owed: bool = False
     last_save: int = 0
     monitor: str = "loss"
+    eval_rows: int | None = None
     best_score: float = math.inf
     loss_at_best: float | None = None
     best_step: int = 0

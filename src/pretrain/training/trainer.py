@@ -376,7 +376,9 @@ class Trainer:
         self.objective.train()
         with heap_at_rest(), self.saver:
             try:
-                if state.owed and self.eval_data is not None:
+                # A run may have been shortened to a step before its own.
+                owed = state.owed or state.last_eval < state.step >= state.total_steps
+                if owed and self.eval_data is not None:
                     self._evaluate(last=state.step >= state.total_steps)
                     state.last_save = -1  # the next checkpoint must record this evaluation
                 while state.step < state.total_steps:
@@ -657,7 +659,8 @@ class Trainer:
         )
         with self.average.applied():
             state.probe_loss = self.probe()
-            about = {"objective": self.objective.describe(), "metrics": self.metrics}
+            measured = {} if state.owed or state.last_eval != state.step else self.metrics
+            about = {"objective": self.objective.describe(), "metrics": measured}
             self.checkpoint = saver.save(
                 self.objective.model,
                 step=state.step,

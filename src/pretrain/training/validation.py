@@ -67,14 +67,15 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     request interrupts the evaluation, because there may only be time to save.
     """
     assert trainer.eval_data is not None
-    state, limit, strategy = trainer.state, trainer.train.eval_rows, trainer.strategy
+    state, strategy, rows = trainer.state, trainer.strategy, len(trainer.eval_data)
+    limit = min(trainer.train.eval_rows or rows, rows)
     try:
         figures, seconds = _figures(trainer, limit)
         state.last_eval, state.owed = state.step, False
-        improved = improves(state, figures, trainer.train.monitor, last=last)
+        improved = improves(state, figures, trainer.train.monitor, rows=limit, last=last)
         note = " (best)" if improved else ""
-        if last and 0 < limit < len(trainer.eval_data):
-            (figures, seconds), note = _figures(trainer, 0), " on all rows"
+        if last and limit < rows:
+            (figures, seconds), note = _figures(trainer, rows), " on all rows"
     except EvaluationStopped:
         state.owed = True  # repeated on resume, before the next step
         trainer.say(f"asked to stop: the evaluation after step {state.step:,} is broken off")
@@ -91,7 +92,7 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
 
 
 def _figures(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
-    """Return the metrics on ``limit`` rows (0: all), and the seconds that all rows would take."""
+    """Return the metrics on ``limit`` rows, and the seconds that all rows would take."""
     assert trainer.eval_data is not None
     began, train = time.monotonic(), trainer.train
     trainer.world.mark("evaluate", trainer.state.step)
@@ -109,5 +110,4 @@ def _figures(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
         )
     # All ranks must make the same decisions from them.
     figures = dict(trainer.world.broadcast_object(figures))
-    share = min(1.0, limit / len(trainer.eval_data)) if limit else 1.0
-    return figures, (time.monotonic() - began) / share
+    return figures, (time.monotonic() - began) * len(trainer.eval_data) / limit
