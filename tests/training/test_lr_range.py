@@ -76,7 +76,17 @@ def test_a_range_test_leaves_the_run_and_the_random_state_alone(
     again = pretrain.lr_range_test(settings, steps=40, highest=100.0)
     assert again.losses == found.losses
     assert "lr 1e-06" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="at least 10 steps"):
+    # The learning rate of the settings is not used: AdamW's may be 0, and Muon's is a multiple of it.
+    assert pretrain.lr_range_test(settings, steps=40, highest=100.0, lr=0).losses == found.losses
+    muon = pretrain.lr_range_test(
+        settings, optim={"name": "muon", "lr": 0.01, "muon_lr": 0.2}, steps=20
+    )
+    assert muon.lr is not None and muon.muon_lr == pytest.approx(20 * muon.lr)
+    assert muon.suggested == {"optim.lr": muon.lr, "optim.muon_lr": muon.muon_lr}
+    assert found.muon_lr is None and found.suggested == {"optim.lr": found.lr}
+    with pytest.raises(ConfigError, match=r"muon_lr in proportion to optim\.lr, which is 0"):
+        pretrain.lr_range_test(settings, optim={"name": "muon", "lr": 0})
+    with pytest.raises(ConfigError, match=r"at least 10 steps, .* highest=1\.0, steps=3"):
         pretrain.lr_range_test(settings, steps=3)
 
 

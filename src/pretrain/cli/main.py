@@ -364,8 +364,9 @@ def _lr_range(args: Any) -> None:
     check_output(Path(picture), PICTURES)
     found = lr_range_test(settings, **options)
     print(found.reason)
-    if found.lr is not None:
-        print(f"suggested: --optim.lr {found.lr:g}", flush=True)
+    if found.suggested:
+        words = " ".join(f"--{key} {rate:g}" for key, rate in found.suggested.items())
+        print(f"suggested: {words}", flush=True)
     print(f"picture: {printable(str(found.plot().save(picture)))}")
 
 

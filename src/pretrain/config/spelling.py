@@ -72,7 +72,14 @@ PREDICT = Interface(columns="columns.", reading=STREAM.reading, trains=False)
 EVALUATE = Interface(columns="columns.", reading=(), trains=False)
 SEARCH = Interface(reading=())
 TRAIN = Interface(
-    places={"out": "train.out", "device": "parallel.device", "objective": "objective"},
+    places={
+        "out": "train.out",
+        "device": "parallel.device",
+        "objective": "objective",
+        "lr": "optim.lr",
+        "muon_lr": "optim.muon_lr",
+        **{name: name for name in ("lowest", "highest", "steps")},  # of a range test
+    },
     columns="data.",
     others="data.",
 )

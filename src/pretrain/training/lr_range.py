@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig
-from pretrain.config.spelling import TRAIN, option, using
+from pretrain.config import OptimConfig, RunConfig
+from pretrain.config.spelling import TRAIN, option, option_name, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.objectives import build_objective
 from pretrain.training.early import check_early
+from pretrain.training.optim import settled_lr
 from pretrain.training.run import about, make_model, rows_of
 from pretrain.training.trainer import Trainer
 from pretrain.training.undisturbed import undisturbed
@@ -50,6 +51,7 @@ class LrRange:
         smoothed: running mean of the losses.
         lr: suggested peak learning rate; None if the loss never fell.
         reason: why this one, in a sentence.
+        muon_lr: rate of Muon's matrices that belongs to ``lr``; None without Muon.
     """
 
     rates: list[float]
@@ -57,6 +59,13 @@ class LrRange:
     smoothed: list[float]
     lr: float | None
     reason: str
+    muon_lr: float | None = None
+
+    @property
+    def suggested(self) -> dict[str, float]:
+        """Settings of ``train`` and their suggested values; empty if the loss never fell."""
+        rates = {"optim.lr": self.lr, "optim.muon_lr": self.muon_lr}
+        return {key: rate for key, rate in rates.items() if rate is not None}
 
     def plot(self) -> Plot:
         """Draw the loss over the learning rate, which is logarithmic."""
@@ -72,14 +81,18 @@ class LrRange:
         return Plot(curve_svg(lines, title=title, x_label="learning rate", log_x=True))
 
     def __repr__(self) -> str:
-        return f"LrRange(lr={self.lr}, {len(self.rates)} steps): {self.reason}"
+        beside = "" if self.muon_lr is None else f", muon_lr={self.muon_lr}"
+        return f"LrRange(lr={self.lr}{beside}, {len(self.rates)} steps): {self.reason}"
 
     def _repr_svg_(self) -> str:
         return self.plot().svg
 
 
 class _Rising(Trainer):
-    """A trainer whose learning rate grows by the same factor at every step, and which stops when the loss diverges."""
+    """A trainer whose learning rate grows by the same factor at every step, and which stops when the loss diverges.
+
+    Its ``optim.lr`` is 1.
+    """
 
     def __init__(self, *args: Any, lowest: float, highest: float, **options: Any) -> None:
         super().__init__(*args, quiet=True, **options)
@@ -89,8 +102,7 @@ class _Rising(Trainer):
 
     def lr_factor(self) -> float:
         share = self.state.step / max(1, self.state.total_steps - 1)
-        rate: float = self.lowest * (self.highest / self.lowest) ** share
-        return rate / float(self.optim.lr)
+        return float(self.lowest * (self.highest / self.lowest) ** share)
 
     def _after_step(self, record: dict[str, Any]) -> None:
         super()._after_step(record)
@@ -119,7 +131,7 @@ def lr_range_test(
 
     Args:
         config: as in `pretrain.train`; its learning rate, limit, schedule and evaluations are not used. With Muon the
-            rate of its matrices rises in proportion (``optim.muon_lr / optim.lr``).
+            rate of its matrices rises in proportion (``optim.muon_lr / optim.lr``), and both are suggested.
         lowest: learning rate of the first step.
         highest: learning rate of the last step, which a diverging loss prevents.
         steps: number of steps.
@@ -130,7 +142,7 @@ def lr_range_test(
         Rates, losses and the suggestion; a notebook shows the curve.
 
     Raises:
-        PretrainError: a setting or the data cannot be used.
+        PretrainError: a setting or the data cannot be used, such as an ``optim.lr`` of 0 beside Muon.
     """
     settings = RunConfig.load(config, sections or None)
     if not 0 < lowest < highest < math.inf or steps < _FEWEST:
@@ -147,10 +159,13 @@ def lr_range_test(
     model = make_model(settings, data)
     chosen = settings.objective
     goal = build_objective(chosen.class_path, chosen.init_args, model, settings.train.seed)
+    muon = _muon_beside(settled_lr(settings.optim, goal)[0])
     trainer = _Rising(
         goal,
         data.train,
-        optim=dataclasses.replace(settings.optim, ema=0.0, unfreeze=0.0),
+        optim=dataclasses.replace(
+            settings.optim, lr=1.0, muon_lr=muon or 0.0, ema=0.0, unfreeze=0.0
+        ),
         train=dataclasses.replace(
             settings.train,
             out=os.fspath(folder),
@@ -171,7 +186,26 @@ def lr_range_test(
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return judged(trainer.rates, trainer.losses)
+    found = judged(trainer.rates, trainer.losses)
+    if muon is None or found.lr is None:
+        return found
+    return dataclasses.replace(found, muon_lr=float(f"{muon * found.lr:.1e}"))
+
+
+def _muon_beside(optim: OptimConfig) -> float | None:
+    """Return the rate of Muon as a multiple of that of AdamW beside it; None without Muon.
+
+    Raises:
+        ConfigError: the rate of AdamW is 0.
+    """
+    if optim.name != "muon":
+        return None
+    if not optim.lr:
+        raise ConfigError(
+            f"With Muon a range test raises {option_name('muon_lr')} in proportion to {option_name('lr')}, which is 0. "
+            "Give that a rate above 0, or leave it out."
+        )
+    return optim.muon_lr / float(optim.lr)
 
 
 def smooth(losses: list[float]) -> list[float]:
