@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.checkpoint import latest, read_training
+from pretrain.errors import CheckpointError
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, trainer
 
@@ -122,12 +123,12 @@ def test_a_longer_limit_goes_on(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_a_run_without_the_average_goes_on_from_the_raw_weights(tmp_path: Path) -> None:
-    options = {"schedule": "constant", "warmup": 0.0}
-    _run(tmp_path / "whole", "NextToken", limit="12 steps", optim=options)
-    _run(tmp_path / "cut", "NextToken", limit="6 steps", optim={"ema": 0.9, **options})
-    _run(tmp_path / "cut", "NextToken", limit="12 steps", optim=options)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+def test_the_average_of_the_weights_is_neither_begun_nor_ended_by_resuming(tmp_path: Path) -> None:
+    for before, after in ((0.9, 0.0), (0.0, 0.9)):
+        out = tmp_path / str(before)
+        _run(out, "NextToken", limit="2 steps", optim={"ema": before})
+        with pytest.raises(CheckpointError, match=r"optim\.ema"):
+            _run(out, "NextToken", limit="4 steps", optim={"ema": after})
 
 
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(

@@ -26,7 +26,7 @@ class WeightAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self._module = decay, module
+        self.decay = decay
         params = dict(module.named_parameters()) if decay else {}
         # Every rank keeps the average of its own shards.
         self._params = {name: local(p.detach()) for name, p in params.items()}
@@ -67,8 +67,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, raw: Mapping[str, Tensor]) -> None:
-        """Given a model that holds the average, put the raw weights into it; the average is kept if it is enabled."""
-        for name, p in self._module.named_parameters():
-            if name in self._shadow:
-                self._shadow[name].copy_(local(p))
-            local(p).copy_(raw[name])
+        """Given a model that holds the average, set that aside and put the raw weights into the model."""
+        for name, shadow in self._shadow.items():
+            shadow.copy_(raw[name])
+        self._swap()

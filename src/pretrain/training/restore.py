@@ -151,8 +151,13 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"{checkpoint}/training lacks {stem}.safetensors: the run was made with another optim.ema. Use the "
                 "old value or a new train.out."
             )
-    if "weights" in training.tensors:  # the model holds their average, also if this run keeps none
+    if trainer.average.decay:
         trainer.average.load(training.tensors["weights"])
+    elif "weights" in training.tensors:
+        raise CheckpointError(
+            f"{checkpoint} holds the average of the weights, and this run keeps none (optim.ema is 0), so it would go "
+            "on from other weights than those of its moments. Use the old value or a new train.out."
+        )
     trainer.optimizers.load(training.tensors["optimizer"])
     return state
 
