@@ -11,11 +11,13 @@ import torch
 from sklearn import metrics as sk
 from torch.nn import functional as F
 
+import pretrain
 from contract import check_objective
 from finetuning.conftest import ANIMALS, model_of, rows_of
 from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import ConfigError, DataError
+from pretrain.inference import predict
 from pretrain.objectives.classification import Classification
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_precision
@@ -183,6 +185,17 @@ def test_options_of_one_class_are_not_ignored_with_several(option: dict[str, Any
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         task_of(**options)
+
+
+@pytest.mark.parametrize("separator", [" / ", "/"])
+def test_a_separator_holds_for_further_rows(separator: str, tmp_path: Path) -> None:
+    task = task_of(problem="multi_label", label_separator=separator)
+    task.model.extra_config["pretrain"] = {"objective": task.describe()}
+    task.model.save(tmp_path / "model")
+    reopened = predict.task_of(pretrain.load(tmp_path / "model", quiet=True))
+    for one in (task, reopened):
+        assert one.truth(bad(["cat / dog", "fox"])) == [["cat", "dog"], ["fox"]]
+    assert "label_separator" not in task_of().describe()
 
 
 def test_what_is_learned_of_the_rows() -> None:

@@ -21,6 +21,7 @@ from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.rows import encode
 from pretrain.inference.chat import chat as answer
+from pretrain.inference.predict import rebuilt
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.instruction import Instruction
 from pretrain.printing import printable
@@ -439,7 +440,8 @@ def test_conversation_without_an_answer_is_refused() -> None:
     Instruction.learn(table(silent), {"drop_unanswered": True})
     with pytest.raises(DataError, match="row 3.*no turn of the assistant"):
         Instruction(model()).encode(table(silent))
-    rows = Instruction(model(), drop_unanswered=True).encode(table(silent))
+    task = rebuilt(Instruction(model(), drop_unanswered=True), model())  # as it is recorded
+    rows = task.encode(table(silent))
     assert rows.dropped == {"no turn of the assistant": [2]} and len(rows) == 2
     with pytest.raises(DataError, match="has no conversations"):
         Instruction.learn(table([{"text": "a", "label": "b"}]), {})

@@ -22,6 +22,8 @@ from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.finetuning.measure import labelled
+from pretrain.inference.predict import task_of
 from pretrain.metrics import box_iou, detection_precision, without_overlap
 from pretrain.objectives.object_detection import ObjectDetection
 
@@ -524,7 +526,11 @@ def test_a_size_that_an_annotation_states_must_be_that_of_the_image(
 
 def test_row_options_are_keywords_as_the_messages_say(tmp_path: Path) -> None:
     rows = [
-        {**row, "boxes": [[a, b, c - a, d - b] for a, b, c, d in row["boxes"]]}
+        {
+            **row,
+            "boxes": [[a, b, c - a, d - b] for a, b, c, d in row["boxes"]],
+            "corners": row["boxes"],
+        }
         for row in squares(12)
     ]
     options = {
@@ -538,3 +544,7 @@ def test_row_options_are_keywords_as_the_messages_say(tmp_path: Path) -> None:
     result = pretrain.finetune(model, rows, box_format="xywh", out=tmp_path / "run", **options)
     whole = np.concatenate([example["boxes"] for example in result.task.encode(result.data.train)])
     assert (whole[:, 2:] > whole[:, :2]).all() and whole.max() > 20
+    reopened = task_of(pretrain.load(tmp_path / "run", quiet=True))
+    for task in (result.task, reopened):  # further rows are read in the same way
+        found = [example["boxes"] for example in task.encode(labelled(rows, task, {}))]
+        assert all((a == row["corners"]).all() for a, row in zip(found, rows, strict=True))

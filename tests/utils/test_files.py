@@ -122,9 +122,20 @@ def test_any_bytes_as_json_give_only_our_errors(data):
 
 
 def test_absolute_paths_are_cut_to_names():
-    given = ["/home/me/books", "C:\\Users\\me\\b.txt", "~/c", "hub:org/name", "books/*.txt"]
+    given = [
+        "/home/me/books",
+        "C:\\Users\\me\\b.txt",
+        "~/c",
+        "hub:org/name",
+        "books/*.txt",
+        "/",
+        "\\\\",
+    ]
     found = names_only({"a": given, "/x/k": 1.5})
-    assert found == {"a": ["books", "b.txt", "c", "hub:org/name", "books/*.txt"], "k": 1.5}
+    assert found == {
+        "a": ["books", "b.txt", "c", "hub:org/name", "books/*.txt", "/", "\\\\"],
+        "k": 1.5,
+    }
 
 
 def test_a_note_is_one_clean_line(capfd):

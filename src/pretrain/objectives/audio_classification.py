@@ -34,7 +34,8 @@ class AudioClassification(ImageClassification):
         shift: largest random shift of a training spectrogram in time, as a share of its frames.
         mask_time: widest random mask in time, as a share of the frames; see ``SpectrogramChanges``.
         mask_bands: widest random mask of mel bands, as a share of them.
-        problem, class_weights, label_smoothing, threshold, codes: see ``Classification``.
+        problem, class_weights, label_smoothing, threshold, codes, label_separator: see
+            ``Classification``.
         max_length: of texts only; None.
 
     Raises:
@@ -61,6 +62,7 @@ class AudioClassification(ImageClassification):
         label_smoothing: float = 0.0,
         threshold: float = 0.5,
         codes: Mapping[str, int] | None = None,
+        label_separator: str | None = None,
         max_length: int | None = None,
     ) -> None:
         super().__init__(
@@ -70,6 +72,7 @@ class AudioClassification(ImageClassification):
             label_smoothing=label_smoothing,
             threshold=threshold,
             codes=codes,
+            label_separator=label_separator,
             max_length=max_length,
         )
         self.augmentation = SpectrogramChanges(shift, mask_time, mask_bands)

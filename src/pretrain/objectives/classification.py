@@ -86,10 +86,10 @@ class Classification(ClassTask):
         class_weights, label_smoothing: see ``ClassTask``.
         threshold: probability above which a class is predicted, for multi-label problems.
         codes: class number of every spelling of a label in the column; by default the labels themselves.
+        label_separator: separator between several labels in one text cell, "" for none; not given, as detected.
         max_length, pack: see ``Task``.
 
-    Row options: ``labels``, the class names in order; ``label_separator``, the separator between several labels in
-    one text cell, "" for none.
+    Row options: ``labels``, the class names in order.
 
     Raises:
         ConfigError: an option out of range.
@@ -113,7 +113,6 @@ class Classification(ClassTask):
     recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     head_kind: ClassVar[str | None] = "sequence-classification"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "macro_f1", "micro_f1", "mcc")
-    row_options: ClassVar[Mapping[str, Any]] = {**Task.row_options, "label_separator": str | None}
 
     def __init__(
         self,
@@ -124,6 +123,7 @@ class Classification(ClassTask):
         label_smoothing: float = 0.0,
         threshold: float = 0.5,
         codes: Mapping[str, int] | None = None,
+        label_separator: str | None = None,
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
@@ -138,6 +138,7 @@ class Classification(ClassTask):
         if problem == _MULTI and not 0 < threshold < 1:
             raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1.")
         self.problem, self.threshold = problem, threshold
+        self.label_separator = label_separator
         self._map = LabelMap(self.labels, _checked_codes(codes, self.labels))
         model.extra_config["problem_type"] = f"{problem}_classification"
 
@@ -233,7 +234,8 @@ class Classification(ClassTask):
         Raises:
             DataError: a label is not among those of the model.
         """
-        rows = _class_numbers(table, self._map, single=self.single)
+        separator = self.label_separator
+        rows = _class_numbers(table, self._map, single=self.single, separator=separator)
         if self.single:
             return [np.asarray(row[0], dtype=np.int64) for row in rows]
         targets = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
@@ -351,8 +353,12 @@ class Classification(ClassTask):
 
     def describe(self) -> dict[str, Any]:
         codes = dict(self._map.codes)
-        known = codes.keys() == set(self.labels)
-        return super().describe() | ({} if known else {"codes": codes})
+        own: dict[str, Any] = {"codes": codes} if codes.keys() != set(self.labels) else {}
+        if (
+            self.label_separator is not None
+        ):  # the default is left out, as in descriptions of earlier runs
+            own["label_separator"] = self.label_separator
+        return super().describe() | own
 
 
 def _class_numbers(

@@ -48,7 +48,8 @@ class ImageClassification(ImageTask, Classification):
         cutmix: the same for a box of the image that is replaced by that of another one; 0 for none.
         pooling: what the classifier of a ViT reads: ``first``, the class token, or the ``mean`` of the patches, as in
             the fine-tuning of MAE; not given, as the config of the model says. It is recorded there.
-        problem, class_weights, label_smoothing, threshold, codes: see ``Classification``.
+        problem, class_weights, label_smoothing, threshold, codes, label_separator: see
+            ``Classification``.
         max_length: of texts only; None.
 
     Raises:
@@ -78,6 +79,7 @@ class ImageClassification(ImageTask, Classification):
         label_smoothing: float = 0.0,
         threshold: float = 0.5,
         codes: Mapping[str, int] | None = None,
+        label_separator: str | None = None,
         max_length: int | None = None,
     ) -> None:
         self.refuse_length(max_length)
@@ -88,6 +90,7 @@ class ImageClassification(ImageTask, Classification):
             label_smoothing=label_smoothing,
             threshold=threshold,
             codes=codes,
+            label_separator=label_separator,
             pack=False,
         )
         self.augmentation: Any = Augmentation(crop, flip, randaugment)

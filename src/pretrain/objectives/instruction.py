@@ -488,8 +488,11 @@ class Instruction(Task, TokenObjective):
         return {"answer": text, "messages": [*messages, {"role": "assistant", "content": text}]}
 
     def describe(self) -> dict[str, Any]:
-        # The default is left out, as in the descriptions of runs from before this option existed.
-        return super().describe() | ({"long": self.long} if self.beyond_chosen else {})
+        # Defaults are left out, as in the descriptions of runs from before these options were recorded.
+        own: dict[str, Any] = {"long": self.long} if self.beyond_chosen else {}
+        return (
+            super().describe() | own | ({"drop_unanswered": True} if self.drop_unanswered else {})
+        )
 
 
 def token_batch(task: Task, examples: ExampleList) -> Batch:

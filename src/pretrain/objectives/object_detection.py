@@ -58,6 +58,7 @@ LABEL = Role(
     help="the class of each box",
     target=True,
 )
+_FORMATS = ("xyxy", "xywh")  # of boxes in a column; the first is the default
 _THRESHOLDS = tuple(0.5 + 0.05 * k for k in range(10))
 _BUMP = 0.54  # size of the bump in units of the box (TTFNet)
 _SIDES_WEIGHT = 5.0  # of the overlap beside the focal loss (TTFNet)
@@ -78,10 +79,11 @@ class ObjectDetection(ImageTask):
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not where left and right have a meaning.
         codes: class number of every spelling of a label; by default the labels themselves.
+        box_format: ``xyxy`` (left, top, right, bottom) or ``xywh`` (left, top, width, height) of boxes in a column;
+            those of COCO and Pascal VOC are read as they are defined.
         max_length: of texts only; None.
 
-    Row options: ``labels``, the class names in order; ``box_format``, ``xyxy`` (left, top, right, bottom) or ``xywh``
-    (left, top, width, height) of boxes in a column; those of COCO and Pascal VOC are read as they are defined.
+    Row options: ``labels``, the class names in order.
     """
 
     name: ClassVar[str] = "object-detection"
@@ -93,7 +95,6 @@ class ObjectDetection(ImageTask):
     head_kind: ClassVar[str | None] = "object-detection"
     figures: ClassVar[tuple[str, ...] | None] = None  # each class has one
     closed: ClassVar[str] = "It finds no objects of other classes, or takes them for one of these."
-    row_options: ClassVar[Mapping[str, Any]] = {**ImageTask.row_options, "box_format": str}
 
     def __init__(
         self,
@@ -102,12 +103,14 @@ class ObjectDetection(ImageTask):
         crop: float = 0.5,
         flip: bool = False,
         codes: Mapping[str, int] | None = None,
+        box_format: str = _FORMATS[0],
         max_length: int | None = None,
     ) -> None:
         self.refuse_length(max_length)
         super().__init__(model, pack=False)
         self.labels: tuple[str, ...] = tuple(model.labels or ())
         self.augmentation = Augmentation(crop, flip)
+        self.box_format = box_format
         self.codes = dict(codes or {label: k for k, label in enumerate(self.labels)})
         own = {label: k for k, label in enumerate(self.labels)}
         self.known = LabelMap(self.labels, {**own, **self.codes})
@@ -158,15 +161,15 @@ class ObjectDetection(ImageTask):
             labels = learned.labels or ()
             own = {label: k for k, label in enumerate(labels)}
             known = LabelMap(labels, {**own, **learned.options["codes"]})
-            form = options.get("box_format", "xyxy")
-            columns["boxes"], numbers = _boxes_of(table, known, form)
+            found, numbers = _boxes_of(table, known, options.get("box_format", _FORMATS[0]))
+            columns["boxes"] = [[Corners(box) for box in row] for row in found]
             columns["label"] = [[labels[k] for k in row] for row in numbers]
         return table.with_columns(columns, {})
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         if not targets:
             return self.encode_inputs(table, targets=False)[0]
-        boxes, numbers = _boxes_of(table, self.known, "xyxy")
+        boxes, numbers = _boxes_of(table, self.known, self.box_format)
         remarks: list[tuple[int, str]] = []
 
         def target(i: int, image: Stored) -> Any:
@@ -198,12 +201,17 @@ class ObjectDetection(ImageTask):
             rows.remark(i, text)
         return rows
 
+    def describe(self) -> dict[str, Any]:
+        # The default is left out, as in the descriptions of earlier runs.
+        default = self.box_format == _FORMATS[0]
+        return super().describe() | ({} if default else {"box_format": self.box_format})
+
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """The boxes of the training image with the median number of them, for every image."""
         parts = [
             [
                 np.column_stack([np.asarray(b, np.float64).reshape(-1, 4), np.asarray(k)])
-                for b, k in zip(*_boxes_of(table, self.known, "xyxy"), strict=True)
+                for b, k in zip(*_boxes_of(table, self.known, self.box_format), strict=True)
             ]
             for table in (train, held_out)
         ]
@@ -405,7 +413,7 @@ class ObjectDetection(ImageTask):
 
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Boxes and predicted boxes over their images; the score is the mean overlap of an object with its best box."""
-        boxes, numbers = _boxes_of(table, self.known, "xyxy")
+        boxes, numbers = _boxes_of(table, self.known, self.box_format)
         rows = []
         for i, answer in shown_answers(self, table):
             if answer:
@@ -461,8 +469,8 @@ def _boxes_of(
         ConfigError: ``form`` is none that is known.
         DataError: a box or a label that cannot be used; names the row.
     """
-    if form not in ("xyxy", "xywh"):
-        raise ConfigError(f"box_format is {form!r}; it must be 'xyxy' or 'xywh'.")
+    if form not in _FORMATS:
+        raise ConfigError(f"box_format is {form!r}; it must be {' or '.join(map(repr, _FORMATS))}.")
     labels, boxes = _lists(table, "label"), list[list[list[float]]]()
     shares: list[bool] = []  # of the rows with a box
     for i, row in enumerate(_lists(table, "boxes")):
@@ -481,7 +489,7 @@ def _boxes_of(
             )
         if array.any():
             shares.append(bool(array.min() >= 0 and array.max() <= 1))
-        if form == "xywh":
+        if form != _FORMATS[0]:
             own = [not isinstance(box, Corners) for box in row]
             array[own, 2:] += array[own, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):

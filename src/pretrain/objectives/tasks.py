@@ -186,7 +186,8 @@ class Task(Objective):
         baseline: what a classical baseline reads of the rows: ``TF-IDF``, a key of ``VECTORS`` in
             ``pretrain.finetuning.baseline``, or what `baseline_outputs` reads; None if there is no such baseline.
         head_kind: the head that the model gets; None keeps the one it has.
-        row_options: options that only `learn` and `tidy` read, with their types.
+        row_options: options that only `learn` and `tidy` read of the training rows, with their types; those by which
+            further rows are read too are arguments, and recorded.
         recorded: attributes that ``describe`` records in config.json, as arguments of a later task.
 
     Args:

@@ -122,7 +122,8 @@ def names_only(value: Any) -> Any:
         absolute = value.startswith(("/", "~/", "\\\\", "file:/")) or re.match(
             r"^[A-Za-z]:[\\/]", value
         )
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if absolute else value
+        name = re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        return name if absolute and name.strip() else value  # a lone slash names nothing
     if isinstance(value, Mapping):
         return {names_only(key): names_only(item) for key, item in value.items()}
     return [names_only(item) for item in value] if isinstance(value, list | tuple) else value
