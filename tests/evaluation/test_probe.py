@@ -19,7 +19,7 @@ import tiny
 from pretrain import metrics
 from pretrain.cli.main import main
 from pretrain.errors import ConfigError, DataError, ModelError
-from pretrain.evaluation.probe import image_vectors
+from pretrain.evaluation.probe import METHODS, image_vectors
 from pretrain.models import build
 from pretrain.models.base import Model
 
@@ -140,6 +140,29 @@ def test_several_labels_of_a_row_are_refused_before_the_features(
     for source in (several, str(tmp_path / "a.npz")):
         with pytest.raises(DataError, match="several at once.*one class"):
             pretrain.probe(model, source)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["names", "numbers", "digits"])
+def test_rows_of_several_sources_are_compared_by_the_names_of_their_classes(
+    model: Model, tmp_path: Path, method: str, form: str
+) -> None:
+    """Whatever numbers a source gives the classes, and in whatever type it holds them."""
+    parts = [pictures(count, seed) for seed, count in enumerate((60, 30, 45))]
+    sources: list[Any] = []
+    for k, (rows, names) in enumerate(
+        zip(parts, ("c0 c1 c2", "c2 c0 c1", "c1 c2 c0"), strict=True)
+    ):
+        numbers = [int(label[1]) for label in rows["label"]]
+        order = names.split() if form == "names" else [str(n) for n in range(3)]
+        at = [order.index(f"c{n}") if form == "names" else n for n in numbers]
+        held = {"class_names": np.array(order)} if form == "names" else {}
+        np.savez(tmp_path / f"{k}.npz", images=np.stack(rows["image"]), labels=np.array(at), **held)
+        written = {**rows, "label": list(map(str, numbers))}
+        sources.append(written if form == "digits" and k else str(tmp_path / f"{k}.npz"))
+    train, valid, test = sources
+    found = pretrain.probe(model, train, valid=valid, test=test, method=method)
+    assert found == asked(model, method=method)
 
 
 @pytest.mark.parametrize("k", [1, 7])

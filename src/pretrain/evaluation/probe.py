@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives import task_class
 from pretrain.objectives.row_pixels import check_processor
-from pretrain.objectives.tasks import Task
+from pretrain.objectives.tasks import Learned, Task
 from pretrain.utils.files import note
 from pretrain.utils.imports import sklearn_module
 
@@ -166,20 +166,32 @@ def _tables(
     settings, objects = from_keywords(None, model, name, {**given, "seed": seed, **columns})
     task = task_class(name)
     found = open_data(settings, objects, task)
-    train, choose, score = found.train, found.valid, found.test
-    for table in (part for part in (train, choose, score) if part is not None):
-        for i, label in enumerate(table.columns["label"]):
-            if not isinstance(label, Hashable):
-                raise DataError(
-                    f"{table.where(i)}: the label is {str(label)[:40]}, several at once, and a probe tells single "
-                    "classes apart. Give each row one class."
-                )
-    if score is None:
+    parts = [found.train, found.valid, *([] if found.test is None else [found.test])]
+    train, choose, *rest = (_named(table, task, found.learned) for table in parts)
+    if rest:
+        (score,) = rest
+    else:
         train, score = split(train, label_strata(train.columns["label"]), share, seed)
         role = task.roles[0].name
         train, _ = drop_duplicates(train, score, [role], "test")
         choose, _ = drop_duplicates(choose, score, [role], "test")
     return [train, choose, score]
+
+
+def _named(table: Table, task: type[Task], learned: Learned) -> Table:
+    """Return a table with the name of the class of each row, whatever numbers its source gives the classes.
+
+    Raises:
+        DataError: rows may have several classes each.
+    """
+    classes = task.classes(table, learned)
+    if classes is None:
+        raise DataError(
+            f"{table.where(0)}: the label is {str(table.columns['label'][0])[:40]}, several at once, and a probe tells "
+            "single classes apart. Give each row one class."
+        )
+    names = [(learned.labels or ())[k] for k in classes]
+    return table.with_columns({**table.columns, "label": names}, {})
 
 
 def _features(
