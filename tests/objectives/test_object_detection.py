@@ -176,7 +176,7 @@ def test_the_command_line(tuned: Any, place: Path) -> None:
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "coco.json")]) == 0
 
 
-def test_every_form_of_rows_gives_the_same_examples(place: Path) -> None:
+def test_every_form_of_rows_gives_the_same_examples(place: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows, goal = squares(6), task()
     objects = [
@@ -186,25 +186,34 @@ def test_every_form_of_rows_gives_the_same_examples(place: Path) -> None:
         }
         for row in rows
     ]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "objects": datasets.Sequence(
-                {"bbox": datasets.Sequence(datasets.Value("float32"), 4), "category": datasets.ClassLabel(names=NAMES)}
-            ),
-        }
-    )  # fmt: skip
-    frame = datasets.Dataset.from_dict(
-        {"image": [Image.fromarray(row["image"]) for row in rows], "objects": objects},
-        features=features,
-    )
+    box, listed = datasets.Sequence(datasets.Value("float32"), 4), datasets.List
+
+    def frame(kind: Any, other: bool) -> Any:
+        """A data set, whose classes may have other numbers."""
+        names = datasets.ClassLabel(names=NAMES[::-1] if other else NAMES)
+        cells = [{**o, "category": [k ^ other for k in o["category"]]} for o in objects]
+        one_each = {"bbox": box, "category": names}
+        inner = {"bbox": listed(box), "category": listed(names)} if kind is dict else kind(one_each)
+        if kind is listed:
+            cells = [
+                [{"bbox": b, "category": k} for b, k in zip(c["bbox"], c["category"], strict=True)]
+                for c in cells
+            ]
+        return datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(row["image"]) for row in rows], "objects": cells},
+            features=datasets.Features({"image": datasets.Image(), "objects": inner}),
+        )  # fmt: skip
+
+    frame(dict, True).to_parquet(tmp_path / "rows.parquet")
     wide = [
         {**row, "boxes": [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in row["boxes"]]}
         for row in rows
     ]
     sources: list[tuple[Any, dict[str, Any]]] = [
         (rows, {}), (wide, {"box_format": "xywh"}), (place / "rows.csv", {}),
-        (place / "coco.json", {}), (place / "voc", {}), (frame, {"labels": list(NAMES)}),
+        (place / "coco.json", {}), (place / "voc", {}),
+        *((frame(k, k is not dict), {"labels": list(NAMES)}) for k in (dict, datasets.Sequence, listed)),
+        (tmp_path / "rows.parquet", {"labels": list(NAMES)}),
         # Where the file says what its numbers are, they are not converted a second time.
         *((place / name, {"box_format": "xywh"}) for name in ("rows.csv", "coco.json", "voc")),
     ]  # fmt: skip
@@ -390,6 +399,21 @@ def test_boxes_may_be_arrays_and_json(tmp_path: Path) -> None:
         csv.writer(file).writerows([["image", "objects"], *(["a.png", cell] for cell in cells)])
     found = rows_of(goal, tmp_path / "objects.csv", labels=list(NAMES))
     assert [one["boxes"].tolist() for one in found] == [[[1, 2, 4, 6]], [[1, 2, 4, 6]], []]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        str, Path, Path.read_bytes, lambda path: {"bytes": path.read_bytes(), "path": None},
+        lambda path: {"bytes": None, "path": str(path)}, lambda path: np.asarray(Image.open(path)), Image.open,
+    ],
+)  # fmt: skip
+def test_rows_with_one_box_each_are_gathered_by_image_in_every_form(place: Path, cell: Any) -> None:
+    with open(place / "rows.csv", newline="") as file:
+        lines = [*csv.DictReader(file)]
+    rows = [{**line, "image": cell(place / "images" / line["image"])} for line in lines]
+    found = rows_of(task(), rows)
+    assert [one["boxes"].tolist() for one in found] == [row["boxes"] for row in squares(6)]
 
 
 @pytest.mark.parametrize(

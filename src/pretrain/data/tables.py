@@ -54,7 +54,8 @@ class Table:
     Args:
         name: name for messages: ``reviews.csv``, ``a list of 12 rows``.
         columns: values by column, unconverted; the cells of a CSV file stay strings.
-        label_names: class names, by column, of the columns that contain class numbers (``datasets.ClassLabel``).
+        label_names: class names, by column, of the columns that contain class numbers (``datasets.ClassLabel``); a key
+            of mappings in a column is called ``column.key``.
         places: location of each row in its source: a line number, or an index from 0; None: row i has index i.
         origin: name of the source in :meth:`where`.
         unit: ``line`` or ``row`` of a file, or the name of an index of an object in memory.
@@ -388,14 +389,9 @@ def _dataset(dataset: Any, name: str) -> Table:
             ((f"row {i}", _plain(row)) for i, row in enumerate(dataset)), name
         )
         made = stored | found  # what it leaves out, as many do with images, is read as it is stored
-    label_names = {}
-    for key, feature in features.items():
-        inner = feature
-        while inner is not None and not hasattr(inner, "names"):
-            inner = getattr(inner, "feature", None)
-        # A feature describes the stored column: names of classes do not belong to numbers that were changed.
-        if inner is not None and made[key] == stored[key]:
-            label_names[key] = [str(label) for label in inner.names]
+    # A feature describes the stored column: names of classes do not belong to numbers that were changed.
+    kept = {key: feature for key, feature in features.items() if made[key] == stored[key]}
+    label_names = {name: found for key in kept for name, found in _names_in(kept[key], key)}
     called = f"a data set of {len(dataset):,} rows"
     return Table(called, made, label_names, origin="a data set", unit="index")
 
@@ -742,17 +738,24 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
     """Return the class names, by column, that the datasets library stores in the metadata of a parquet file."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: found for name, kind in features.items() if (found := _names_in(kind))}
+        return {name: found for key in features for name, found in _names_in(features[key], key)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}  # written by another library, or in another layout: the values are used as they are
 
 
-def _names_in(feature: Any) -> list[str]:
-    while isinstance(feature, dict):
-        if feature.get("_type") == "ClassLabel":
-            return [str(name) for name in feature["names"]]
-        feature = feature.get("feature")
-    return []
+def _names_in(feature: Any, column: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield column and class names of each ``ClassLabel`` in a feature, an object or its description in a file."""
+    described = isinstance(feature, dict) and "_type" in feature
+    held = feature if described else getattr(feature, "__dict__", {})
+    if isinstance(feature, list):  # an earlier form of a sequence
+        yield from _names_in(feature[0], column)
+    elif held.get("names") is not None:
+        yield column, [str(name) for name in held["names"]]
+    elif "feature" in held:
+        yield from _names_in(held["feature"], column)
+    elif isinstance(feature, dict) and not described:
+        for key, inner in feature.items():
+            yield from _names_in(inner, f"{column}.{key}")
 
 
 # ------------------------------------------------------------------------------------------------- chunks

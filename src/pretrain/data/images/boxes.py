@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.images.decode import Picture
-from pretrain.data.images.rows import ImageTable, image_files, part_for, read_images
+from pretrain.data.images.rows import ImageTable, image_files, part_for, pictures, read_images
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
@@ -123,8 +123,8 @@ def gathered_boxes(
     if image is None or None in sides or chosen["boxes"] is not None:
         return _with_images(table, image)
     groups: dict[Any, list[int]] = {}
-    for i, value in enumerate(table.columns[image]):
-        groups.setdefault(value if isinstance(value, str) else id(value), []).append(i)
+    for i, picture in enumerate(pictures(table, image)):
+        groups.setdefault(_identity(picture, i), []).append(i)
     first = table.take([rows[0] for rows in groups.values()])
     gathered: dict[str, list[Any]] = {"boxes": []}
     if label is not None:
@@ -144,6 +144,14 @@ def gathered_boxes(
         if _of_images(sizes, [*groups.values()], gathered["boxes"]):
             kept[SIZE.name] = [sizes[rows[0]] for rows in groups.values()]
     return _with_images(first.with_columns({**kept, **gathered}, table.label_names), image)
+
+
+def _identity(picture: Picture | None, row: int) -> Any:
+    """Return what the rows of one image have in common: the path of its file, or else its content."""
+    if picture is None:
+        return row
+    path = isinstance(picture.source, str | Path)
+    return str(picture.source) if path else picture.digest
 
 
 def _of_images(
@@ -175,7 +183,10 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
         boxes.append([_corners(box) for box in found])
         labels.append(list(names))
     columns = {n: column for n, column in table.columns.items() if n != _OBJECTS}
-    return table.with_columns({**columns, "boxes": boxes, "label": labels}, table.label_names)
+    names = dict(table.label_names)
+    if (key := next((k for k in _KEYS[1] if f"{_OBJECTS}.{k}" in names), None)) is not None:
+        names["label"] = names.pop(f"{_OBJECTS}.{key}")
+    return table.with_columns({**columns, "boxes": boxes, "label": labels}, names)
 
 
 def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
