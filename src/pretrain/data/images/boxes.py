@@ -183,10 +183,10 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
         boxes.append([_corners(box) for box in found])
         labels.append(list(names))
     columns = {n: column for n, column in table.columns.items() if n != _OBJECTS}
-    names = dict(table.label_names)
-    if (key := next((k for k in _KEYS[1] if f"{_OBJECTS}.{k}" in names), None)) is not None:
-        names["label"] = names.pop(f"{_OBJECTS}.{key}")
-    return table.with_columns({**columns, "boxes": boxes, "label": labels}, names)
+    known = dict(table.label_names)
+    if (key := next((k for k in _KEYS[1] if f"{_OBJECTS}.{k}" in known), None)) is not None:
+        known["label"] = known.pop(f"{_OBJECTS}.{key}")
+    return table.with_columns({**columns, "boxes": boxes, "label": labels}, known)
 
 
 def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
