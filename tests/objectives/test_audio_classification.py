@@ -18,6 +18,8 @@ from pretrain.data.audio import AudioProcessor
 from pretrain.data.audio.source import labelled_audio
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.finetuning.measure import labelled
+from pretrain.inference.predict import predict_file
 from pretrain.objectives.audio_classification import AudioClassification
 from pretrain.objectives.masked_image import MaskedImage
 
@@ -151,6 +153,39 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
             tuned.predict(wrong)
     with pytest.raises(DataError, match="no audio"):
         tuned.predict([3])
+
+
+def test_a_column_beside_arrays_names_their_rate(tuned: Any, tmp_path: Path) -> None:
+    """In every form of rows, to train on, to evaluate and to answer; files name their own."""
+    samples, rates = tones(6)[0] / 32768, [RATE, RATE // 2, RATE // 3] * 2
+    clips = [clip[:: RATE // rate] for clip, rate in zip(samples, rates, strict=True)]
+    held = [{"array": clip, "sampling_rate": rate} for clip, rate in zip(clips, rates, strict=True)]
+
+    def scores(answers: Any) -> list[float]:
+        return [answer["score"] for answer in answers]
+
+    wanted = pytest.approx(scores(tuned.predict(held)), abs=1e-5)
+    assert scores(tuned.predict(clips)) != wanted
+    labels = ["low", "high", "rising"] * 2
+    rows = [
+        {"audio": c, "rate": r, "class": k} for c, r, k in zip(clips, rates, labels, strict=True)
+    ]
+    lists = [{**row, "audio": row["audio"].tolist()} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+    columns = {"audio": clips, "sample_rate": np.array(rates, float)}
+    for source in (rows, lists, columns, tmp_path / "rows.jsonl"):
+        assert scores(tuned.predict(source)) == wanted
+    assert scores(map(tuned.predict, rows)) == wanted
+    out = predict_file(tuned.model, tmp_path / "rows.jsonl", device="cpu", progress=False)
+    assert scores(map(json.loads, out.read_text().splitlines())) == wanted
+    opened = labelled(rows, tuned.task, {})
+    learned = AudioClassification.learn(opened, {"labels": NAMES})
+    for table in (opened, AudioClassification.tidy(opened, learned, {})):
+        seen = tuned.task.encode(table)
+        assert [e["audio"].clip.rate for e in seen] == rates
+    file = tmp_path / "a.wav"
+    write(file, tones(1)[0][0])
+    assert tuned.predict({"audio": str(file), "rate": 9}) == tuned.predict(file)
 
 
 def test_transformers_opens_the_directory_and_answers_alike(tuned: Any, place: Path) -> None:

@@ -17,6 +17,7 @@ from pretrain.data.images.rows import Medium
 from pretrain.data.labelled import Role
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.image_classification import ImageClassification
+from pretrain.objectives.tasks import Learned
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -43,7 +44,7 @@ class AudioClassification(ImageClassification):
     """
 
     name: ClassVar[str] = "audio-classification"
-    roles: ClassVar[tuple[Role, ...]] = (CLIP, Classification.roles[-1])
+    roles: ClassVar[tuple[Role, ...]] = (CLIP, *AUDIO.beside, Classification.roles[-1])
     head_kind: ClassVar[str | None] = "audio-classification"
     figures: ClassVar[tuple[str, ...] | None] = Classification.figures
     medium: ClassVar[Medium] = AUDIO
@@ -76,6 +77,16 @@ class AudioClassification(ImageClassification):
             max_length=max_length,
         )
         self.augmentation = SpectrogramChanges(shift, mask_time, mask_bands)
+
+    @classmethod
+    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
+        """As for images; a recording then knows what the columns beside it say of it."""
+        tidied, further = (
+            super().tidy(table, learned, options),
+            {role.name for role in AUDIO.beside},
+        )
+        columns = {name: held for name, held in tidied.columns.items() if name not in further}
+        return tidied.with_columns(columns, tidied.label_names)
 
     @property
     def reading(self) -> str:

@@ -66,6 +66,11 @@ class Clip(FileItem):
     rate: int | None = None
     broken: ClassVar[type[BrokenFile]] = BrokenAudio
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file or the bytes of one, which name their own rate."""
+        return isinstance(self.source, bytes | str | Path)
+
     def read(self) -> tuple[Sound, str | None]:
         """Decode the recording.
 
@@ -77,7 +82,7 @@ class Clip(FileItem):
         """
         remark: str | None = None
         rate = self.rate
-        if isinstance(self.source, bytes | str | Path):
+        if self.is_file:
             content = self.source if isinstance(self.source, bytes) else self._bytes()
             samples, rate, remark = _decode(content, self.name)
         else:

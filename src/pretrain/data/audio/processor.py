@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["AudioProcessor", "clip_of"]
+__all__ = ["AudioProcessor", "clip_of", "whole_rate"]
 
 _FILE, _NESTED, _KIND = "preprocessor_config.json", "processor_config.json", "ASTFeatureExtractor"
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples, whatever the rate
@@ -223,15 +223,19 @@ def clip_of(value: Any, name: str) -> Clip:
         array = value["array"] if value.get("array") is not None else value.get("raw")
         if array is None:
             return clip_of(value.get("bytes") or value.get("path"), name)
-        rate: Any = value.get("sampling_rate")
+        rate = value.get("sampling_rate")
         if isinstance(array, Sequence):
             array = np.asarray(array)
-        if isinstance(rate, float | np.floating) and float(rate).is_integer():
-            rate = int(rate)
-        return Clip(_plain(array), name, rate)
+        return Clip(_plain(array), name, whole_rate(rate))
     if isinstance(value, str | Path):
         return Clip(value, str(value))
     return Clip(_plain(value), name)
+
+
+def whole_rate(rate: Any) -> Any:
+    """Return a sampling rate as a whole number where it is one in another type; others are refused when it is read."""
+    real = isinstance(rate, float | np.floating)
+    return int(rate) if real and float(rate).is_integer() else rate
 
 
 def _plain(value: Any) -> Any:

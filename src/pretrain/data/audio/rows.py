@@ -13,9 +13,10 @@ import numpy as np
 
 from pretrain.data.audio.augment import StoredClip
 from pretrain.data.audio.decode import SUFFIXES, Clip, Sound
-from pretrain.data.audio.processor import AudioProcessor, clip_of
+from pretrain.data.audio.processor import AudioProcessor, clip_of, whole_rate
 from pretrain.data.images.decode import FileItem
 from pretrain.data.images.rows import Medium, read_all
+from pretrain.data.labelled import Role
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AUDIO", "mel_vectors"]
 
-_RATES = ("sampling_rate", "sample_rate", "rate")
+_RATE = Role(
+    "sampling_rate",
+    ("sampling_rate", "sample_rate", "rate"),
+    False,
+    "samples per second of an array; files say it themselves",
+)
 _SHORTEST = 64  # values of an array that is taken for audio; labels have fewer
 _PARTS, _BANDS = 8, 64  # of a clip, whose means a classical method reads, and mel bands
 
@@ -47,12 +53,20 @@ class _Audio(Medium):
             return super().from_mapping(value, name)
         return clip_of(value, f"the audio in {name}")
 
+    def completed(self, item: FileItem, row: Mapping[str, Any]) -> FileItem:
+        rate = row.get(_RATE.name)
+        if rate is None or not isinstance(item, Clip) or item.rate is not None or item.is_file:
+            return item
+        return Clip(item.source, item.name, whole_rate(rate))
+
     def column_of(
         self, path: Path, arrays: Mapping[str, Any], roles: Mapping[str, str]
     ) -> list[Any]:
-        given = next((arrays[name] for name in _RATES if name in arrays), None)
+        given = next((arrays[name] for name in _RATE.known if name in arrays), None)
         if given is None:
             note(f"{path}: no sampling_rate, so that of the model is assumed")
+        elif given.shape == (len(arrays[roles[self.column]]),) and len(given) > 1:
+            given = None  # a column, with one for each row
         elif given.size != 1 or given.dtype.kind not in "iu":
             raise DataError(f"{path}: sampling_rate is {given}; it must be one whole number.")
         rate = None if given is None else int(given.reshape(-1)[0])
@@ -66,6 +80,7 @@ AUDIO = _Audio(
     "(rows, samples) or (rows, samples, channels), and sampling_rate",
     "a path or the bytes of a .wav file, an array (samples,) of floats from -1 to 1, or a mapping with array and "
     "sampling_rate",
+    (_RATE,),
 )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from pretrain.data.labelled import Role
+
 __all__ = [
     "IMAGES",
     "Medium",
@@ -105,6 +107,7 @@ class Medium:
         dimensions: numbers of dimensions that an array of one row may have.
         shapes: shape of an array of all rows, for messages.
         cell: what a cell may be, for messages.
+        beside: roles of further columns, which say how the items are read.
     """
 
     column: str
@@ -116,6 +119,7 @@ class Medium:
     dimensions: tuple[int, ...]
     shapes: str
     cell: str
+    beside: tuple[Role, ...] = ()
 
     def holds(self, value: Any) -> bool:
         """Whether a value in memory is one item."""
@@ -131,6 +135,10 @@ class Medium:
         """Return an entry of the ``datasets`` library as an item, or the path that it names."""
         content, path = value.get("bytes"), value.get("path")
         return self.item(content, f"{path} ({name})" if path else name) if content else path
+
+    def completed(self, item: FileItem, row: Mapping[str, Any]) -> FileItem:
+        """Return an item with what the columns ``beside`` it say in its row."""
+        return item
 
     def column_of(
         self, path: Path, arrays: Mapping[str, Any], roles: Mapping[str, str]
@@ -238,7 +246,12 @@ def pictures(table: Table, role: str = "", medium: Medium = IMAGES) -> list[Any]
     """
     folder = Path(table.origin).parent if table.origin and Path(table.origin).is_file() else None
     column = table.columns[role or medium.column]
-    return [_picture(value, table, i, folder, medium) for i, value in enumerate(column)]
+    items = [_picture(value, table, i, folder, medium) for i, value in enumerate(column)]
+    further = [role.name for role in medium.beside if role.name in table.columns]
+    return [
+        item and medium.completed(item, {name: table.columns[name][i] for name in further})
+        for i, item in enumerate(items)
+    ]
 
 
 def decoded(

@@ -139,7 +139,7 @@ def rows_by_class(
 
 
 def _by_role(table: Table, role: Role, medium: Medium, labels: bool) -> Table:
-    roles = (role, _LABEL) if labels else (role,)
+    roles = (role, *medium.beside, *[_LABEL] * labels)
     found = roles_table(table, choose_columns(table, roles, {}))
     columns = {**found.columns, role.name: pictures(found, medium=medium)}
     return found.with_columns(columns, found.label_names)
