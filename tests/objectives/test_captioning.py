@@ -221,6 +221,22 @@ def test_texts_in_files_beside_images(
     assert result.data.counts["train"] + result.data.counts["valid"] <= 7
 
 
+def test_several_texts_of_a_cell_are_the_same_printed_as_held(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A list in a cell of a CSV file, as pandas writes it, is read as retrieval reads it."""
+    pandas = pytest.importorskip("pandas")
+    texts = [["a cat", "it's red"], ["[1] a dog"], []]
+    frame = pandas.DataFrame({"image": ["a.png", "b.png", "c.png"], "caption": texts})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    goal = task(tokenizer)
+    for source in (frame, tmp_path / "a.csv"):
+        found = goal.gathered(goal.read(source), {}).columns["caption"]
+        assert found[:3] == ["a cat", "it's red", "[1] a dog"] and len(found) == 4
+    plain = frame.assign(caption=["[a", "['a' b]", "c"])
+    assert goal.gathered(goal.read(plain), {}).columns["caption"] == ["[a", "['a' b]", "c"]
+
+
 @pytest.mark.parametrize("form", ["array", "list"])
 def test_a_row_with_one_image_is_one_input(form: str, tuned: Any) -> None:
     image = np.asarray(SCENES[0]["image"])

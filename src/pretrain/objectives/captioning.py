@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.captions import listed
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.data.images.rows import decoded, pictures
 from pretrain.data.images.source import IMAGE
@@ -146,7 +147,7 @@ class Captioning(ImageTask, TokenObjective):
         """Make a row of each text, where files beside images have one in each line."""
         known = next(role.known for role in cls.roles if role.name == "text")
         name = columns.get("text") or next((n for n in known if n in table.columns), None)
-        cells = table.columns.get(name, ()) if name is not None else ()
+        cells = [listed(cell) for cell in table.columns.get(name, ())] if name is not None else []
         if name is None or not any(isinstance(cell, list) for cell in cells):
             return table
         texts = [[c for c in cell if c] if isinstance(cell, list) else [cell] for cell in cells]

@@ -24,6 +24,7 @@ __all__ = [
     "caption_fields",
     "captioned_images",
     "captions_by_row",
+    "listed",
     "one_row_for_each_image",
     "read_pairs",
 ]
@@ -178,13 +179,17 @@ def captions_by_row(table: Table) -> dict[int, list[str]]:
     return found
 
 
+def listed(cell: Any) -> Any:
+    """Return the list of texts that is printed in a cell of a CSV file; any other value as it is."""
+    printed = isinstance(cell, str) and cell.lstrip().startswith(("['", '["'))
+    found = printed_list(cell) if printed else None
+    return cell if found is None else found
+
+
 def _captions(table: Table, i: int) -> list[str]:
     """Return the captions of a row: a text, a list of texts, or such a list in the cell of a CSV file."""
-    value = table.columns["caption"][i]
-    if isinstance(value, str):
-        listed = printed_list(value) if value.lstrip().startswith(("['", '["')) else None
-        value = [value] if listed is None else listed
-    several = [] if value is None else value
+    value = listed(table.columns["caption"][i])
+    several = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(several, list | tuple) or not all(isinstance(v, str) for v in several):
         raise DataError(
             f"{table.where(i)}: the caption is {type(value).__name__} {str(value)[:40]!r}, not a text or a list of "
