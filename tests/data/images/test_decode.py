@@ -82,6 +82,50 @@ def test_wide_types_of_few_values_are_told(kind: Any, high: int, told: str | Non
         assert (told or "") in (remark or "") and bool(told) == bool(remark)
 
 
+def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
+    """Return a PNG of rows of pixels as they stand before compression."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def wide_png(values: np.ndarray) -> bytes:
+    """Return a PNG of 16 bits a channel, which Pillow does not write: (H, W, C) with C 2, 3 or 4."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(width, height, 16, {2: 4, 3: 2, 4: 6}[channels], rows)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_do_not_become_black_without_a_word(channels: int) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (4, 6, channels)).astype(np.uint16)
+    array[0, 0] = 255
+    if channels != 3:
+        array[..., -1] = 65535  # opaque
+    colours = np.s_[..., : 3 if channels > 2 else 1]
+    for factor, told in ((1, None), (16, "dark"), (256, "")):
+        scaled = array.copy()
+        scaled[colours] *= factor
+        content = wide_png(scaled)
+        for source in (content, Image.open(io.BytesIO(content))):
+            if told is None:
+                with pytest.raises(BrokenImage, match="at most the lower 8 are used"):
+                    Picture(source, "it").read()
+                continue
+            image, remark = Picture(source, "it").read()
+            assert (np.asarray(image)[colours] == scaled[colours] >> 8).all()
+            assert told in (remark or "") and bool(told) == bool(remark)
+        with pytest.raises(BrokenImage, match="in grey"):
+            Picture(content, "it").numbers()
+    thin = Image.new("RGB", (4, 4), (3, 3, 3))  # 16 bits for all three colours, or 8 for each
+    assert Picture(stored(thin, "BMP"), "it").read()[1] is None
+
+
 def test_a_photo_is_turned_upright() -> None:
     image = Image.new("RGB", (6, 4))
     image.putpixel((0, 0), (255, 0, 0))
@@ -119,14 +163,7 @@ def test_of_an_animation_the_first_frame_is_read_and_said() -> None:
 
 def bomb(side: int) -> bytes:
     """A valid PNG of a few bytes that claims many pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + data + chunk(b"IEND", b"")
+    return png(side, side, 8, 0, b"\0" * 1000)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,6 +72,9 @@ SUFFIXES = frozenset(
     }
 )  # fmt: skip
 MOST_PIXELS = 1 << 26  # 8,192 x 8,192; a small file may claim, and decode to, any number
+# How Pillow calls colours of 16 bits in a file; BGR;16 are 16 bits for all three.
+_WIDE = re.compile(r"\(?'?(RGB|LA)\w*;16")
+_DARK = "16 bits of which at most 12 are used, so it is read as dark; scale the values first"
 _NARROWEST = 100  # longer side of an image, in units of the shorter
 
 
@@ -309,11 +313,20 @@ class Picture(FileItem):
             # The further pictures of an MPO file are previews, which cameras add.
             if content and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 frames = "several frames or pages, of which the first is read"
+            wide = _WIDE.match(str(next((tile[3] for tile in getattr(image, "tile", ())), "")))
             image.load()
+            if wide and then is not None:
+                raise BrokenImage(
+                    self.name,
+                    "a mask in colours of 16 bits",
+                    "its colours have 16 bits each, of which only the upper ones are read. Store it in grey or with a "
+                    "palette",
+                )
             if then is not None:
                 return then(image)
+            narrow = _upper_bits(image, self.name) if wide else None
             decoded, remark = flat(_upright(image), self.name)
-            return decoded, "; ".join(filter(None, (frames, remark))) or None
+            return decoded, "; ".join(filter(None, (frames, narrow, remark))) or None
         except DataError:
             raise
         except module.DecompressionBombError as error:
@@ -467,8 +480,25 @@ def _narrowed(values: NDArray[Any], name: str) -> tuple[NDArray[np.uint8], str |
         )
     if high <= 255:
         return values.astype(np.uint8), "values up to 255 in more than 8 bits, which are read as 8"
-    remark = "16 bits of which at most 12 are used, so it is read as dark; scale the values first"
-    return (values.astype(np.int64) >> 8).astype(np.uint8), remark if high < 4096 else None
+    return (values.astype(np.int64) >> 8).astype(np.uint8), _DARK if high < 4096 else None
+
+
+def _upper_bits(image: Image, name: str) -> str | None:
+    """Return a remark on an image whose colours had 16 bits in the file, of which Pillow keeps the upper 8.
+
+    Raises:
+        BrokenImage: nothing of them is left.
+    """
+    bands = zip(image.getbands(), image.getextrema(), strict=True)
+    high = max(int(highest) for band, (_, highest) in bands if band != "A")
+    if not high:
+        raise BrokenImage(
+            name,
+            "its colours have 16 bits, of which at most the lower 8 are used",
+            "its colours have 16 bits, of which at most the lower 8 are used, and the upper ones are read. Convert it "
+            "to 8 bits first",
+        )
+    return _DARK if high < 16 else None
 
 
 def flat(image: Image, name: str = "the image") -> tuple[Image, str | None]:
