@@ -151,7 +151,8 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     image = Image.open(file)
     answer = tuned.predict(file)
     assert answer["label"] in NAMES and 0 < answer["score"] <= 1
-    for form in (str(file), image, np.asarray(image), file.read_bytes()):
+    nested = np.asarray(image).tolist()
+    for form in (str(file), image, np.asarray(image), file.read_bytes(), nested, {"image": nested}):
         assert tuned.predict(form) == answer, type(form)
     several = tuned.predict(place / "folder")
     assert len(several) == 80
@@ -166,9 +167,16 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     for wrong in ("nowhere", ["nowhere.png"], [str(file), "nowhere.png"]):
         with pytest.raises(DataError, match=r"image \d: there is no file 'nowhere"):
             tuned.predict(wrong)
+    assert tuned.predict([nested, nested]) == tuned.predict([image, image])
+    for address in ("http://x/y.png", ["s3://x/y.png"], Path("https://x/rows.csv")):
+        with pytest.raises(DataError, match="is an address, and nothing is downloaded"):
+            tuned.predict(address)
+    with pytest.raises(DataError, match="rows.csv"):
+        tuned.predict("nowhere/rows.csv")
     top = tuned.predict(file, top_k=None)
     assert set(top["label"]) == set(NAMES) and sum(top["score"]) == pytest.approx(1.0)
-    assert len(tuned.predict(place / "rows.csv", columns={"image": "file"})) == 80
+    for table in (place / "rows.csv", str(place / "rows.csv")):
+        assert len(tuned.predict(table, columns={"image": "file"})) == 80
 
 
 def test_broken_inputs_have_no_answer_and_are_counted(

@@ -175,7 +175,7 @@ def predict(
         inputs: a text, a pair of texts as a tuple, or a dict by role or column gives one prediction. A list of them,
             a dict of columns, a pandas frame, a ``datasets.Dataset`` or the ``Path`` of a file gives a list of
             predictions. For tasks over words a text is split at blanks, and a tuple holds the words of one text.
-            A ``str`` is always a text, never the name of a file.
+            A ``str`` is always a text, never the name of a file; for a model of images or audio it is a path.
         columns: role -> column, for columns without a conventional name.
         task: class of the task that the model was trained for, or its import path, if it is your own.
         batch_rows: examples in one forward pass; it does not change the predictions.
@@ -350,6 +350,8 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
     items: list[Any] | None = None
     if isinstance(inputs, list) and inputs and _is_turn(inputs[0]):  # one conversation
         inputs = {"messages": inputs}
+    if isinstance(inputs, str) and task.reads_files:
+        inputs = Path(inputs)
     if isinstance(inputs, str):
         _say_file_name(inputs)
         single, items = True, [inputs]

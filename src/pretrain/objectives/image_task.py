@@ -10,12 +10,11 @@ import torch
 
 from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor
-from pretrain.data.images.given import given_images
+from pretrain.data.images.given import given_images, is_one
 from pretrain.data.images.rows import (
     IMAGES,
     Medium,
     decoded,
-    from_list,
     parts_of,
     pixel_vectors,
     read_images,
@@ -43,6 +42,7 @@ class ImageTask(Task):
 
     medium: ClassVar[Medium] = IMAGES
     vectors: ClassVar[Callable[..., Any]] = staticmethod(pixel_vectors)
+    reads_files: ClassVar[bool] = True
     closed: ClassVar[str | None] = None
 
     @classmethod
@@ -174,17 +174,7 @@ class ImageTask(Task):
     # ------------------------------------------------------------------ answers
 
     def is_one(self, value: Any) -> bool:
-        """Whether an array or nested lists have the shape of one input: (H, W), or (H, W, C) of at most 4 channels."""
-        if isinstance(value, list) and value and isinstance(value[0], list | int | float):
-            try:
-                value = from_list(value)
-            except (ValueError, OverflowError):
-                return False
-        least = self.medium.dimensions[0]
-        numbers = getattr(getattr(value, "dtype", None), "kind", "O") != "O"
-        if not numbers or not self.medium.holds(value):
-            return False
-        return bool(value.ndim == least or value.shape[-1] <= 4)
+        return is_one(value, self.medium)
 
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
         channels = getattr(self.processor, "channels", 0)

@@ -188,6 +188,7 @@ class Task(Objective):
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read of the training rows, with their types; those by which
             further rows are read too are arguments, and recorded.
+        reads_files: whether a text that is given to ``predict`` is the path of a file, and no input.
         recorded: attributes that ``describe`` records in config.json, as arguments of a later task.
 
     Args:
@@ -213,6 +214,7 @@ class Task(Objective):
     baseline: ClassVar[str | None] = None
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
     recorded: ClassVar[tuple[str, ...]] = ()
+    reads_files: ClassVar[bool] = False
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
         super().__init__(model)

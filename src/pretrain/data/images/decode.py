@@ -489,7 +489,8 @@ def _upper_bits(image: Image, name: str) -> str | None:
     Raises:
         BrokenImage: nothing of them is left.
     """
-    bands = zip(image.getbands(), image.getextrema(), strict=True)
+    extremes: Any = image.getextrema()
+    bands = zip(image.getbands(), extremes, strict=True)
     high = max(int(highest) for band, (_, highest) in bands if band != "A")
     if not high:
         raise BrokenImage(

@@ -6,11 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.images.rows import IMAGES, Medium, is_image_source, read_images
+from pretrain.data.images.rows import (
+    IMAGES,
+    Medium,
+    from_list,
+    is_address,
+    is_image_source,
+    read_images,
+)
 from pretrain.data.tables import Table
 from pretrain.errors import DataError
 
-__all__ = ["given_images", "given_table"]
+__all__ = ["given_images", "given_table", "is_one"]
 
 
 def given_images(
@@ -19,16 +26,20 @@ def given_images(
     """Return images as a table with the column ``image``, and whether they are one; None for rows and tables.
 
     Args:
-        inputs: one image (a path, bytes, an array (H, W) or (H, W, C), an image of Pillow), several in a list or an
-            array, or the path of a folder or an archive of images.
+        inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow), several in
+            a list or an array, or the path of a folder or an archive of images.
         channels: channels of the model, by which an array (3, H, W) is told from three images.
         medium: what the files hold.
         read: reads a folder or file; called with its path and the name of the rows.
 
     Raises:
-        DataError: a path that does not exist.
+        DataError: a path that does not exist, or an address.
     """
+    if isinstance(inputs, list) and is_one(inputs, medium):
+        return given_table([from_list(inputs)], medium), True
     array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
+    if isinstance(inputs, str | Path) and is_address(str(inputs)):
+        return given_table([str(inputs)], medium), True  # refused as one in a list
     if isinstance(inputs, str | Path):
         return _of_path(Path(inputs), medium, read)
     colours = array == 3 and (inputs.shape[0] == channels == 3 or inputs.shape[-1] in (1, 3, 4))
@@ -39,6 +50,19 @@ def given_images(
     if isinstance(inputs, list | tuple) and inputs and not isinstance(inputs[0], Mapping):
         return given_table(list(inputs), medium), False
     return None
+
+
+def is_one(value: Any, medium: Medium) -> bool:
+    """Whether an array or nested lists have the shape of one input: (H, W), or (H, W, C) of at most 4 channels."""
+    if isinstance(value, list) and value and isinstance(value[0], list | int | float):
+        try:
+            value = from_list(value)
+        except (ValueError, OverflowError):
+            return False
+    numbers = getattr(getattr(value, "dtype", None), "kind", "O") != "O"
+    if not numbers or not medium.holds(value):
+        return False
+    return bool(value.ndim == medium.dimensions[0] or value.shape[-1] <= 4)
 
 
 def given_table(given: Sequence[Any], medium: Medium = IMAGES) -> Table:
@@ -69,6 +93,6 @@ def _of_path(path: Path, medium: Medium, read: Callable[..., Table]) -> tuple[Ta
 def _check_paths(given: Sequence[Any], medium: Medium) -> None:
     """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
     for i, path in enumerate(given, start=1):
-        named = isinstance(path, str | Path) and str(path).strip() and "://" not in str(path)
+        named = isinstance(path, str | Path) and str(path).strip() and not is_address(str(path))
         if named and not Path(path).expanduser().exists():
             raise DataError(f"{medium.column} {i}: there is no file {str(path)[:200]!r}.")

@@ -50,6 +50,7 @@ __all__ = [
     "files_below",
     "from_list",
     "image_files",
+    "is_address",
     "is_image_source",
     "part_for",
     "parts_of",
@@ -372,7 +373,7 @@ def _picture(
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, str | Path):
-        if re.match(r"[a-z]+://", str(value)):
+        if is_address(str(value)):
             raise DataError(
                 f"{table.where(i)}: {str(value)[:80]!r} is an address, and nothing is downloaded here. Store the "
                 f"{medium.many} beside the file, and name their paths."
@@ -391,6 +392,11 @@ def _picture(
     raise DataError(
         f"{table.where(i)}: {type(value).__name__} {str(value)[:40]!r} is no {medium.column}. Give {medium.cell}."
     )
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is the address of something in a network, and not a path."""
+    return bool(re.match(r"[A-Za-z]\w+:/", text))
 
 
 def from_list(value: list[Any]) -> NDArray[Any]:
