@@ -64,7 +64,12 @@ OPTIONS = [
     ("Bit", {"size": {"shortest_edge": 33}, "do_center_crop": True, "crop_size": 33}),
     ("ConvNext", {"size": {"shortest_edge": 60}, "crop_pct": 0.9}),
     ("ConvNext", {"size": {"shortest_edge": 400}}),
-]
+    ("ConvNext", {"size": {"shortest_edge": 60}, "do_center_crop": True, "crop_size": 40}),
+    # What a size of one number means.
+    *((kind, {"size": 40, "do_center_crop": True, "crop_size": 32, **square})
+      for kind in ("ViT", "DeiT", "CLIP", "Bit", "Siglip")
+      for square in ({}, {"default_to_square": True}, {"default_to_square": False})),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "options"), OPTIONS)
@@ -129,6 +134,19 @@ def test_older_files_and_files_of_processors_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     found = ImageProcessor.from_directory(tmp_path)
     assert found is not None and found.kind == "ConvNextImageProcessor" and found.size == (100, 100)
+
+
+def test_the_class_of_a_model_whose_file_names_none_is_that_of_transformers(
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoImageProcessor
+
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 100}}')
+    for family in ("git", "clip", "siglip", "dinov2", "resnet", "deit", "vit"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        wanted = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+        found = ImageProcessor.from_directory(tmp_path)
+        assert found is not None and f"{found.kind}Pil" == type(wanted).__name__
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,15 @@ _KINDS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": {"resample": 3, "do_convert_rgb": True},
     "ConvNextImageProcessor": {"size": {"shortest_edge": 384}, "resample": 3, "crop_pct": 0.875},
 }
+# Those that take a whole number for height and width, unless the file says otherwise; others for the shorter side.
+_SQUARES = ("ViTImageProcessor", "DeiTImageProcessor")
 # The class that transformers takes for a model whose file names none.
 _OF_MODELS = {
     "vit": "ViTImageProcessor",
     "vit_mae": "ViTImageProcessor",
     "deit": "DeiTImageProcessor",
     "clip": "CLIPImageProcessor",
+    "git": "CLIPImageProcessor",
     "clip_vision_model": "CLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
     "siglip_vision_model": "SiglipImageProcessor",
@@ -87,7 +90,8 @@ _OF_MODELS = {
     "resnet": "ConvNextImageProcessor",
     "convnext": "ConvNextImageProcessor",
 }
-# Keys without an effect on the pixel values, of this or an earlier version of transformers.
+# Keys without an effect on the pixel values, of this or an earlier version of transformers; default_to_square has one
+# on what a size of one number means.
 _WITHOUT_EFFECT = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "default_to_square"),
     *("input_data_format", "device", "disable_grouping", "return_tensors", "image_seq_length"),
@@ -181,14 +185,12 @@ class ImageProcessor(SavedProcessor):
     def _check(self) -> None:
         """Bring all settings into one form and check them."""
         chosen = self.settings
-        square = self.kind not in (
-            "CLIPImageProcessor",
-            "BitImageProcessor",
-            "ConvNextImageProcessor",
-        )
+        square = self.extra.get("default_to_square")
+        if square is None:
+            square = self.kind in _SQUARES
         for key in ("size", "crop_size"):
             if chosen[key] is not None:
-                chosen[key] = _size_of(key, chosen[key], square=square or key == "crop_size")
+                chosen[key] = _size_of(key, chosen[key], square=bool(square) or key == "crop_size")
         if chosen["do_center_crop"] and "height" not in (chosen["crop_size"] or ()):
             raise ConfigError(f"{_FILE}: do_center_crop needs crop_size with height and width.")
         if self.kind == "ConvNextImageProcessor" and "shortest_edge" not in chosen["size"]:
@@ -300,15 +302,17 @@ class ImageProcessor(SavedProcessor):
             edge = size["shortest_edge"]
             if edge < 384:
                 image = self._resized(image, *_keeping(image, int(edge / chosen["crop_pct"])))
-                return self.cropped(self.array(image), edge, edge)
-            image = self._resized(image, edge, edge)
+                array = self.cropped(self.array(image), edge, edge)
+            else:
+                array = self.array(self._resized(image, edge, edge))
         elif chosen["do_resize"]:
             exact = "height" in size
             goal = (
                 (size["height"], size["width"]) if exact else _keeping(image, size["shortest_edge"])
             )
-            image = self._resized(image, *goal)
-        array = self.array(image)
+            array = self.array(self._resized(image, *goal))
+        else:
+            array = self.array(image)
         if chosen["do_center_crop"]:
             array = self.cropped(array, chosen["crop_size"]["height"], chosen["crop_size"]["width"])
         return array
