@@ -391,9 +391,10 @@ def _dataset(dataset: Any, name: str) -> Table:
         made = stored | found  # what it leaves out, as many do with images, is read as it is stored
     # A feature describes the stored column: names of classes do not belong to numbers that were changed.
     kept = {key: feature for key, feature in features.items() if made[key] == stored[key]}
-    label_names = {name: found for key in kept for name, found in _names_in(kept[key], key)}
     called = f"a data set of {len(dataset):,} rows"
-    return Table(called, made, label_names, origin="a data set", unit="index")
+    return Table(
+        called, _in_modes(made, kept), _class_names(kept), origin="a data set", unit="index"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- files
@@ -731,29 +732,50 @@ def _parquet(path: Path) -> Table:
                 f"{path} holds text that is not UTF-8 (byte {error.start} of a cell); write the file again with valid "
                 "strings."
             ) from error
-    return _of_file(path, columns, label_names=_class_names(table.schema.metadata))
+    features = _features(table.schema.metadata)
+    return _of_file(path, _in_modes(columns, features), label_names=_class_names(features))
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the class names, by column, that the datasets library stores in the metadata of a parquet file."""
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """Return the descriptions, by column, that the datasets library stores in the metadata of a parquet file."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: found for key in features for name, found in _names_in(features[key], key)}
-    except (KeyError, ValueError, TypeError, AttributeError):
+        return features if isinstance(features, dict) else {}
+    except (KeyError, ValueError, TypeError):
         return {}  # written by another library, or in another layout: the values are used as they are
 
 
-def _names_in(feature: Any, column: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield column and class names of each ``ClassLabel`` in a feature, an object or its description in a file."""
+def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {name: found for key in features for name, found in _names_in(features[key], key)}
+
+
+def _in_modes(columns: dict[str, list[Any]], features: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return columns whose images know the mode that their feature converts them to, under ``mode``."""
+    modes = {name: _described(feature).get("mode") for name, feature in features.items()}
+    return columns | {
+        name: [{**v, "mode": mode} if isinstance(v, Mapping) else v for v in columns[name]]
+        for name, mode in modes.items()
+        if isinstance(mode, str) and name in columns
+    }
+
+
+def _described(feature: Any) -> Mapping[str, Any]:
+    """Return the fields of a feature of the datasets library, an object or its description in a file."""
     described = isinstance(feature, dict) and "_type" in feature
-    held = feature if described else getattr(feature, "__dict__", {})
+    found: Mapping[str, Any] = feature if described else getattr(feature, "__dict__", {})
+    return found
+
+
+def _names_in(feature: Any, column: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield column and class names of each ``ClassLabel`` in a feature."""
+    held = _described(feature)
     if isinstance(feature, list):  # an earlier form of a sequence
-        yield from _names_in(feature[0], column)
-    elif held.get("names") is not None:
-        yield column, [str(name) for name in held["names"]]
+        yield from _names_in(next(iter(feature), None), column)
+    elif isinstance(names := held.get("names"), list | tuple):
+        yield column, [str(name) for name in names]
     elif "feature" in held:
         yield from _names_in(held["feature"], column)
-    elif isinstance(feature, dict) and not described:
+    elif isinstance(feature, dict) and not held:
         for key, inner in feature.items():
             yield from _names_in(inner, f"{column}.{key}")
 

@@ -224,6 +224,24 @@ def test_bytes_in_parquet_and_images_of_the_datasets_library(tmp_path: Path) -> 
     assert np.array_equal(values(stored)[0], wanted) and stored.label_names == table.label_names
 
 
+def test_the_mode_of_a_feature_is_that_of_its_images(tmp_path: Path) -> None:
+    """``datasets.Image(mode=...)`` converts as it does there, from the bytes and from a path."""
+    datasets = pytest.importorskip("datasets")
+    Image.fromarray(RNG.integers(0, 256, (5, 4, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    cells = [{"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}]
+    for mode in ("L", "RGB", "1"):
+        features = datasets.Features(image=datasets.Image(mode=mode))
+        data = datasets.Dataset.from_dict({"image": cells}, features=features)
+        data.to_parquet(tmp_path / "rows.parquet")
+        wanted = [
+            np.asarray(image.convert("L" if mode == "1" else mode)) for image in data["image"]
+        ]
+        for source in (data, tmp_path / "rows.parquet"):
+            found = values(read_images(source))
+            assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_objects_in_memory() -> None:
     images = RNG.integers(0, 256, (3, 5, 4), dtype=np.uint8)
     sources = (

@@ -53,7 +53,7 @@ class _Audio(Medium):
             return super().from_mapping(value, name)
         return clip_of(value, f"the audio in {name}")
 
-    def completed(self, item: FileItem, row: Mapping[str, Any]) -> FileItem:
+    def completed(self, item: FileItem, cell: Any, row: Mapping[str, Any]) -> FileItem:
         rate = row.get(_RATE.name)
         if rate is None or not isinstance(item, Clip) or item.rate is not None or item.is_file:
             return item

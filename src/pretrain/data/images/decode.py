@@ -204,9 +204,16 @@ class FileItem:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, eq=False)
 class Picture(FileItem):
-    """One image of a source: a file, its bytes, an array, or an image of Pillow."""
+    """One image of a source: a file, its bytes, an array, or an image of Pillow.
 
+    Attributes:
+        mode: mode of Pillow that a file is converted to before anything else, as ``datasets.Image(mode=...)`` does; a
+            mask keeps its numbers.
+    """
+
+    mode: str | None = None
     broken: ClassVar[type[BrokenFile]] = BrokenImage
 
     def _content(self) -> NDArray[Any]:
@@ -325,7 +332,8 @@ class Picture(FileItem):
             if then is not None:
                 return then(image)
             narrow = _upper_bits(image, self.name) if wide else None
-            decoded, remark = flat(_upright(image), self.name)
+            upright = _upright(image)
+            decoded, remark = flat(upright.convert(self.mode) if self.mode else upright, self.name)
             return decoded, "; ".join(filter(None, (frames, narrow, remark))) or None
         except DataError:
             raise

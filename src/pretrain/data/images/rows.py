@@ -137,8 +137,8 @@ class Medium:
         content, path = value.get("bytes"), value.get("path")
         return self.item(content, f"{path} ({name})" if path else name) if content else path
 
-    def completed(self, item: FileItem, row: Mapping[str, Any]) -> FileItem:
-        """Return an item with what the columns ``beside`` it say in its row."""
+    def completed(self, item: FileItem, cell: Any, row: Mapping[str, Any]) -> FileItem:
+        """Return an item with what its cell, and the columns ``beside`` it in its row, say of how it is read."""
         return item
 
     def column_of(
@@ -151,6 +151,10 @@ class Medium:
 class _Images(Medium):
     def holds(self, value: Any) -> bool:
         return hasattr(value, "getbands") or super().holds(value)
+
+    def completed(self, item: FileItem, cell: Any, row: Mapping[str, Any]) -> FileItem:
+        mode = cell.get("mode") if isinstance(cell, Mapping) else None
+        return item if mode is None else Picture(item.source, item.name, str(mode))
 
 
 IMAGES = _Images(
@@ -250,7 +254,8 @@ def pictures(table: Table, role: str = "", medium: Medium = IMAGES) -> list[Any]
     items = [_picture(value, table, i, folder, medium) for i, value in enumerate(column)]
     further = [role.name for role in medium.beside if role.name in table.columns]
     return [
-        item and medium.completed(item, {name: table.columns[name][i] for name in further})
+        item
+        and medium.completed(item, column[i], {name: table.columns[name][i] for name in further})
         for i, item in enumerate(items)
     ]
 
