@@ -137,6 +137,12 @@ def test_what_cannot_be_embedded_or_chosen_among_is_refused(tmp_path: Path) -> N
         ours.embed([tmp_path / "a.png"])
     with pytest.raises(ConfigError, match="at least one"):
         ours.predict(image, labels=[])
+    for labels in ({"cat", "dog"}, "cat", {"cat": 1}, iter(["cat"]), 3):
+        with pytest.raises(ConfigError, match=r"labels is \w+ .*; give a list: labels=\['cat'"):
+            ours.predict(image, labels=labels)
+    with pytest.raises(ConfigError, match="template is set .*; give a list"):
+        ours.predict(image, labels=LABELS, template={"a {}"})
+    assert ours.predict(image, labels=np.array(LABELS)) == ours.predict(image, labels=LABELS)
     with pytest.raises(ConfigError, match="must hold {}"):
         ours.predict(image, labels=LABELS, template="a photo")
     with pytest.raises(ConfigError, match="top_k is 0"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.config.spelling import option
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.captions import (
     CAPTION,
@@ -182,15 +183,14 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         """
         if labels is None:
             return {"embedding": [float(value) for value in outputs[0]]}
-        if isinstance(labels, str):
-            raise ConfigError(
-                f"labels is the text {labels[:40]!r}; give a list: labels=['cat', 'dog']."
-            )
+        labels = _listed("labels", labels, ["cat", "dog"])
+        template = [template] if isinstance(template, str) else template
+        template = _listed("template", template, ["a photo of a {}.", "a drawing of a {}."])
         if not (top_k in ("best", None) or (type(top_k) is int and top_k >= 1)):
             raise ConfigError(
                 f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."
             )
-        scores = self._class_scores(outputs[0], tuple(labels), template)
+        scores = self._class_scores(outputs[0], tuple(labels), tuple(template))
         order = np.argsort(-scores, kind="stable")
         if top_k == "best":
             return {"label": labels[int(order[0])], "score": float(scores[order[0]])}
@@ -199,9 +199,8 @@ class ImageTextRetrieval(ImageTask, Contrastive):
 
     @torch.inference_mode()
     def _class_scores(
-        self, image: Tensor, labels: tuple[str, ...], template: str | Sequence[str]
+        self, image: Tensor, labels: tuple[str, ...], templates: tuple[str, ...]
     ) -> np.ndarray:
-        templates = (template,) if isinstance(template, str) else tuple(template)
         if self._classes is None or self._classes[0] != (labels, templates):
             self._classes = ((labels, templates), self._class_vectors(labels, templates))
         vectors = self._classes[1]
@@ -216,7 +215,7 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         """Return one unit vector for each class, (C, P): the mean of those of its prompts."""
         if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
             raise ConfigError("labels must be the names of the classes, at least one.")
-        if wrong := [text for text in templates if "{}" not in text] or not templates:
+        if wrong := [text for text in templates if "{}" not in str(text)] or not templates:
             raise ConfigError(f"template is {wrong!r}; it must hold {{}} for the name of a class.")
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
@@ -230,3 +229,17 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         moved = {key: value.to(self.model.device) for key, value in batch.items()}
         vectors = self.model(moved).view(len(labels), len(templates), -1)
         return F.normalize(vectors.mean(1), dim=-1)
+
+
+def _listed(name: str, value: Any, example: list[str]) -> Sequence[str]:
+    """Return an option as a sequence.
+
+    Raises:
+        ConfigError: it is none, such as a set, whose order is by chance, or one text.
+    """
+    found = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise ConfigError(
+            f"{name} is {type(value).__name__} {str(value)[:40]!r}; give a list: {option(name, example)}."
+        )
+    return found
