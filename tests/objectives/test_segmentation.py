@@ -198,6 +198,12 @@ def test_forms_of_masks(tmp_path: Path) -> None:
     assert int(goal.count(batch)) == (unlabelled != 255).sum()
     learned = goal.learn(goal.read([{"image": image, "mask": mask * np.uint8(255)}]), {})
     assert learned.labels == ("background", "foreground") and "255" in learned.notes[0]
+    signed = [{"image": image, "mask": mask.astype(int) - k} for k in (0, 1, 1)]
+    for options in ({}, {"labels": ["a", "b", "c"]}):
+        with pytest.raises(DataError, match=r"number -1, as 2 of 3 masks.*without a class are 255"):
+            goal.learn(goal.read(signed), options)
+    named = goal.learn(goal.read(signed), {"labels": {"-1": "a", "0": "b", "1": "c", "2": "d"}})
+    assert named.labels[0] == "a"
     learned = goal.learn(goal.read([{"image": image, "mask": mask * np.uint8(7)}]), {})
     assert learned.labels == ("0", "7") and learned.options["codes"] == {"0": 0, "7": 1}
 

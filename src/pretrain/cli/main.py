@@ -649,7 +649,8 @@ def _add_probe(parser: Any) -> None:
     add(
         "--pooling",
         type=str | None,
-        help="of images mean or first (the class token), of texts as for embed; not given, as the classifier reads",
+        help="of images mean or first (the class token), of texts as for embed; not given, as the "
+        "classifier reads, of dinov2 the class token",
     )
     add("--batch_rows", type=int, default=64, help="rows in one forward pass")
     add("--seed", type=int, default=0, help="seed of the split and the draws")

@@ -87,7 +87,7 @@ def probe(
         k: neighbours that vote.
         columns: role -> column, ``image`` or ``text``, and ``label``; by default recognised by name.
         pooling: of images ``mean`` over the patches, or ``first``, the class token; not given, what the classifier of
-            the model reads. Of texts see ``embed``.
+            the model reads, of dinov2 the class token alone. Of texts see ``embed``.
         batch_rows: rows in one forward pass.
         seed: of the shares that are held out, and of the draws.
         precision: compute type, see ``evaluate``.
@@ -238,7 +238,8 @@ def image_vectors(
     Args:
         model: a model of images, or of images and texts.
         images: what its image processor reads, or ``Stored`` images.
-        pooling: ``mean`` over the patches, ``first`` (the class token); not given, what the classifier reads.
+        pooling: ``mean`` over the patches, ``first`` (the class token); not given, what the classifier reads, of
+            dinov2 the class token alone.
         batch_rows: images in one forward pass.
 
     Raises:

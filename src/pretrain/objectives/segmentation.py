@@ -117,6 +117,13 @@ class Segmentation(ImageTask, ClassTask):
             )
         numbers, notes = sorted(first), list[str]()
         given, checkpoint = options.get("labels"), options.get("checkpoint_labels")
+        if (low := numbers[0]) < 0 and str(low) not in map(str, given or ()):
+            count, every = sum(low in row for row in rows), [*map(str, numbers[:2]), ...]
+            raise DataError(
+                f"{first[low]}: the mask has pixels of the number {low}, as {count:,} of {len(table):,} masks have. "
+                f"Classes are numbered from 0, and pixels without a class are {UNLABELLED}: write "
+                f"numpy.where(mask < 0, {UNLABELLED}, mask). If it is a class, list all: {option('labels', every)}."
+            )
         names = table.label_names.get("mask")
         if binary := numbers == [0, UNLABELLED]:
             notes.append(
