@@ -19,6 +19,7 @@ from PIL import Image
 import pretrain
 from contract import check_objective
 from pretrain.cli.main import main
+from pretrain.config.spelling import EVALUATE, using
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
@@ -569,6 +570,12 @@ def test_row_options_are_keywords_as_the_messages_say(tmp_path: Path) -> None:
     whole = np.concatenate([example["boxes"] for example in result.task.encode(result.data.train)])
     assert (whole[:, 2:] > whole[:, :2]).all() and whole.max() > 20
     reopened = task_of(pretrain.load(tmp_path / "run", quiet=True))
+    told, swapped = (
+        ObjectDetection(reopened.model),
+        {**rows[0], "boxes": [[9, 9, 3, 3]], "label": ["dark"]},
+    )
+    with using(EVALUATE), pytest.raises(DataError, match="bottom, as in the training rows"):
+        told.encode(labelled([swapped], told, {}))  # evaluate has no such option
     for task in (result.task, reopened):  # further rows are read in the same way
         found = [example["boxes"] for example in task.encode(labelled(rows, task, {}))]
         assert all((a == row["corners"]).all() for a, row in zip(found, rows, strict=True))

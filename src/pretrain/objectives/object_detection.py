@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, trains
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.boxes import (
     BOXES,
@@ -493,9 +493,10 @@ def _boxes_of(
             own = [not isinstance(box, Corners) for box in row]
             array[own, 2:] += array[own, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
+            other = f"; if these are left, top, width, height: {option('box_format', 'xywh')}"
             raise DataError(
-                f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. Boxes are left, top, right, bottom; "
-                f"if these are left, top, width, height: {option('box_format', 'xywh')}."
+                f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. Boxes are left, top, right, bottom"
+                f"{other if trains() else ', as in the training rows'}."
             )
         boxes.append(array.tolist())
     if shares and all(shares):
