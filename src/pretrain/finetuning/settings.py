@@ -22,7 +22,6 @@ from pretrain.config.spelling import option, option_name
 from pretrain.data.readers import table_kind
 from pretrain.data.tables import held_out_splits
 from pretrain.errors import ConfigError, did_you_mean
-from pretrain.objectives import TASKS, task_class
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
@@ -278,6 +277,8 @@ def from_keywords(
     Raises:
         ConfigError: no model, no task, or an unknown keyword (the nearest is suggested).
     """
+    from pretrain.objectives import TASKS, task_class  # which import torch
+
     base = TuneConfig.load(config)
     sections: dict[str, Any] = {}
     name = use_value("task.name", task) or base.task.name
