@@ -350,6 +350,10 @@ def test_epochs_are_passes_over_the_rows(checkpoint: str, tmp_path: Path) -> Non
     assert (once.run.step, [r["step"] for r in once.run.history if "eval" in r]) == (2, [2])
     thrice = tune(checkpoint, tmp_path / "3", rows_of(33), epochs=3, **options)
     assert (thrice.run.step, [r["step"] for r in thrice.run.history if "eval" in r]) == (4, [2, 4])
+    part = tune(
+        checkpoint, tmp_path / "part", rows_of(20), **options | {"epochs": 1.1, "batch_rows": 2}
+    )
+    assert part.run.step == 11  # 1.1 * 20 / 2 is above 11 in binary
 
 
 def test_a_run_that_an_earlier_version_began_goes_on_to_the_length_that_it_had(

@@ -105,6 +105,9 @@ def test_own_parameters_are_weights_by_their_name() -> None:
     adamw, muon = build_optimizers(block, OptimConfig(name="muon"), [block], CPU).optimizers
     assert [p for g in muon.param_groups for p in g["params"]] == [block.weight_in]
     assert not any(g["weight_decay"] for g in adamw.param_groups)
+    linear, bag = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.EmbeddingBag(4, 8)
+    parts = {linear.parametrizations.weight.original0, linear.parametrizations.weight.original1}
+    assert optim.weights_of(nn.Sequential(linear, bag)) == parts
 
 
 def test_tied_matrix_is_stepped_once_and_not_decayed() -> None:

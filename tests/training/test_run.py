@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -178,6 +179,10 @@ def test_a_run_names_itself(
     assert run_name(
         RunConfig.load(given, {"lr": 2e-3}), Prepared.open(prepared_in(tmp_path))
     ) != str(first.path)
+    prepared, other = Prepared.open(prepared_in(tmp_path)), RunConfig.load(given, {"micro_rows": 2})
+    assert run_name(other, prepared) == str(first.path)
+    with patch.object(running, "run_key", lambda kept, _: kept["train.micro_rows"]):
+        assert run_name(other, prepared) == "runs/gpt2-tiny-0"  # as in versions in which it counted
     onward = RunConfig.load(given, {"model": str(first.path)})
     named = run_name(onward, Prepared.open(prepared_in(tmp_path)))
     assert named.startswith(f"runs/{name}-") and len(named) == len(f"runs/{name}-") + 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -407,9 +408,11 @@ def _slurm(args: Any) -> None:
 
     config, *more = args.config
     if more:
+        command = "finetune" if any(map(is_task, args.config)) else "train"
+        files = " ".join(f"--config {shlex.quote(file)}" for file in args.config)
         raise ConfigError(
-            f"pretrain slurm writes a script for one file of settings, and --config names {config} and {more[0]} too. "
-            f"Make them one: pretrain train --config {config} --config {more[0]} --show_config > both.yaml"
+            f"pretrain slurm writes a script for one file of settings, and --config names {len(args.config)}. Make "
+            f"them one: pretrain {command} {files} --show_config > together.yaml"
         )
     (TuneConfig if is_task(config) else RunConfig).load(config)
     print(write(**vars(args) | {"config": config}), end="")

@@ -253,7 +253,7 @@ class Job:
         if train.limit:
             return train.limit, epoch
         if train.epochs:
-            return f"{max(1, math.ceil(train.epochs * examples / batch))} steps", epoch
+            return f"{max(1, math.ceil(round(train.epochs * examples / batch, 6)))} steps", epoch
         return f"{automatic_steps(epoch)} steps", epoch
 
     def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:

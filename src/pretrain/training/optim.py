@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pretrain.config import OptimConfig
 from pretrain.distributed.estimates import MATRICES_TOGETHER
@@ -343,17 +344,18 @@ def weights_of(module: nn.Module) -> set[Tensor]:
     """Return the weights by which ``module`` multiplies, which alone decay.
 
     These are parameters of two dimensions or more of linear layers and convolutions, and those of other modules whose
-    name contains ``weight``. Tables (``nn.Embedding``), norms, and other parameters, such as positions, class tokens,
-    mask tokens and queries, are looked up or added.
+    name contains ``weight``, such as the parts of a parametrized one. Tables (``nn.Embedding``), norms, and other
+    parameters, such as positions, class tokens, mask tokens and queries, are looked up or added.
     """
     found: set[Tensor] = set()
     others: set[Tensor] = set()
-    for owner in module.modules():
+    for path, owner in module.named_modules():
         multiplies = isinstance(owner, nn.Linear | _ConvNd)
+        parametrized, last = isinstance(owner, ParametrizationList), path.rpartition(".")[2]
         for name, p in owner.named_parameters(recurse=False):
-            if isinstance(owner, nn.Embedding | nn.LayerNorm | nn.RMSNorm):
+            if isinstance(owner, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.RMSNorm):
                 others.add(p)
-            elif p.ndim >= 2 and (multiplies or "weight" in name):
+            elif p.ndim >= 2 and (multiplies or "weight" in (last if parametrized else name)):
                 found.add(p)
     return found - others  # a tied head multiplies by a table
 

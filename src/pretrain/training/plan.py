@@ -141,7 +141,7 @@ class Plan:
         if self.limit.kind == "steps":
             return max(1, int(value))
         if self.limit.kind == "epochs":
-            return max(1, math.ceil(value * self.epoch_rows / self._batch_rows))
+            return max(1, math.ceil(round(value * self.epoch_rows / self._batch_rows, 6)))
         if self.limit.kind == "tokens":
             return max(1, math.ceil(value / (self._tokens_per_row * self._batch_rows)))
         return max(1, int(value * 60 / max(seconds_per_step, 1e-6)))

@@ -206,6 +206,9 @@ def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
     """Return the directory of a run that names none: by model, settings that cannot change on resuming, and data."""
     model, free = settings.model, resumable(settings)
     plain = {k: v for k, v in _flat(settings.to_dict()).items() if k not in free}
+    plain["train.micro_rows"] = (
+        0  # could not change in earlier versions, whose runs keep their names
+    )
     start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(start))).lower()
     return f"runs/{name}-{run_key(plain, data.about()['fingerprint'])}"
