@@ -166,8 +166,11 @@ def written(place: Path, *options: str) -> Path:
 def test_a_second_file_of_settings_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (place / "b.yaml").write_text("task: classification\n")
     assert cli.main(["slurm", "--config", "a run.yaml", "--config", "b.yaml", "--nodes", "2"]) == 2
-    assert "one file of settings" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "one file of settings" in said
+    assert "pretrain finetune --config 'a run.yaml' --config b.yaml --show_config" in said
 
 
 def test_bash_reads_it_and_slurm_finds_its_options(
