@@ -416,6 +416,8 @@ def test_a_merged_model_keeps_the_terms_of_its_base_and_not_its_card(
     save_adapter(model, tmp_path / "adapter")
     if theirs:
         (plain(tmp_path / "adapter") / "README.md").unlink()
+    without = unload(apply_lora(load(tmp_path / "base", quiet=True), LoraConfig(r=4)))
+    assert (save_model(without, tmp_path / "again") / "README.md").read_text() == card
     save_model(merge(model), tmp_path / "1")
     save_model(merge(load(tmp_path / "adapter", quiet=True)), tmp_path / "2")
     for name in ("1", "2") if theirs else ("1", "2", "adapter"):

@@ -243,6 +243,10 @@ def test_the_card_of_another_model_stays(tmp_path, tokenizer):
     assert (tmp_path / "copy" / "README.md").read_text() == card
     verify(tmp_path / "copy")
     assert load(tmp_path / "copy", quiet=True).card == card
+    other = load(tmp_path / "theirs", head="sequence-classification", quiet=True)
+    other.save(tmp_path / "other")
+    unlike = (tmp_path / "other" / "README.md").read_text()
+    assert "# Theirs" not in unlike and "license: cc-by-nc-4.0\nlanguage: de\n" in unlike
     # Once it is trained here, the card is ours, with their terms.
     block = {"objective": "NextToken", "step": 1}
     trained = checkpoint(tmp_path / "run", 1, opened, pretrain_block=block)

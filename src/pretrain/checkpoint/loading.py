@@ -147,6 +147,8 @@ def _load(
     tensors = read_weights(directory, names)
     verify_rest(directory, names)
     report = model.load_disk_state(tensors, adopt=True)
+    if model.fresh and model.card is not None:
+        model.extra_config["pretrain"] = {}  # the card describes a model without these parts
     model.source, model.files_hash = named, directory.weights_hash(names)
     if not quiet:
         note(report_line(model, config, len(tensors), report))

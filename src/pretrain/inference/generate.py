@@ -184,6 +184,7 @@ def cut(
     stops: Sequence[str],
     *,
     final: bool = True,
+    lengths: dict[int, int] | None = None,
 ) -> tuple[str, bool]:
     """Return the text of ``new`` after ``ids`` before the first stop text, and whether there is one.
 
@@ -195,13 +196,16 @@ def cut(
         new: the tokens of the text.
         stops: the stop texts.
         final: if False, leave out what later tokens may change or a stop text may take away.
+        lengths: number of new tokens -> length of their text, kept by the caller from one call for an answer to the
+            next.
     """
+    lengths = {} if lengths is None else lengths
     text = (tokenizer.continuation if final else tokenizer.settled)(ids, new)
     if not stops:
         return text, False
     end, found = len(text), False
     plain = text, range(len(text) + 1)
-    for whole, places in (plain, _with_special(tokenizer, ids, new, text)):
+    for whole, places in (plain, _with_special(tokenizer, ids, new, text, lengths)):
         at = min((at for at in map(whole.find, stops) if at >= 0), default=None)
         found |= at is not None
         if at is None:
@@ -211,13 +215,19 @@ def cut(
 
 
 def _with_special(
-    tokenizer: Tokenizer, ids: Sequence[int], new: Sequence[int], text: str
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    new: Sequence[int],
+    text: str,
+    lengths: dict[int, int],
 ) -> tuple[str, Sequence[int]]:
     """Return a text of ``new`` with its special tokens, and the place in ``text`` of each character and of the end."""
     whole, places, last = "", list[int](), 0
     for k, token in enumerate(new):
         if token in tokenizer.special_ids:
-            at = len(tokenizer.continuation(ids, new[:k]))
+            if k not in lengths:
+                lengths[k] = len(tokenizer.continuation(ids, new[:k]))
+            at = lengths[k]
             if last <= at <= len(text):
                 name = tokenizer.decode([token], skip_special=False)
                 whole += text[last:at] + name
@@ -277,6 +287,7 @@ class Stream(Iterator[str]):
         )
         self._pieces = self._stream(lead)
         self.text, self.prompt_tokens = "", len(self._ids)
+        self._lengths: dict[int, int] = {}
         self.finish_reason: str | None = None
 
     @property
@@ -310,7 +321,7 @@ class Stream(Iterator[str]):
     def _text(self, *, final: bool) -> str:
         """Return the text so far without what later tokens may change or a stop text may take away."""
         new, stops = self._decoder.new[0], self._settings.stop
-        text, _ = cut(self._tokenizer, self._ids, new, stops, final=final)
+        text, _ = cut(self._tokenizer, self._ids, new, stops, final=final, lengths=self._lengths)
         return text.strip() if self._strip else text
 
 

@@ -276,11 +276,10 @@ def _restore(model: Model, adapter: Adapter) -> None:
         parameter.requires_grad_(True)
     model.adapter = None
     block = model.extra_config.get("pretrain")
-    block = block if isinstance(block, dict) else {}
-    # Without a block, the model card of a base of somebody else would be written for other weights.
-    model.extra_config["pretrain"] = {k: v for k, v in block.items() if k != "adapter"}
-    if block.get("fingerprint"):
-        model.card = None  # it described the adapter
+    if isinstance(block, dict):
+        model.extra_config["pretrain"] = {k: v for k, v in block.items() if k != "adapter"}
+        if block.get("fingerprint"):
+            model.card = None  # it described the adapter
 
 
 def unload(model: Model) -> Model:
@@ -319,6 +318,8 @@ def merge(model: Model, check: bool = True) -> Model:
             layer = model.get_submodule(name)
             layer.weight.copy_(weight)
     _restore(model, adapter)
+    # Without a block, the model card of a base of somebody else would be written for other weights.
+    model.extra_config.setdefault("pretrain", {})
     model.merge_gap = None
     if before is not None:
         after = probe(model)
