@@ -28,7 +28,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -59,12 +59,30 @@ Variant = tuple[dict[str, Any], Vectors]
 GRID = (0.1, 1.0, 10.0, 100.0)
 STOP_WORDS = (None, "english")
 PROBE_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # embeddings of variance 1 need a stronger penalty
-# Vectors that are no embeddings of texts: their grid, and whether they are scaled to variance 1. Pixels lie between 0
-# and 1; colours are those of pixels and of their surroundings; log-mel are mean energies of parts of a recording.
+
+
+class Features(NamedTuple):
+    """Vectors that are no embeddings of texts.
+
+    Attributes:
+        grid: values of C to choose from.
+        quick: a part of them, for a fit within seconds.
+        scaled: whether the vectors are scaled to variance 1.
+        rows: what is read of the rows, for messages.
+    """
+
+    grid: tuple[float, ...]
+    quick: tuple[float, ...]
+    scaled: bool
+    rows: str = "the same rows"
+
+
+# Pixels lie between 0 and 1; colours are those of pixels and of their surroundings; log-mel are mean energies of parts
+# of a recording.
 VECTORS = {
-    "pixels": ((0.01, 0.1, 1.0), False),
-    "colours": (GRID, True),
-    "log-mel": ((0.01, 0.1, 1.0), True),
+    "pixels": Features((0.01, 0.1, 1.0), (0.01, 0.1), False),
+    "colours": Features(GRID, (1.0,), True, "a sample of pixels"),
+    "log-mel": Features((0.01, 0.1, 1.0), (0.01, 0.1), True),
 }
 
 # Metrics for tuning and scoring of baselines; higher is better for all of them.
@@ -239,11 +257,11 @@ def vector_baseline(
         metric: see above.
         seed: see above.
     """
-    usual, scaled = VECTORS[features]
+    kind = VECTORS[features]
     settings = {"features": features, "stop_words": None}
-    scaler = sklearn_module("preprocessing").StandardScaler() if scaled else None
+    scaler = sklearn_module("preprocessing").StandardScaler() if kind.scaled else None
     variants = [(settings, np.asarray)]
-    return _tuned(lambda train: variants, columns, grid or usual, metric, seed, scaler=scaler)
+    return _tuned(lambda train: variants, columns, grid or kind.grid, metric, seed, scaler=scaler)
 
 
 def _tuned(

@@ -152,7 +152,7 @@ def _classical(result: Finetuned) -> str | None:
     linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
     where = "held-out" if data.test is None else "test"
     read = result.task.baseline
-    seen = "a sample of pixels" if read == "colours" else "the same rows"
+    seen = VECTORS[read].rows if read in VECTORS else "the same rows"
     return (
         f"a classical baseline is better: {read} with {linear} on {seen} has {metric} {theirs:.4f} on the "
         f"{where} rows, this model {ours:.4f}"
@@ -178,9 +178,8 @@ def classical_baseline(result: Finetuned) -> float | None:
         return None
     try:
         columns = task.baseline_columns(data.train, data.valid, held)
-        if task.baseline in VECTORS:
-            grid = (1.0,) if task.baseline == "colours" else (0.01, 0.1)
-            found = vector_baseline(task.baseline, *columns, grid=grid, metric=metric)
+        if (kind := VECTORS.get(task.baseline)) is not None:
+            found = vector_baseline(task.baseline, *columns, grid=kind.quick, metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
             found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
         else:
