@@ -90,7 +90,7 @@ def test_a_comparison_that_was_interrupted_goes_on_and_is_kept(
     trained: list[tuple[bool, int]] = []
 
     def score(
-        job: Job, *parts: Any, lr: float, limit: str, seed: int, scratch: bool
+        job: Job, *parts: Any, rates: Any, limit: str, seed: int, scratch: bool
     ) -> list[float]:
         if len(trained) == 3:
             trained.append((scratch, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
+from pretrain.cli.main import main
 from pretrain.config.spelling import Interface, using
 from pretrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pretrain.finetuning import job as running
@@ -384,9 +386,32 @@ def test_a_run_goes_on_with_the_rate_and_length_it_began_with(
     job = running.Job.open(checkpoint, again.settings, {"train": rows, "valid": 0.25}, quiet=True)
     task = job.build(seed=0)
     assert job.settle(task, 12, tmp_path / "new") == (peak / 10, "120 steps")
-    monkeypatch.setattr(running, "swept_rate", lambda out: None)  # as in states of an older version
+    monkeypatch.setattr(running, "swept_rates", lambda out: {})  # as in states of an older version
     lr, limit = job.settle(task, 12, Path(again.path))
     assert limit == "100 steps" and lr == pytest.approx(3e-5 * 48**1.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "search", [{"lr": "sweep"}, {"compare": "scratch", "lr": "auto", "seeds": 2}]
+)
+def test_a_run_of_muon_keeps_the_rates_that_it_began_with(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: dict[str, Any]
+) -> None:
+    """Earlier versions left the rate of Muon as it is set, and wrote one rate only."""
+    monkeypatch.setattr("pretrain.finetuning.compare._baselines", lambda *_: {})
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(24)))
+    options = {"name": "muon", "lrs": [3e-2], "muon_lr": 0.004, **search}
+    with patch.object(running.Job, "rates", lambda self, task, lr, out=None: {"lr": lr}):
+        tune(checkpoint, out, str(rows), limit="2 steps", **options)
+    assert list(json.loads((out / "sweep.json").read_text("utf-8"))) == ["digest", "lr"]
+    rates = {"lr": 3e-2, "muon_lr": 0.004}
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert "Muon lr 0.004, chosen" in (out / "report.html").read_text("utf-8")
+    for limit in ("2 steps", "3 steps"):
+        assert tune(checkpoint, out, str(rows), limit=limit, **options).rates == rates
+    assert rates.items() <= json.loads((out / "sweep.json").read_text("utf-8")).items()
 
 
 def test_a_model_of_the_hub_is_recorded_with_its_commit_and_resumed_without_a_network(

@@ -1,8 +1,8 @@
-"""The files of a run that record a choice: ``best.json`` (best checkpoint) and ``sweep.json`` (learning rate).
+"""The files of a run that record a choice: ``best.json`` (best checkpoint) and ``sweep.json`` (learning rates).
 
-Each holds a digest of itself and repeats a value of ``training/state.json`` of the newest checkpoint. If a file is
-damaged or disagrees, this is reported and the value in the state is used. Files of older versions have no digest; they
-hold one key and are accepted.
+Each holds a digest of itself and repeats values of ``training/state.json`` of the newest checkpoint. If a file is
+damaged or disagrees, this is reported and the values in the state are used. Files of older versions have no digest;
+they hold one key and are accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "best_first",
     "opened",
     "run_state",
-    "swept_rate",
+    "swept_rates",
     "with_training",
     "write_choice",
 ]
@@ -44,33 +44,38 @@ def write_choice(path: Path, body: Mapping[str, Any]) -> None:
         replace_file(path, sealed(body))
 
 
-def _read(path: Path, key: str) -> Any:
-    """Return the value stored in the file under ``key``; None if there is no file.
+def _read(path: Path, key: str, *more: str) -> dict[str, Any]:
+    """Return the content of the file, which is ``key`` and may be ``more``; empty if there is no file.
 
     Raises:
         CheckpointCorrupt: the file is damaged.
     """
     if not os.path.lexists(path):
-        return None
+        return {}
     data = read_bytes(path, limit=_LIMIT)
-    body = parse_json(data, path)
+    body: dict[str, Any] = parse_json(data, path)
     # A file with the key alone was written by an older version, without a digest.
     if not isinstance(body, dict) or set(body) != {key}:
         body = unsealed(data, path)
-    if set(body) != {key}:
+    if not {key} <= set(body) <= {key, *more}:
         raise CheckpointCorrupt(path, f"only the key {key!r}", ", ".join(body)[:80] or "none")
-    return body[key]
+    return body
 
 
 def run_state(checkpoint: Path) -> dict[str, Any]:
     """Return the verified run state of a checkpoint; empty if its training folder was deleted or is damaged."""
+    run: dict[str, Any] = _state(checkpoint).get("run", {})
+    return run
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """Return all plain values of the state of training, under the same conditions."""
     try:
         record = manifest.read_manifest(checkpoint).files[STATE]
         state = parse_json(read_bytes(checkpoint / STATE, record), checkpoint / STATE)
-        run = state["run"]
-    except (CheckpointError, OSError, KeyError, TypeError):
+    except (CheckpointError, OSError, KeyError):
         return {}
-    return run if isinstance(run, dict) else {}
+    return state if isinstance(state, dict) and isinstance(state.get("run"), dict) else {}
 
 
 def best_first(run_dir: Path) -> list[Path]:
@@ -92,7 +97,7 @@ def best_first(run_dir: Path) -> list[Path]:
         else "the newest checkpoint is used"
     )
     try:
-        recorded = _read(path, "checkpoint")
+        recorded = _read(path, "checkpoint").get("checkpoint")
         if recorded is not None:
             if not isinstance(recorded, str) or recorded not in known:
                 raise CheckpointCorrupt(path, "a checkpoint of this run", repr(recorded)[:60])
@@ -134,22 +139,28 @@ def _result(run_dir: Path) -> dict[Path, float]:
         return {result: math.inf}
 
 
-def swept_rate(run_dir: Path) -> float | None:
-    """Return the learning rate chosen by the sweep at the start of the run; None if the sweep must be run (again)."""
+def swept_rates(run_dir: Path) -> dict[str, float]:
+    """Return the learning rates that a run began with: ``lr``, and ``muon_lr`` if it was kept; empty if unknown."""
     path = run_dir / SWEEP
-    states = map(run_state, manifest.candidates(run_dir))
-    rate = next((state["lr"] for state in states if _is_rate(state.get("lr"))), None)
+    states = map(_state, manifest.candidates(run_dir))
+    state = next((s for s in states if _is_rate(s.get("run", {}).get("lr"))), {})
+    rates = {"lr": state["run"]["lr"]} if state else {}
+    optim = state.get("optim", {})  # earlier versions did not keep it
+    if optim.get("name") == "muon":
+        rates["muon_lr"] = optim["muon_lr"]
     try:
-        recorded = _read(path, "lr")
-        if recorded is not None and not _is_rate(recorded):
-            raise CheckpointCorrupt(path, "a learning rate above 0", repr(recorded)[:60])
-        if None not in (rate, recorded) and recorded != rate:
-            raise CheckpointCorrupt(path, f"the rate {rate} of the newest checkpoint", recorded)
+        recorded = _read(path, "lr", "muon_lr")
+        if recorded and not _is_rate(recorded["lr"]):
+            raise CheckpointCorrupt(path, "a learning rate above 0", repr(recorded["lr"])[:60])
+        for name in rates.keys() & recorded.keys():
+            if recorded[name] != rates[name]:
+                expected = f"the {name} {rates[name]} of the newest checkpoint"
+                raise CheckpointCorrupt(path, expected, recorded[name])
     except CheckpointError as error:
-        then = "the rate of the newest checkpoint is used" if rate else "the sweep is run again"
+        then = "that of the newest checkpoint is used" if rates else "the sweep is run again"
         note(f"{error} This file holds the learning rate of the sweep; {then}.")
-        return rate
-    return rate if recorded is None else recorded
+        return rates
+    return rates | recorded
 
 
 def _is_rate(value: object) -> bool:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.checkpoint.best import swept_rate
+from pretrain.checkpoint.best import swept_rates
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, DataError, PretrainError
@@ -206,7 +206,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             notes.settings.setdefault(arm, {}).update(chosen)
             words = f"lr {rates['lr']:g}{rate_of_muon(rates)}"
             if arm == PRETRAINED:  # the saved model is trained on all rows, the last count
-                job.compared_lr, notes.saved = rates["lr"], f"{words} on all {len(train):,} rows"
+                saved, notes.saved = rates, f"{words} on all {len(train):,} rows"
             notes.seconds[arm] = notes.seconds.get(arm, 0.0) + seconds
             shown = " ".join(f"{job.figure(x):.3f}" for x in scores)
             note(f"{arm} at {count:,} labels: {shown} ({words})")
@@ -221,7 +221,8 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     for by_count in arms.values():
         by_count.update({n: [job.figure(x) for x in scores] for n, scores in by_count.items()})
     comparison = Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
-    kept.end(json.loads(comparison.to_json()), job.compared_lr)
+    job.compared_lr = saved["lr"]
+    kept.end(json.loads(comparison.to_json()), saved)
     return comparison
 
 
@@ -229,7 +230,11 @@ def kept_comparison(job: Job) -> Comparison | None:
     """The comparison that the run directory of a job keeps; None if it is not of these settings and this run."""
     out = Path(job.settings.train.out)
     body = Kept(out).body
-    if "comparison" not in body or body["key"] != _key(job) or body["lr"] != swept_rate(out):
+    if (
+        "comparison" not in body
+        or body["key"] != _key(job)
+        or body["lr"] != swept_rates(out).get("lr")
+    ):
         return None
     return Comparison.from_json(json.dumps(body["comparison"]))
 
@@ -262,19 +267,22 @@ def _arm(
 ) -> tuple[dict[str, float], list[float], float]:
     """The learning rates with the best mean on ``choose``, their scores on ``score``, one per seed, and the seconds."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
-    settled = job.settled_lr(task, Path(job.settings.train.out))
-    if arm == PRETRAINED and settled is not None:
+    out = Path(job.settings.train.out)
+    settled = job.settled_lr(task, out) if arm == PRETRAINED else None
+    if settled is not None:
         lrs = [settled]  # the reported arm is trained like the saved model
     elif not lrs:
         middle = job.lr(task)
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
+    rates = {lr: job.rates(task, lr, None if settled is None else out) for lr in lrs}
     found: dict[float, list[list[float]]] = {}
     taken = 0.0
-    for lr in lrs:
+    for lr, used in rates.items():
         for seed, rows in enumerate(subsets):
-            score_it = partial(job.score, rows, choose, score, lr=lr, limit=limit, seed=seed)
-            name = f"{arm} at {len(rows)} labels, {limit}, lr {lr!r}, seed {seed}"
+            score_it = partial(job.score, rows, choose, score, rates=used, limit=limit, seed=seed)
+            words = f"lr {lr!r}{rate_of_muon(used)}"
+            name = f"{arm} at {len(rows)} labels, {limit}, {words}, seed {seed}"
             scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
             found.setdefault(lr, []).append(scores)
             taken += seconds
@@ -284,7 +292,7 @@ def _arm(
         return float(np.mean(chosen_by)) if np.isfinite(chosen_by).all() else -math.inf
 
     best = max(lrs, key=mean)
-    return job.rates(task, best), [pair[1] for pair in found[best]], taken
+    return rates[best], [pair[1] for pair in found[best]], taken
 
 
 def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:

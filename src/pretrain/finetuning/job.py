@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import distributed
-from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rate, write_choice
+from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rates, write_choice
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
@@ -216,11 +216,17 @@ class Job:
             return automatic_lr(task.model, adapter=bool(self.settings.method.lora))
         return lr
 
-    def rates(self, task: Task, lr: float) -> dict[str, float]:
-        """Return the settings of a run at a chosen learning rate: that of Muon changes in proportion."""
+    def rates(self, task: Task, lr: float, out: Path | None = None) -> dict[str, float]:
+        """Return the settings of a run at a chosen learning rate: that of Muon changes in proportion.
+
+        If the run in the directory ``out`` has begun, it keeps its own rate of Muon: that of the settings in earlier
+        versions.
+        """
         optim = self.settings.optim
         if optim.name != "muon":
             return {"lr": lr}
+        if out is not None and has_begun(out) and (before := swept_rates(out)):
+            return {"lr": lr, "muon_lr": before.get("muon_lr", optim.muon_lr)}
         return {"lr": lr, "muon_lr": optim.muon_lr * lr / self.lr(task)}
 
     def chosen(self, task: Task, lr: float | None, out: Path) -> dict[str, float]:
@@ -233,14 +239,14 @@ class Job:
         """
         given = self.settings.optim.lr
         searched = given == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
-        return self.rates(task, lr) if lr and searched and isinstance(given, str) else {}
+        return self.rates(task, lr, out) if lr and searched and isinstance(given, str) else {}
 
     def settled_lr(self, task: Task, out: Path) -> float | None:
         """Learning rate that is already fixed, by the settings or because the run began with it; else None."""
         lr = self.settings.optim.lr
         if not isinstance(lr, str):
             return lr
-        before = swept_rate(out) if has_begun(out) else None
+        before = swept_rates(out).get("lr") if has_begun(out) else None
         if before is None and has_begun(out) and lr != "sweep":
             return earlier_lr(task.model, adapter=bool(self.settings.method.lora))
         return before
@@ -371,7 +377,7 @@ class Job:
             if not has_begun(out):
                 settings.save(out / "run.yaml")
             if chosen:
-                write_choice(out / SWEEP, {"lr": lr})
+                write_choice(out / SWEEP, chosen)
 
         def resume() -> None:
             record_resume(trainer, settings, changed)
@@ -436,7 +442,7 @@ class Job:
                 found.model.extra_config["pretrain"] = block.get("pretrain", {})
             return found.eval()
 
-        rates = self.chosen(task, swept_rate(run.path), run.path)
+        rates = self.chosen(task, swept_rates(run.path).get("lr"), run.path)
         notes = [*notes, *said_of(rates)]
         result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
         result.rates = rates
@@ -496,7 +502,7 @@ class Job:
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
         found = {
-            lr: self.score(train, valid, lr=lr, limit=limit, seed=seed)[0]
+            lr: self.score(train, valid, rates=self.rates(task, lr), limit=limit, seed=seed)[0]
             for lr in self.settings.optim.lrs or grid(self.lr(task))
         }
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
@@ -512,7 +518,12 @@ class Job:
         return -score if self.monitor in LOWER_IS_BETTER else score
 
     def score(
-        self, *parts: Table, lr: float, limit: str, seed: int, scratch: bool = False
+        self,
+        *parts: Table,
+        rates: Mapping[str, float],
+        limit: str,
+        seed: int,
+        scratch: bool = False,
     ) -> list[float]:
         """Train once on the first table without keeping the run, and evaluate on the others.
 
@@ -529,7 +540,6 @@ class Job:
         out, world = Path(f"{self.settings.train.out}.trial"), current_world()
         world.on_rank_zero(lambda: shutil.rmtree(out, ignore_errors=True))
         try:
-            rates = self.rates(task, lr)
             run = self.trainer(
                 task, rows, None, out=out, rates=rates, limit=limit, seed=seed, save=False
             ).fit()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ class Kept:
         out: the run directory.
 
     Attributes:
-        body: content of the file: ``key``, ``trials``, and ``comparison`` with ``lr`` once all trials are finished;
-            empty if there is none.
+        body: content of the file: ``key``, ``trials``, and ``comparison`` with ``lr`` (and ``muon_lr``) once all trials
+            are finished; empty if there is none.
     """
 
     def __init__(self, out: Path) -> None:
@@ -66,9 +66,9 @@ class Kept:
         *scores, seconds = (math.nan if value is None else float(value) for value in found)
         return scores, seconds
 
-    def end(self, comparison: dict[str, Any], lr: float | None) -> None:
-        """Keep the finished comparison and the learning rate that it chose for the run."""
-        self.body |= {"comparison": comparison, "lr": lr}
+    def end(self, comparison: dict[str, Any], rates: Mapping[str, float]) -> None:
+        """Keep the finished comparison and the learning rates that it chose for the run."""
+        self.body |= {"comparison": comparison, **rates}
         self._write()
 
     def _write(self) -> None:
