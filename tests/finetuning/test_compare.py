@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 import pretrain
 from finetuning.conftest import QUICK, rows_of
 from pretrain.cli.main import main
+from pretrain.data.labelled import Role
+from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.compare import stratified_subset
 from pretrain.finetuning.job import Job
+from pretrain.objectives.classification import Classification, encode_texts
 from pretrain.training.state import Run
 
 
@@ -72,6 +75,45 @@ def test_both_arms_and_the_baselines(checkpoint: str, tmp_path: Path, tested: bo
     assert "from scratch" in table and "TF-IDF" in table
     assert not list(tmp_path.glob("*.trial"))
     assert result.metrics and result.run.step == 3
+
+
+class Titled(Classification):
+    """Classify by a title and a year."""
+
+    name = "titled"
+    roles = (Role("title", ("title",)), Role("year", ("year",), False), Classification.roles[-1])
+
+    def encode_inputs(self, table: Table, *, targets: bool) -> Any:
+        """Read both as one text."""
+        rows = zip(*(table.columns[role.name] for role in self.roles[:-1]), strict=True)
+        text = [" ".join(map(str, row)) for row in rows]
+        return encode_texts(self, table.with_columns({**table.columns, "text": text}, {}))
+
+
+class Dated(Titled):
+    """Classify by numbers alone."""
+
+    name = "dated"
+    roles = (Titled.roles[1], Classification.roles[-1])
+
+
+@pytest.mark.parametrize(
+    ("task", "others"), [("Titled", {"tfidf", "lsa", "probe"}), ("Dated", set())]
+)
+def test_baselines_of_a_task_of_ones_own_read_its_columns_of_text(
+    checkpoint: str, tmp_path: Path, task: str, others: set[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"title": row["text"], "year": 1990 + i, "label": row["label"]}
+        for i, row in enumerate(rows_of(40))
+    ]
+    given = {**QUICK, "limit": "2 steps", "compare": "scratch", "seeds": 2, "quiet": False}
+    out = tmp_path / "run"
+    result = pretrain.finetune(checkpoint, rows, f"{__name__}:{task}", out=out, **given)
+    assert set(result.comparison.arms) == {"pretrained", "scratch", *others}
+    line = "no classical baseline: a list of 40 rows has no column of text among those that the task dated"
+    assert (line in capfd.readouterr().err) == (not others)
+    assert (result.classical is None) == (not others)
 
 
 def test_scores_are_those_of_the_trial(checkpoint: str, tmp_path: Path) -> None:

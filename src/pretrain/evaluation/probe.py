@@ -206,7 +206,7 @@ def _features(
             if not len(table):
                 found.append(none)
                 continue
-            rows, labels = Task.baseline_columns(table)
+            rows, labels = task_class("classification").baseline_columns(table)
             of_rows = of_pairs(transform) if "pair" in table.names else transform
             found.append((np.asarray(of_rows(rows)), list(labels)))
         return found

@@ -313,7 +313,7 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
     try:
         # Pre-training may have used the text of the task, so one classical model is fitted on all of it, too.
         space = baseline.Lsa(job.task.baseline_columns(job.data.train)[0])
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         note(f"no classical baseline: {error}")
         return {}
     embed, vectors = baseline.embeddings(job.build(seed=0).model), dict[str, Any]()

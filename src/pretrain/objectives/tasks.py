@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from pretrain.data.labelled import Role
+from pretrain.data.labelled import Role, is_missing
 from pretrain.data.tables import read_table
 from pretrain.data.task_rows import TaskEncoder, TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError
@@ -402,15 +402,29 @@ class Task(Objective):
 
     @classmethod
     def baseline_columns(cls, *tables: Table) -> list[Any]:
-        """Return the columns of a classical baseline: for each table its texts, pairs or vectors, and the labels."""
+        """Return the columns of a classical baseline: for each table its texts, pairs or vectors, and the labels.
+
+        The texts are those of all roles that hold text and are no target; more than two are read as one.
+
+        Raises:
+            DataError: a table has no such column, or no labels.
+        """
         columns: list[Any] = []
+        inputs = [role.name for role in cls.roles if not role.target]
         for table in tables:
-            pairs = [table.columns[name] for name in ("text", "pair") if name in table.columns]
+            held = [table.columns[name] for name in inputs if name in table.columns]
+            texts = [column for column in held if all(map(_is_text, column))]
+            if not texts or "label" not in table.columns:
+                raise DataError(
+                    f"{table.name} has no column of text among those that the task {cls.name} reads, or none called "
+                    "label, and a classical baseline reads both. A task with other columns has a baseline_columns of "
+                    "its own, or baseline = None."
+                )
             # Rows without a text are not read by the model either.
-            cells = list(zip(*pairs, strict=True))
+            cells = list(zip(*texts, strict=True))
             used = [i for i, row in enumerate(cells) if all(map(_has_text, row))]
             columns += [
-                [cells[i] if len(pairs) > 1 else cells[i][0] for i in used],
+                [cells[i] if len(texts) == 2 else "\n".join(cells[i]) for i in used],
                 [table.columns["label"][i] for i in used],
             ]
         return columns
@@ -565,6 +579,10 @@ class Task(Objective):
             rngs = [np.random.default_rng(0) for _ in chosen]
             batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
             yield chosen, {key: value.to(device) for key, value in batch.items()}
+
+
+def _is_text(cell: Any) -> bool:
+    return isinstance(cell, str) or is_missing(cell)
 
 
 def _has_text(cell: Any) -> bool:
