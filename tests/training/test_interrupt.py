@@ -239,8 +239,13 @@ def test_a_run_that_ran_out_of_memory_resumes_with_the_rows_that_fit(
     again = trainer(out, objective(), Rows(32), **options)  # there is enough memory now
     assert again.fit().step == 12 and again.micro_rows == 2
     assert losses(out) == losses(whole.path)
+    for rows in (4, 8):  # another size is what it is set to, in later runs as well
+        options |= {"micro_rows": rows, "limit": f"{12 + rows} steps"}
+        again = trainer(out, objective(), Rows(32), **options)
+        assert again.fit().step == 12 + rows and again.micro_rows == rows
+    options["limit"] = "12 steps"
     plain = trainer(tmp_path / "plain", objective(), Rows(32), **options).fit()
-    for mine, other in zip(losses(out), losses(plain.path), strict=True):
+    for mine, other in zip(losses(whole.path), losses(plain.path), strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
 
 

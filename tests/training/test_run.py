@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 import pretrain
+from pretrain.checkpoint import TrainingState
 from pretrain.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from pretrain.data.prepare import Prepared
 from pretrain.errors import (
@@ -29,6 +30,7 @@ from pretrain.objectives import build_objective
 from pretrain.report.history import on_as_many
 from pretrain.training import run as running
 from pretrain.training.preflight import rate_remarks, remarks
+from pretrain.training.restore import training_state
 from pretrain.training.run import run_name, settle_size
 from pretrain.training.trainer import Trainer
 from pretrain.utils.run_log import read_log
@@ -532,6 +534,30 @@ def test_a_trainer_keeps_the_settings_of_its_optimizer(
     with pytest.raises(TrainingError, match=next(iter(changed))):
         trainer("4 steps", **changed).fit()
     assert trainer("4 steps").fit().step == 4
+
+
+def earlier_state(trainer: Trainer) -> TrainingState:
+    """State of an earlier version, which kept neither size, with a best loss that is never reached again."""
+    found = training_state(trainer)
+    del found.state["micro_rows"], found.state["run"]["eval_rows"]
+    found.state["run"]["best_score"] = 0.0
+    return found
+
+
+def test_changed_sizes_are_noticed_in_runs_of_earlier_versions(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path, text, eval_every="2 steps", eval_rows=4, micro_rows=8)
+    given["parallel"]["reproducible"] = True
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.training.trainer.training_state", earlier_state)
+        pretrain.train(given, train={"limit": "2 steps"})
+        with pytest.raises(TrainingError, match=r"train\.micro_rows 8 and this run has 4"):
+            pretrain.train(given, train={"micro_rows": 4})
+        best = pretrain.train(given, train={"limit": "4 steps"}).best
+        assert best is not None and best.name == "checkpoint-2"
+    best = pretrain.train(given, train={"eval_rows": 6}).best
+    assert best is not None and best.name == "checkpoint-6"
 
 
 def test_an_objective_that_returns_no_loss_is_named(tmp_path: Path, text: Path) -> None:

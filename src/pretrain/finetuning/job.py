@@ -46,7 +46,6 @@ from pretrain.training.parallelize import run_lock
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
 from pretrain.training.run import (
-    Changed,
     check_same_run,
     has_begun,
     record_resume,
@@ -61,7 +60,7 @@ from pretrain.utils.files import note
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
-    from pretrain.training.state import Run
+    from pretrain.training.state import Changed, Run
 
 __all__ = ["Job"]
 
@@ -370,17 +369,16 @@ class Job:
             task, rows, held_out, out=out, rates=rates, limit=limit, seed=seed, hooks=hooks
         )
 
-        changed: Changed = {}
-
-        def begin() -> None:
-            changed.update(check_same_run(settings, out))
+        def begin() -> Changed:
+            changed = check_same_run(settings, out)
             if not has_begun(out):
                 settings.save(out / "run.yaml")
             if chosen:
                 write_choice(out / SWEEP, chosen)
+            return changed
 
         def resume() -> None:
-            record_resume(trainer, settings, changed)
+            record_resume(trainer, settings)
             for name in (BEST, PAGE):  # what they say may not hold at the end
                 (out / name).unlink(missing_ok=True)
 

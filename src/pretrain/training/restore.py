@@ -129,8 +129,11 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
                 f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
                 "moments and its schedule do not fit. Restore the setting, or use a new train.out."
             )
-    size, given = training.state.get("micro_rows"), trainer.train.micro_rows
-    if trainer.micro_rows_matter and size not in (None, given):
+    # Earlier versions kept the rows of micro-batches and evaluations in the settings only.
+    before = {key: old for key, (old, _) in trainer.changed.items()}
+    given = trainer.train.micro_rows
+    size = training.state.get("micro_rows", before.get("train.micro_rows", given))
+    if trainer.micro_rows_matter and size != given:
         raise TrainingError(
             f"{checkpoint} was trained with train.micro_rows {size} and this run has {given}. The size is part of the "
             "result where a model has running statistics, and with parallel.reproducible. Restore the setting, or use "
@@ -141,6 +144,13 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         # What is in training/ is in the unit of the run; earlier versions had none.
         head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
+    if (
+        given and given != size
+    ):  # it takes the place of the size that was measured, or left when memory ran out
+        state.micro_rows = 0
+    if state.eval_rows is None and trainer.eval_data is not None:
+        rows = len(trainer.eval_data)
+        state.eval_rows = min(before.get("train.eval_rows", trainer.train.eval_rows) or rows, rows)
     trainer.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
     load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)

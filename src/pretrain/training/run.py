@@ -63,7 +63,7 @@ from pretrain.training.precision import (
 )
 from pretrain.training.restore import load_others
 from pretrain.training.starting_model import hash_weights, open_source, origin, settled_source
-from pretrain.training.state import Run
+from pretrain.training.state import Changed, Run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.files import muted, note
@@ -79,8 +79,6 @@ _VOCAB_MULTIPLE = 64
 # Automatic model sizes, below so many tokens of training text.
 _SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9, "base": math.inf}
 _PLACES = ("data.train", "data.valid", "data.test", "data.tokenizer")
-# Setting -> its value before and now, of those with which a run is resumed.
-Changed = dict[str, tuple[Any, Any]]
 _ROWS = 16  # rows in one forward pass of an evaluation
 
 
@@ -149,21 +147,20 @@ def train(
             world=world,
         )
 
-        changed: Changed = {}
-
-        def begin() -> None:
+        def begin() -> Changed:
             # Called under the run's lock, so that a second command cannot overwrite the settings of the first.
             settings.train = trainer.train
-            changed.update(check_same_run(settings, out))
+            changed = check_same_run(settings, out)
             if not has_begun(out):
                 settings.save(out / "run.yaml")
+            return changed
 
         def end(run: Run) -> None:
             if world.is_rank_zero:
                 for line in last_words(run, objective, trainer.about.get("unigram_nats")):
                     trainer.say(line)
 
-        return trainer.fit(begin, end, lambda: record_resume(trainer, settings, changed))
+        return trainer.fit(begin, end, lambda: record_resume(trainer, settings))
 
 
 def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
@@ -310,9 +307,9 @@ def _same_place(old: Any, new: Any) -> bool:
     return moved or (Path(new).exists() and os.path.realpath(old) == os.path.realpath(new))
 
 
-def record_resume(trainer: Trainer, settings: Sections, changed: Changed) -> None:
+def record_resume(trainer: Trainer, settings: Sections) -> None:
     """Print and keep the settings with which a run goes on, and log another length; its checkpoint is accepted."""
-    out = trainer.out
+    out, changed = trainer.out, trainer.changed
     for key, (old, new) in changed.items():
         note(f"{out} is resumed with {key} {new!r} (was {old!r})")
     # Of the settings that may change, only the length shapes the weights: the learning rate falls to its end.

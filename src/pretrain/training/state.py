@@ -22,7 +22,7 @@ from pretrain.report.run_report import write
 from pretrain.utils.curves import Plot
 from pretrain.utils.html import notebook_view
 
-__all__ = ["SIGNALS", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
+__all__ = ["SIGNALS", "Changed", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
 
 
 # Signals that ask a run to save and stop.
@@ -30,6 +30,8 @@ SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(sign
 _SAME_REQUEST = 2.0  # seconds within which a second signal counts as the same request
 # Seconds after a run was stopped or failed in which a launcher may repeat its signal, before it kills.
 _LINGER = 30.0
+# Setting -> its value before and now, of those with which a run is resumed.
+Changed = dict[str, tuple[Any, Any]]
 
 
 @dataclass

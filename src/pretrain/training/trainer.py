@@ -55,7 +55,7 @@ from pretrain.training.rescue import Home
 from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.schedule import lr_factor
 from pretrain.training.skips import count_skips
-from pretrain.training.state import Run, RunState, StopRequest, catch_signals, heap_at_rest
+from pretrain.training.state import Changed, Run, RunState, StopRequest, catch_signals, heap_at_rest
 from pretrain.training.unbegun import Unbegun
 from pretrain.training.undisturbed import undisturbed
 from pretrain.training.validation import Cost, run_validation
@@ -155,6 +155,7 @@ class Trainer:
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
+        self.changed: Changed = {}
         self.home: Home | None = None  # on rank zero only, which writes the log
         objective.train(objective.training)  # freezes what the objective says is frozen
         objective.train_rows = train_data
@@ -185,7 +186,7 @@ class Trainer:
 
     def fit(
         self,
-        begin: Callable[[], None] | None = None,
+        begin: Callable[[], Changed | None] | None = None,
         end: Callable[[Run], None] | None = None,
         resume: Callable[[], None] | None = None,
         *,
@@ -197,7 +198,8 @@ class Trainer:
         end.
 
         Args:
-            begin: called on rank zero when the directory is locked for this run, before anything is read from it.
+            begin: called on rank zero when the directory is locked for this run, before anything is read from it. It
+                returns the settings with which the run is resumed that differ from those of before.
             end: called on all ranks when everything is saved, while the watchdog still runs.
             resume: called on rank zero when a checkpoint has been read and found to be one of this run.
             locked: the caller holds the lock of the run directory already.
@@ -213,7 +215,8 @@ class Trainer:
                 stack.enter_context(run_lock(self.out, world))
             stack.enter_context(unbegun.emptied())
             if begin is not None:
-                world.on_rank_zero(begin)
+                changed = world.broadcast_result(begin)
+                self.changed = changed or {}
             self.journal = Journal(
                 self.out,
                 self.train.loggers,
