@@ -215,8 +215,7 @@ class Trainer:
                 stack.enter_context(run_lock(self.out, world))
             stack.enter_context(unbegun.emptied())
             if begin is not None:
-                changed = world.broadcast_result(begin)
-                self.changed = changed or {}
+                self.changed = world.broadcast_object(world.on_rank_zero(begin)) or {}
             self.journal = Journal(
                 self.out,
                 self.train.loggers,
