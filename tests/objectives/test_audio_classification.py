@@ -168,7 +168,8 @@ def test_a_column_beside_arrays_names_their_rate(tuned: Any, tmp_path: Path) -> 
     assert scores(tuned.predict(clips)) != wanted
     labels = ["low", "high", "rising"] * 2
     rows = [
-        {"audio": c, "rate": r, "class": k} for c, r, k in zip(clips, rates, labels, strict=True)
+        {"audio": c, "sampling_rate": r, "class": k}
+        for c, r, k in zip(clips, rates, labels, strict=True)
     ]
     lists = [{**row, "audio": row["audio"].tolist()} for row in rows]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
@@ -183,9 +184,18 @@ def test_a_column_beside_arrays_names_their_rate(tuned: Any, tmp_path: Path) -> 
     for table in (opened, AudioClassification.tidy(opened, learned, {})):
         seen = tuned.task.encode(table)
         assert [e["audio"].clip.rate for e in seen] == rates
+    for other in (3.5, "slow", 9):  # a column of something else
+        assert scores(tuned.predict([{"audio": clips[0], "rate": other}])) == scores(
+            tuned.predict(clips[:1])
+        )
+        for column in ("sampling_rate", "sample_rate"):
+            with pytest.raises(
+                DataError, match=f"sampling_rate says {other!r}, which is no sampling"
+            ):
+                tuned.predict([{"audio": clips[0], column: other}])
     file = tmp_path / "a.wav"
     write(file, tones(1)[0][0])
-    assert tuned.predict({"audio": str(file), "rate": 9}) == tuned.predict(file)
+    assert tuned.predict({"audio": str(file), "sampling_rate": 9}) == tuned.predict(file)
 
 
 def test_transformers_opens_the_directory_and_answers_alike(tuned: Any, place: Path) -> None:

@@ -86,9 +86,11 @@ def test_arrays_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         and table.columns["label"] == labels.tolist()
     )
     rates = [8000, 16000] * 3
-    np.savez(tmp_path / "rates.npz", audio=CLIPS, labels=labels, sampling_rate=rates)
-    found = labelled_audio(str(tmp_path / "rates.npz"), valid=0.34)
-    assert sorted(row["audio"].clip.rate for row in (*found.train, *found.valid)) == sorted(rates)
+    for name in ("sampling_rate", "rate"):
+        np.savez(tmp_path / "rates.npz", audio=CLIPS, labels=labels, **{name: rates})
+        found = labelled_audio(str(tmp_path / "rates.npz"), valid=0.34)
+        given = [row["audio"].clip.rate for row in (*found.train, *found.valid)]
+        assert sorted(given) == sorted(rates)
     capsys.readouterr()
     np.savez(tmp_path / "b.npz", waveforms=CLIPS)
     assert read_images(tmp_path / "b.npz", medium=AUDIO).columns["audio"][0].rate is None

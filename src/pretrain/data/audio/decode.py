@@ -23,12 +23,13 @@ from pretrain.data.images.decode import BrokenFile, FileItem
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["SUFFIXES", "BrokenAudio", "Clip", "Sound", "resampled"]
+__all__ = ["RATES", "SUFFIXES", "BrokenAudio", "Clip", "Sound", "is_rate", "resampled"]
 
 SUFFIXES = frozenset({".wav", ".wave"})
 _MOST_SAMPLES = 1 << 26  # of all channels: 35 minutes of stereo at 16 kHz
 _LEAST_SECONDS = 0.025  # one window of the spectrogram
 _RATES = (1_000, 768_000)  # samples per second that a header may name
+RATES = f"a whole number from {_RATES[0]:,} to {_RATES[1]:,}"
 _MOST_CHANNELS = 8
 # Floats above 1 are clipped by players; far above it, they are integers in another type.
 _LOUDEST = 4.0
@@ -47,6 +48,11 @@ class Sound(NamedTuple):
 
     samples: NDArray[np.float32]
     rate: int | None
+
+
+def is_rate(value: Any) -> bool:
+    """Whether a value is a sampling rate that can be read, a whole number in its type too; ``RATES`` says which."""
+    return isinstance(value, int | np.integer) and _RATES[0] <= int(value) <= _RATES[1]
 
 
 class BrokenAudio(BrokenFile):
@@ -87,12 +93,11 @@ class Clip(FileItem):
             samples, rate, remark = _decode(content, self.name)
         else:
             samples = _from_array(np.asarray(self.source), self.name)
-        known = isinstance(rate, int | np.integer) and _RATES[0] <= rate <= _RATES[1]
-        if rate is not None and not known:
+        if rate is not None and not is_rate(rate):
             raise BrokenAudio(
                 self.name,
                 "the sampling rate is not possible",
-                f"its sampling rate is {rate!s:.40}; it must be a whole number from {_RATES[0]:,} to {_RATES[1]:,}",
+                f"its sampling rate is {rate!s:.40}; it must be {RATES}",
             )
         if len(samples) < _LEAST_SECONDS * (rate or 16_000):
             raise BrokenAudio(self.name, "it is shorter than 25 ms")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.data.audio.augment import StoredClip
-from pretrain.data.audio.decode import SUFFIXES, Clip, Sound
+from pretrain.data.audio.decode import RATES, SUFFIXES, Clip, Sound, is_rate
 from pretrain.data.audio.processor import AudioProcessor, clip_of, whole_rate
 from pretrain.data.images.decode import FileItem
 from pretrain.data.images.rows import Medium, read_all
@@ -29,7 +29,7 @@ __all__ = ["AUDIO", "mel_vectors"]
 
 _RATE = Role(
     "sampling_rate",
-    ("sampling_rate", "sample_rate", "rate"),
+    ("sampling_rate", "sample_rate"),
     False,
     "samples per second of an array; files say it themselves",
 )
@@ -54,24 +54,31 @@ class _Audio(Medium):
         return clip_of(value, f"the audio in {name}")
 
     def completed(self, item: FileItem, cell: Any, row: Mapping[str, Any]) -> FileItem:
-        rate = row.get(_RATE.name)
+        rate = whole_rate(row.get(_RATE.name))
         if rate is None or not isinstance(item, Clip) or item.rate is not None or item.is_file:
             return item
-        return Clip(item.source, item.name, whole_rate(rate))
+        if not is_rate(rate):
+            raise DataError(
+                f"{item.name}: the column for {_RATE.name} says {rate!r:.40}, which is no sampling rate. It must be "
+                f"{RATES}; correct the column, or rename it if it holds something else."
+            )
+        return Clip(item.source, item.name, rate)
 
     def column_of(
         self, path: Path, arrays: Mapping[str, Any], roles: Mapping[str, str]
     ) -> list[Any]:
-        given = next((arrays[name] for name in _RATE.known if name in arrays), None)
+        given = next((arrays[name] for name in (*_RATE.known, "rate") if name in arrays), None)
+        clips = super().column_of(path, arrays, roles)
+        rates: list[Any] = [None] * len(clips)
         if given is None:
             note(f"{path}: no sampling_rate, so that of the model is assumed")
-        elif given.shape == (len(arrays[roles[self.column]]),) and len(given) > 1:
-            given = None  # a column, with one for each row
+        elif given.shape == (len(clips),) and len(given) > 1:
+            rates = [whole_rate(rate) for rate in given.tolist()]
         elif given.size != 1 or given.dtype.kind not in "iu":
             raise DataError(f"{path}: sampling_rate is {given}; it must be one whole number.")
-        rate = None if given is None else int(given.reshape(-1)[0])
-        clips = super().column_of(path, arrays, roles)
-        return [Clip(clip.source, clip.name, rate) for clip in clips]
+        else:
+            rates = [int(given.reshape(-1)[0])] * len(clips)
+        return [Clip(c.source, c.name, rate) for c, rate in zip(clips, rates, strict=True)]
 
 
 AUDIO = _Audio(
