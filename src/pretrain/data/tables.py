@@ -39,7 +39,7 @@ __all__ = [
 
 _EXAMPLE = '{"text": "...", "label": "..."}'
 _TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
-_IN_A_FILE = (str, int, float, list, tuple, dict, type(None))
+_ENTRY = {"bytes", "path"}  # keys of an entry of the datasets library: an image, a recording
 _TRAIN = ("train", "training")
 HELD_OUT = {
     "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
@@ -803,17 +803,25 @@ class Chunk:
 
 
 def in_chunks(table: Table, size: int) -> Iterator[Chunk]:
-    """Yield the rows of a table in chunks of ``size``, where items of files, such as images, stand by their names."""
+    """Yield the rows of a table in chunks of ``size``; what no text file can hold, such as an image, is named there."""
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
-        rows = [
-            {
-                k: v if isinstance(v, _IN_A_FILE) or hasattr(v, "dtype") else str(v)
-                for k, v in row.items()
-            }
-            for row in part.rows()
-        ]
+        rows = [{name: _in_a_file(value) for name, value in row.items()} for row in part.rows()]
         yield Chunk(rows, part)
+
+
+def _in_a_file(value: Any) -> Any:
+    """Return a value of a row as a text file can hold it; what it cannot, such as bytes and dates, becomes a text."""
+    if isinstance(value, Mapping):
+        if _ENTRY <= set(value) <= {*_ENTRY, "mode"}:
+            return _in_a_file(value["bytes"] if value["path"] is None else value["path"])
+        return {key: _in_a_file(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_a_file(one) for one in value]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{memoryview(value).nbytes:,} bytes"
+    plain = isinstance(value, str | int | float | None) or hasattr(value, "dtype")
+    return value if plain else str(value)
 
 
 def stream_chunks(

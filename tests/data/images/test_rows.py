@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import zipfile
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from pretrain.data.images.rows import (
 from pretrain.data.images.source import labelled_images
 from pretrain.data.labelled import drop_duplicates
 from pretrain.data.row_source import open_rows
-from pretrain.data.tables import in_chunks
+from pretrain.data.tables import in_chunks, stream_chunks
 from pretrain.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -240,6 +241,30 @@ def test_the_mode_of_a_feature_is_that_of_its_images(tmp_path: Path) -> None:
         for source in (data, tmp_path / "rows.parquet"):
             found = values(read_images(source))
             assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_chunks_hold_what_a_file_can_hold(tmp_path: Path) -> None:
+    """Images stand by their paths or sizes, whatever a column holds beside them."""
+    datasets = pytest.importorskip("datasets")
+    image = png(tmp_path / "a.png")
+    content = image.read_bytes()
+    size = f"{len(content):,} bytes"
+    cells = [{"bytes": content, "path": None}, {"bytes": None, "path": str(image)}]
+    day = date(2020, 1, 2)
+    columns = {
+        "image": cells,
+        "raw": [content] * 2,
+        "inside": [{"days": [day], "images": cells}] * 2,
+    }
+    form = {"image": datasets.Image(mode="L"), "raw": datasets.Value("binary")}
+    form["inside"] = {"days": [datasets.Value("date32")], "images": [datasets.Image()]}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(form))
+    data.to_parquet(tmp_path / "rows.parquet")
+    (chunk,) = stream_chunks(tmp_path / "rows.parquet", 8)
+    inside = {"days": ["2020-01-02"], "images": [size, str(image)]}
+    assert [row["image"] for row in chunk.rows] == [size, str(image)]
+    assert all(row["raw"] == size and row["inside"] == inside for row in chunk.rows)
+    assert chunk.table.columns["raw"] == [content] * 2  # which the model reads
 
 
 def test_objects_in_memory() -> None:
