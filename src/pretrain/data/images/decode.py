@@ -72,9 +72,13 @@ SUFFIXES = frozenset(
     }
 )  # fmt: skip
 MOST_PIXELS = 1 << 26  # 8,192 x 8,192; a small file may claim, and decode to, any number
-# How Pillow calls colours of 16 bits in a file; BGR;16 are 16 bits for all three.
-_WIDE = re.compile(r"\(?'?(RGB|LA)\w*;16")
+# How Pillow calls colours of 16 bits in a PNG, TIFF or PPM file; BGR;16 are 16 bits for all three.
+_WIDE = re.compile(r"\(?'?(RGB|LA)\w*;16|\('RGB', 65535\)")
 _DARK = "16 bits of which at most 12 are used, so it is read as dark; scale the values first"
+_BLACK = (
+    "black, for all colours are zero in the upper 8 of 16 bits; if the lower ones hold the image, convert it to 8 bits "
+    "first"
+)
 _NARROWEST = 100  # longer side of an image, in units of the shorter
 
 
@@ -331,7 +335,7 @@ class Picture(FileItem):
                 )
             if then is not None:
                 return then(image)
-            narrow = _upper_bits(image, self.name) if wide else None
+            narrow = _upper_bits(image) if wide else None
             upright = _upright(image)
             decoded, remark = flat(upright.convert(self.mode) if self.mode else upright, self.name)
             return decoded, "; ".join(filter(None, (frames, narrow, remark))) or None
@@ -491,23 +495,15 @@ def _narrowed(values: NDArray[Any], name: str) -> tuple[NDArray[np.uint8], str |
     return (values.astype(np.int64) >> 8).astype(np.uint8), _DARK if high < 4096 else None
 
 
-def _upper_bits(image: Image, name: str) -> str | None:
-    """Return a remark on an image whose colours had 16 bits in the file, of which Pillow keeps the upper 8.
-
-    Raises:
-        BrokenImage: nothing of them is left.
-    """
+def _upper_bits(image: Image) -> str | None:
+    """Return a remark on an image whose colours had 16 bits in the file, of which Pillow keeps the upper 8."""
     extremes: Any = image.getextrema()
     bands = zip(image.getbands(), extremes, strict=True)
     high = max(int(highest) for band, (_, highest) in bands if band != "A")
     if not high:
-        raise BrokenImage(
-            name,
-            "its colours have 16 bits, of which at most the lower 8 are used",
-            "its colours have 16 bits, of which at most the lower 8 are used, and the upper ones are read. Convert it "
-            "to 8 bits first",
-        )
-    return _DARK if high < 16 else None
+        return _BLACK
+    # 12 bits are below 16 of 255; those of PPM files are rounded instead of cut off.
+    return _DARK if high < 16 + (image.format == "PPM") else None
 
 
 def flat(image: Image, name: str = "the image") -> tuple[Image, str | None]:
