@@ -19,7 +19,7 @@ from PIL import Image
 import pretrain
 from contract import check_objective
 from pretrain.cli.main import main
-from pretrain.config.spelling import EVALUATE, using
+from pretrain.config.spelling import EVALUATE, FINETUNE, using
 from pretrain.data.images import ImageProcessor
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
@@ -422,6 +422,7 @@ def test_rows_with_one_box_each_are_gathered_by_image_in_every_form(place: Path,
     [
         ({"bbox": [None], "category": ["dark"]}, "four numbers"),
         ({"bbox": ["1234"], "category": ["dark"]}, "four numbers"),
+        ({"bbox": [[9, 9, -3, 3]], "category": ["dark"]}, "source says .* bottom; correct the box"),
         ({"bbox": 3, "category": ["dark"]}, "objects is .*Expected is a mapping"),
         ({"other": []}, "objects is .*Expected is a mapping"),
         (["dark"], "objects is .*Expected is a mapping"),
@@ -574,8 +575,18 @@ def test_row_options_are_keywords_as_the_messages_say(tmp_path: Path) -> None:
         ObjectDetection(reopened.model),
         {**rows[0], "boxes": [[9, 9, 3, 3]], "label": ["dark"]},
     )
-    with using(EVALUATE), pytest.raises(DataError, match="bottom, as in the training rows"):
+    with (
+        using(EVALUATE),
+        pytest.raises(DataError, match="records no box_format, so left, top, right, bottom"),
+    ):
         told.encode(labelled([swapped], told, {}))  # evaluate has no such option
+    for asked in (EVALUATE, FINETUNE):
+        swapped["boxes"] = [[9, 9, -3, 3]]
+        with (
+            using(asked),
+            pytest.raises(DataError, match="'xywh' boxes are left, top, width, height"),
+        ):
+            reopened.encode(labelled([swapped], reopened, {}))
     for task in (result.task, reopened):  # further rows are read in the same way
         found = [example["boxes"] for example in task.encode(labelled(rows, task, {}))]
         assert all((a == row["corners"]).all() for a, row in zip(found, rows, strict=True))

@@ -460,6 +460,20 @@ def _lists(table: Table, role: str) -> list[list[Any]]:
     return found
 
 
+def _read_as(box: Any, form: str) -> str:
+    """Return what the numbers of a box are taken for, and who says so."""
+    if isinstance(box, Corners):
+        return "Its source says that these are left, top, right, bottom; correct the box."
+    if form != _FORMATS[0]:
+        return f"By the box_format {form!r} boxes are left, top, width, height."
+    if trains():
+        other = option("box_format", "xywh")
+        return (
+            f"Boxes are left, top, right, bottom; if these are left, top, width, height: {other}."
+        )
+    return "The model records no box_format, so left, top, right, bottom is assumed; convert other boxes."
+
+
 def _boxes_of(
     table: Table, known: LabelMap, form: str
 ) -> tuple[list[list[list[float]]], list[list[int]]]:
@@ -493,10 +507,8 @@ def _boxes_of(
             own = [not isinstance(box, Corners) for box in row]
             array[own, 2:] += array[own, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
-            other = f"; if these are left, top, width, height: {option('box_format', 'xywh')}"
             raise DataError(
-                f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. Boxes are left, top, right, bottom"
-                f"{other if trains() else ', as in the training rows'}."
+                f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. {_read_as(row[wrong[0]], form)}"
             )
         boxes.append(array.tolist())
     if shares and all(shares):
