@@ -21,6 +21,7 @@ from contract import check_objective
 from pretrain.cli.main import main
 from pretrain.config.spelling import EVALUATE, FINETUNE, using
 from pretrain.data.images import ImageProcessor
+from pretrain.data.images.decode import FileItem
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.measure import labelled
@@ -415,6 +416,20 @@ def test_rows_with_one_box_each_are_gathered_by_image_in_every_form(place: Path,
     rows = [{**line, "image": cell(place / "images" / line["image"])} for line in lines]
     found = rows_of(task(), rows)
     assert [one["boxes"].tolist() for one in found] == [row["boxes"] for row in squares(6)]
+
+
+@pytest.mark.parametrize("cell", [bytes, np.array, Image.fromarray])
+def test_one_object_in_many_rows_is_read_once(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, read = np.arange(1024, dtype=np.uint8).reshape(32, 32), []
+    cells = [cell(array), cell(array), cell(array[::-1])]  # two that are equal, and another one
+    digest = FileItem.digest.func
+    monkeypatch.setattr(
+        FileItem, "digest", property(lambda item: read.append(item) or digest(item))
+    )
+    sides = dict(zip(("xmin", "ymin", "xmax", "ymax"), (1, 2, 3, 4), strict=True))
+    rows = [{"image": cells[k % 3], "label": "dark", **sides} for k in range(12)]
+    table = ObjectDetection.gathered(ObjectDetection.read(rows), {})
+    assert [len(boxes) for boxes in table.columns["boxes"]] == [8, 4] and len(read) == 3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import contextlib
 import os
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,8 @@ def gathered_boxes(
     if image is None or None in sides or chosen["boxes"] is not None:
         return _with_images(table, image)
     groups: dict[Any, list[int]] = {}
-    for i, picture in enumerate(pictures(table, image)):
-        groups.setdefault(_identity(picture, i), []).append(i)
+    for i, identity in enumerate(_identities(pictures(table, image))):
+        groups.setdefault(identity, []).append(i)
     first = table.take([rows[0] for rows in groups.values()])
     gathered: dict[str, list[Any]] = {"boxes": []}
     if label is not None:
@@ -146,12 +146,18 @@ def gathered_boxes(
     return _with_images(first.with_columns({**kept, **gathered}, table.label_names), image)
 
 
-def _identity(picture: Picture | None, row: int) -> Any:
-    """Return what the rows of one image have in common: the path of its file, or else its content."""
-    if picture is None:
-        return row
-    path = isinstance(picture.source, str | Path)
-    return str(picture.source) if path else picture.digest
+def _identities(images: Sequence[Picture | None]) -> Iterator[Any]:
+    """Yield, for each row, what the rows of one image have in common: the path of its file, or else its content."""
+    digests: dict[int, str] = {}  # one object in several rows is read once
+    for row, picture in enumerate(images):
+        if picture is None:
+            yield row
+        elif isinstance(picture.source, str | Path):
+            yield str(picture.source)
+        else:
+            if (known := id(picture.source)) not in digests:
+                digests[known] = picture.digest
+            yield digests[known]
 
 
 def _of_images(
