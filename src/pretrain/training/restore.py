@@ -144,10 +144,10 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         # What is in training/ is in the unit of the run; earlier versions had none.
         head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
-    if (
-        given and given != size
-    ):  # it takes the place of the size that was measured, or left when memory ran out
-        state.micro_rows = 0
+    if given and given != size:
+        state.micro_rows = (
+            0  # the given size takes the place of one that was found when memory ran out
+        )
     if state.eval_rows is None and trainer.eval_data is not None:
         rows = len(trainer.eval_data)
         state.eval_rows = min(before.get("train.eval_rows", trainer.train.eval_rows) or rows, rows)
