@@ -215,7 +215,7 @@ def test_the_trials_before_a_run_are_alone_in_its_directory(
         with pytest.raises(RunLocked, match=str(os.getpid())):
             tune(start, out, **more)
         assert (out / "run.lock").exists()
-        tried.append(given["lr"])
+        tried.append(given["rates"]["lr"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pretrain.finetuning.job.Job.score", trial)
