@@ -219,7 +219,8 @@ def test_a_run_shortened_to_its_present_step_evaluates_its_weights(tmp_path: Pat
     trainer(tmp_path, objective(), Rows(8), hooks=[stop], **options).fit()
     run = trainer(tmp_path, objective(), Rows(8), **options, limit="3 steps").fit()
     assert [r["step"] for r in run.history if "eval" in r] == [2, 4, 5]
-    block = json.loads((run.checkpoint / "config.json").read_text())["pretrain"]  # type: ignore[operator]
+    assert run.checkpoint is not None
+    block = json.loads((run.checkpoint / "config.json").read_text())["pretrain"]
     assert run.step == 5 and block["metrics"] == run.metrics
 
 

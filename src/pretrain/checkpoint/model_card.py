@@ -80,8 +80,8 @@ def readme(
     block = config.get("pretrain")
     known = block if isinstance(block, Mapping) else {}
     fingerprint = known.get("fingerprint")
-    told = isinstance(fingerprint, str) and fingerprint and fingerprint in (written or "")
-    if written and (block is None or told):
+    of_these_rows = isinstance(fingerprint, str) and fingerprint and fingerprint in (written or "")
+    if written and (block is None or of_these_rows):
         card = written.encode("utf-8", "replace")
     else:
         stated = {**known, **card_terms(written or "")}

@@ -761,9 +761,10 @@ def _in_modes(columns: dict[str, list[Any]], features: Mapping[str, Any]) -> dic
 
 def _described(feature: Any) -> Mapping[str, Any]:
     """Return the fields of a feature of the datasets library, an object or its description in a file."""
-    described = isinstance(feature, dict) and "_type" in feature
-    found: Mapping[str, Any] = feature if described else getattr(feature, "__dict__", {})
-    return found
+    if isinstance(feature, dict) and "_type" in feature:
+        return feature
+    fields: Mapping[str, Any] = getattr(feature, "__dict__", {})
+    return fields
 
 
 def _names_in(feature: Any, column: str) -> Iterator[tuple[str, list[str]]]:

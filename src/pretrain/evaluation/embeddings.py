@@ -31,11 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["retrieval", "rows_with_texts", "sts"]
 
 _AT, _DEEP = 10, 100  # ranks at which a search is measured
-_OF_DOCUMENTS = (
-    "document",
-    "passage",
-    "corpus",
-)  # names of prompts, in the order of sentence-transformers
+# Names of prompts of documents, in the order of sentence-transformers.
+_OF_DOCUMENTS = ("document", "passage", "corpus")
 _DIGITS = 6  # decimals of a cosine of fp32 vectors that mean something
 
 _PAIR = (
@@ -167,18 +164,18 @@ def retrieval(
     if limit and limit < len(asked):
         asked = [asked[i * len(asked) // limit] for i in range(limit)]
     names, texts = list(documents), list(documents.values())
-    names_of = {"queries": _prompt(model, "query"), "documents": _prompt(model, *_OF_DOCUMENTS)}
-    _say(names_of, model)
-    prompts = [
-        model.sentences.prompts[name] if model.sentences and name else ""
-        for name in names_of.values()
-    ]
-    options: dict[str, Any] = {
-        "prompt": prompts[0],
-        "text_prompt": prompts[1],
-        "batch_size": batch_rows,
-    }
-    found = search(model, [queries[query] for query in asked], texts, _DEEP, **options)
+    of_queries, of_documents = _prompt(model, "query"), _prompt(model, *_OF_DOCUMENTS)
+    _say({"queries": of_queries, "documents": of_documents}, model)
+    stored: Mapping[Any, Any] = {} if model.sentences is None else model.sentences.prompts
+    found = search(
+        model,
+        [queries[query] for query in asked],
+        texts,
+        _DEEP,
+        prompt=stored.get(of_queries, ""),
+        text_prompt=stored.get(of_documents, ""),
+        batch_size=batch_rows,
+    )
     ranked = [
         metrics.ranking([names[hit.index] for hit in hits], relevant[query], _AT, _DEEP)
         for query, hits in zip(asked, found, strict=True)
@@ -197,12 +194,11 @@ def _say(prompts: Mapping[str, str | None], model: Model) -> None:
     """Name the prompts that are used, and a measure of similarity in the directory that is not."""
     if used := [f"{what} get the prompt {name!r}" for what, name in prompts.items() if name]:
         note(f"{' and '.join(used)} of the model's directory")
-    wanted = (
-        "cosine" if model.sentences is None else model.sentences.config.get("similarity_fn_name")
-    )
-    if wanted not in (None, "cosine"):
+    settings = {} if model.sentences is None else model.sentences.config
+    similarity = settings.get("similarity_fn_name")
+    if similarity not in (None, "cosine"):
         note(
-            f"the model's directory asks for the similarity {wanted!r}; the figures here are those of the cosine"
+            f"the model's directory asks for the similarity {similarity!r}; the figures here are those of the cosine"
         )
 
 

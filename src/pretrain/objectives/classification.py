@@ -354,9 +354,8 @@ class Classification(ClassTask):
     def describe(self) -> dict[str, Any]:
         codes = dict(self._map.codes)
         own: dict[str, Any] = {"codes": codes} if codes.keys() != set(self.labels) else {}
-        if (
-            self.label_separator is not None
-        ):  # the default is left out, as in descriptions of earlier runs
+        # The default is left out, as in the descriptions of earlier runs.
+        if self.label_separator is not None:
             own["label_separator"] = self.label_separator
         return super().describe() | own
 

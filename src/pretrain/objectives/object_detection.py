@@ -65,9 +65,8 @@ _SIDES_WEIGHT = 5.0  # of the overlap beside the focal loss (TTFNet)
 _MOST = 100  # boxes of an image
 _LEAST = 0.01  # score of a box that is evaluated
 _VISIBLE = 0.3  # share of a box that a crop must keep
-_MOST_SCENES = (
-    600  # held-out images times classes that the classical baseline reads; 60 take a second
-)
+# Held-out images times classes that the classical baseline reads; 60 take a second.
+_MOST_SCENES = 600
 _SHOWN = 24  # classes up to which each has its own figure
 
 

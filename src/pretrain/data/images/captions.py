@@ -182,8 +182,8 @@ def captions_by_row(table: Table) -> dict[int, list[str]]:
 def listed(cell: Any) -> Any:
     """Return the list of texts that is printed in a cell of a CSV file; any other value as it is."""
     printed = isinstance(cell, str) and cell.lstrip().startswith(("['", '["'))
-    found = printed_list(cell) if printed else None
-    return cell if found is None else found
+    texts = printed_list(cell) if printed else None
+    return cell if texts is None else texts
 
 
 def _captions(table: Table, i: int) -> list[str]:
