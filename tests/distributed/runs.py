@@ -182,7 +182,7 @@ def extras(folder: Path, names: list[str]) -> dict[str, Any]:
             found[key] = train(
                 out, "llama", parallel | more, steps=6, optim=optim, settings=settings
             )[1]
-        source = folder / "extras" / f"{mesh}|full".replace(" ", "_") / "checkpoint-6"
+        source = folder / "extras" / f"{mesh}|layers".replace(" ", "_") / "checkpoint-6"
         out = folder / "extras" / f"{mesh}|from".replace(" ", "_")
         found[f"{mesh}|from"] = train(out, "llama", parallel, steps=3, source=source)[1]
     return found

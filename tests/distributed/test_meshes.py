@@ -19,30 +19,36 @@ WITHIN = 1e-6  # of the loss, relative
 # A causal family whose curve resumed runs go along, and one of both kinds of mask with accumulation.
 QUICK_CURVES = ("llama|1", "modernbert|3")
 QUICK_STARTS = ("FSDP2 x TP 4",)  # whose checkpoints every mesh goes on from
-QUICK_EXTRAS = ("layers", "bf16", "full")  # what goes on from a checkpoint starts from the last
+QUICK_EXTRAS = ("layers", "bf16", "from")
+FOUR = MESHES[
+    -1
+]  # four processes are slow on few cores: the quick runs train one curve, and go on from it
 BITS = 2  # random configurations that are run on 1, 2 and 4 processes
 
 
-def run_all(folder: Path, *phases: tuple[str, ...]) -> None:
+def run_all(folder: Path, *phases: dict[int, tuple[str, ...]]) -> None:
     """Start ``runs.py`` on every number of processes, the largest first, once for each phase."""
     files = []
     for k, parts in enumerate(phases):
         for size in (4, 2, 1):
             files.append(folder / f"{k}-{size}.json")
-            launch(HERE / "runs.py", size, str(files[-1]), str(folder), *parts, timeout=900)
+            launch(HERE / "runs.py", size, str(files[-1]), str(folder), *parts[size], timeout=900)
     merged(folder, files)
 
 
-EVERYTHING = (("curves=", "extras=", "bits=50"), ("resume=",))
-# What goes on from a checkpoint of four processes finds it in the same phase.
-SOME = (
-    (
-        f"curves={','.join(QUICK_CURVES)}",
-        f"extras={','.join(QUICK_EXTRAS)}",
-        f"bits={BITS}",
-        f"resume={','.join(QUICK_STARTS)}",
-    ),
+EVERYTHING = (
+    dict.fromkeys((1, 2, 4), ("curves=", "extras=", "bits=50")),
+    dict.fromkeys((1, 2, 4), ("resume=",)),
 )
+# What goes on from a checkpoint of four processes finds it in the same phase.
+_AFTER = (f"bits={BITS}", f"resume={','.join(QUICK_STARTS)}")
+_FEW = (f"curves={','.join(QUICK_CURVES)}", f"extras={','.join(QUICK_EXTRAS[:-1])}", *_AFTER)
+SOME = ({1: _FEW, 2: _FEW, 4: (f"curves={QUICK_CURVES[0]}", *_AFTER)},)
+
+
+def quick(condition: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """The marks of a test that is slow unless the condition holds."""
+    return () if condition else (pytest.mark.slow,)
 
 
 @pytest.fixture
@@ -62,18 +68,19 @@ def _worst(one: list[float], two: list[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("family", "accumulate"),
+    ("mesh", "family", "accumulate"),
     [
         pytest.param(
+            mesh,
             family,
             accumulate,
-            marks=() if f"{family}|{accumulate}" in QUICK_CURVES else pytest.mark.slow,
+            marks=quick(f"{family}|{accumulate}" in QUICK_CURVES[: 1 if mesh == FOUR else None]),
         )
+        for mesh in MESHES[1:]
         for family in FAMILIES
         for accumulate in (1, 3)
     ],
 )
-@pytest.mark.parametrize("mesh", MESHES[1:])
 def test_every_mesh_has_the_curve_of_one_device(
     seen: dict[str, Any], mesh: str, family: str, accumulate: int
 ) -> None:
@@ -93,7 +100,7 @@ def test_every_mesh_has_the_curve_of_one_device(
 @pytest.mark.parametrize("after", MESHES)
 @pytest.mark.parametrize(
     "before",
-    [pytest.param(mesh, marks=() if mesh in QUICK_STARTS else pytest.mark.slow) for mesh in MESHES],
+    [pytest.param(mesh, marks=quick(mesh in QUICK_STARTS)) for mesh in MESHES],
 )
 def test_every_mesh_goes_on_from_every_other(seen: dict[str, Any], before: str, after: str) -> None:
     whole, part = seen["1|llama|1"], seen[f"cut|{before}"]
@@ -112,20 +119,19 @@ def test_every_mesh_goes_on_from_every_other(seen: dict[str, Any], before: str, 
 
 # Half precision rounds where a sum is cut; Muon makes much of the directions in which a gradient is almost nothing.
 @pytest.mark.parametrize(
-    ("name", "within"),
+    ("mesh", "name", "within"),
     [
-        ("layers", WITHIN),
-        ("bf16", 1e-3),
-        ("full", WITHIN),
-        ("from", WITHIN),
-        pytest.param("muon", 1e-4, marks=pytest.mark.slow),
-        pytest.param("ema", WITHIN, marks=pytest.mark.slow),
-        pytest.param("selective", WITHIN, marks=pytest.mark.slow),
-        pytest.param("compiled", WITHIN, marks=pytest.mark.slow),
-        pytest.param("async", WITHIN, marks=pytest.mark.slow),
+        pytest.param(mesh, name, within, marks=quick(name in QUICK_EXTRAS and mesh != FOUR))
+        for mesh in MESHES[1:]
+        for name, within in {
+            **dict.fromkeys(
+                ("layers", "full", "from", "ema", "selective", "compiled", "async"), WITHIN
+            ),
+            "bf16": 1e-3,
+            "muon": 1e-4,
+        }.items()
     ],
 )
-@pytest.mark.parametrize("mesh", MESHES[1:])
 def test_settings_mean_the_same_on_every_mesh(
     seen: dict[str, Any], mesh: str, name: str, within: float
 ) -> None:

@@ -22,7 +22,7 @@ CASES = (
     *ADAPTED,
 )
 COUPLED = ("pairs", "both ways", "scored")
-QUICK = ("classification", "lora", "pairs")  # and what is made of them
+QUICK = ("classification", "pairs")  # and "resumed", which is "lora" cut in two
 
 
 def slow_but(names: tuple[str, ...]) -> list[Any]:
@@ -92,7 +92,10 @@ def test_adapters_in_half_precision_have_the_curve_of_one_device(
 
 
 @pytest.mark.parametrize("case", slow_but(COUPLED))
-@pytest.mark.parametrize("mesh", [*MESHES, "FSDP2 x TP 4", "2 copies x TP 4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [*MESHES, "FSDP2 x TP 4", pytest.param("2 copies x TP 4", marks=pytest.mark.slow)],
+)
 def test_rows_are_compared_with_those_of_all_processes(
     seen: dict[str, Any], mesh: str, case: str
 ) -> None:

@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import json
 import os
 import random
@@ -200,6 +201,8 @@ def _agent(told: dict[str, Any]) -> None:
 def serve() -> None:
     """For every line of JSON fork an agent; print ``started PID``, and ``ended PID CODE`` later."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is imported is not looked through again by each garbage collection of each worker
     running: set[int] = set()
     print("ready", flush=True)
     while True:
