@@ -32,6 +32,7 @@ from unittest import mock
 
 import pretrain
 from pretrain.training import optim
+from pretrain.training.optim import lr_of_width
 from pretrain.utils.curves import Series, curve_svg
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
@@ -212,7 +213,7 @@ def _final() -> Iterator[dict[str, Any]]:
 WIDTHS = (64, 128, 256, 512)
 MULTIPLES = (0.25, 0.5, 1, 2, 4)
 DEFAULT_RATES: dict[str, Callable[[int], float]] = {
-    "adamw": lambda width: 0.2 / width,
+    "adamw": lr_of_width,
     "muon": lambda width: 0.02,
 }
 RATE_SEEDS = (0, 1, 2)

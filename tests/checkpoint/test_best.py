@@ -20,7 +20,7 @@ from pretrain.checkpoint.best import (
     BEST,
     SWEEP,
     best_first,
-    swept_rates,
+    rates_of_run,
     with_training,
     write_choice,
 )
@@ -48,7 +48,7 @@ def run(good: Path, tmp_path: Path) -> Path:
 
 
 def chosen(run: Path) -> tuple[str, float | None]:
-    return best_first(run)[0].name, swept_rates(run).get("lr")
+    return best_first(run)[0].name, rates_of_run(run).get("lr")
 
 
 def test_what_was_written_is_read_in_silence(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

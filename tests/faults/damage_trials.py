@@ -30,7 +30,7 @@ import numpy as np
 import pretrain
 from faults import products
 from pretrain.checkpoint import load, read_training
-from pretrain.checkpoint.best import best_first, swept_rates
+from pretrain.checkpoint.best import best_first, rates_of_run
 from pretrain.checkpoint.peers import ALONE
 from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import RunConfig, check
@@ -109,7 +109,7 @@ def of_run(run: Path, settings: Any) -> str:
     history = read_history(run)
     kinds = [history.train, history.evals, history.events]
     return digest(
-        newest.name, of_training(newest), best_first(run)[0].name, of_model(run), swept_rates(run),
+        newest.name, of_training(newest), best_first(run)[0].name, of_model(run), rates_of_run(run),
         json.dumps(kinds, sort_keys=True), type(settings).load(run / "run.yaml").to_dict(),
     )  # fmt: skip
 

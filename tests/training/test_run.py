@@ -28,6 +28,7 @@ from pretrain.errors import (
 )
 from pretrain.objectives import build_objective
 from pretrain.report.history import on_as_many
+from pretrain.training import optim
 from pretrain.training import run as running
 from pretrain.training.preflight import rate_remarks, remarks
 from pretrain.training.restore import training_state
@@ -140,20 +141,21 @@ def test_changed_settings_are_named(tmp_path: Path, text: Path) -> None:
 
 
 def test_the_automatic_rate_is_said_and_trains_as_the_same_number_does(
-    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings(tmp_path, text)
     pretrain.train(chosen, lr="auto")
-    said = capfd.readouterr().err
-    assert "adamw lr 0.0063 (auto: 0.2 / width 32, at most 0.01)" in said
+    assert "adamw lr 0.0027 (auto: for width 32)" in capfd.readouterr().err
+    monkeypatch.setattr(optim, "lr_of_width", lambda width: 0.2 / width)  # another rule
     pretrain.train(chosen, lr="auto", limit="8 steps")  # resumes
+    assert "adamw lr 0.0027 (auto: as the run began)" in capfd.readouterr().err
     before = losses(tmp_path / "run")
     pretrain.train(
-        settings(tmp_path, text, out=str(tmp_path / "number"), limit="6 steps"), lr=0.0063
+        settings(tmp_path, text, out=str(tmp_path / "number"), limit="6 steps"), lr=0.0027
     )
     assert losses(tmp_path / "number") == before[:6] and len(before) == 8
-    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.0063, was 'auto'"):
-        pretrain.train(chosen, lr=0.0063)
+    with pytest.raises(ConfigError, match=r"optim\.lr is 0\.0027, was 'auto'"):
+        pretrain.train(chosen, lr=0.0027)
 
 
 def test_unknown_size_and_option_are_named(tmp_path: Path, text: Path) -> None:

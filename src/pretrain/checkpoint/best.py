@@ -25,8 +25,8 @@ __all__ = [
     "SWEEP",
     "best_first",
     "opened",
+    "rates_of_run",
     "run_state",
-    "swept_rates",
     "with_training",
     "write_choice",
 ]
@@ -139,7 +139,7 @@ def _result(run_dir: Path) -> dict[Path, float]:
         return {result: math.inf}
 
 
-def swept_rates(run_dir: Path) -> dict[str, float]:
+def rates_of_run(run_dir: Path) -> dict[str, float]:
     """Return the learning rates that a run began with: ``lr``, and ``muon_lr`` if it was kept; empty if unknown."""
     path = run_dir / SWEEP
     states = map(_state, manifest.candidates(run_dir))

@@ -128,7 +128,7 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
     lr: float | Literal["auto"] = setting(1e-3, 0.0, 100.0)
-    """Peak learning rate of AdamW; "auto" derives it from the width of the model (0.2 / width)."""
+    """Peak learning rate of AdamW; "auto" chooses it by the width of the model."""
     muon_lr: float = setting(0.02, 0.0, 100.0)
     """Peak learning rate of Muon."""
     betas: tuple[float, float] = setting((0.9, 0.95), 0.0, 1.0 - 1e-9)

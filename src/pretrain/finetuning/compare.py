@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.checkpoint.best import swept_rates
+from pretrain.checkpoint.best import rates_of_run
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import ConfigError, DataError, PretrainError
@@ -233,7 +233,7 @@ def kept_comparison(job: Job) -> Comparison | None:
     if (
         "comparison" not in body
         or body["key"] != _key(job)
-        or body["lr"] != swept_rates(out).get("lr")
+        or body["lr"] != rates_of_run(out).get("lr")
     ):
         return None
     return Comparison.from_json(json.dumps(body["comparison"]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import distributed
-from pretrain.checkpoint.best import BEST, SWEEP, run_state, swept_rates, write_choice
+from pretrain.checkpoint.best import BEST, SWEEP, rates_of_run, run_state, write_choice
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
@@ -224,7 +224,7 @@ class Job:
         optim = self.settings.optim
         if optim.name != "muon":
             return {"lr": lr}
-        if out is not None and has_begun(out) and (before := swept_rates(out)):
+        if out is not None and has_begun(out) and (before := rates_of_run(out)):
             return {"lr": lr, "muon_lr": before.get("muon_lr", optim.muon_lr)}
         return {"lr": lr, "muon_lr": optim.muon_lr * lr / self.lr(task)}
 
@@ -245,7 +245,7 @@ class Job:
         lr = self.settings.optim.lr
         if not isinstance(lr, str):
             return lr
-        before = swept_rates(out).get("lr") if has_begun(out) else None
+        before = rates_of_run(out).get("lr") if has_begun(out) else None
         if before is None and has_begun(out) and lr != "sweep":
             return earlier_lr(task.model, adapter=bool(self.settings.method.lora))
         return before
@@ -440,7 +440,7 @@ class Job:
                 found.model.extra_config["pretrain"] = block.get("pretrain", {})
             return found.eval()
 
-        rates = self.chosen(task, swept_rates(run.path).get("lr"), run.path)
+        rates = self.chosen(task, rates_of_run(run.path).get("lr"), run.path)
         notes = [*notes, *said_of(rates)]
         result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
         result.rates = rates

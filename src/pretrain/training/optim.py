@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from pretrain.checkpoint.best import rates_of_run
 from pretrain.config import OptimConfig
 from pretrain.distributed.estimates import MATRICES_TOGETHER
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
@@ -31,6 +33,7 @@ __all__ = [
     "Muon",
     "Optimizers",
     "build_optimizers",
+    "lr_of_width",
     "muon_weights",
     "orthogonalize",
     "settled_lr",
@@ -48,8 +51,9 @@ _POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _MARGIN = 1.02
-# The automatic rate of AdamW: this over the width, at most the highest; and the rate of what Muon leaves to it.
-_LR_OF_UNIT_WIDTH, _HIGHEST_LR, _LR_BESIDE_MUON = 0.2, 1e-2, 3e-3
+# The automatic rate of AdamW: the lower of the first over the root of the width and the second over the width; and the
+# rate of what Muon leaves to it.
+_LR_BY_ROOT, _LR_BY_WIDTH, _LR_BESIDE_MUON = 0.015, 0.4, 3e-3
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -321,22 +325,36 @@ class Optimizers:
             )
 
 
-def settled_lr(settings: OptimConfig, objective: Objective) -> tuple[OptimConfig, str]:
-    """Return the settings with a number for ``optim.lr: auto``, and its reason in words; others as they are.
+def lr_of_width(width: int) -> float:
+    """Return the automatic learning rate of AdamW for a model of this width.
 
     The updates of Adam change every weight by about the learning rate, so the change of a layer's output grows with the
-    number of its inputs, and the best rate falls with the width, as muP has it (arXiv 2203.03466). The constant is that
-    of the runs in docs/training.md. An orthogonal update of Muon has the same norm at every width, and what is left to
-    AdamW beside it are embeddings, norms and biases, so both rates stay as they are in the recipes.
+    number of its inputs, and the best rate falls with the width, as muP has it (arXiv 2203.03466): at large widths as
+    1 / width, within a third of the rates of GPT-3 from 768 to 5,120 (arXiv 2005.14165); at small ones more slowly, as
+    in the runs of docs/training.md.
+    """
+    return min(_LR_BY_ROOT / math.sqrt(width), _LR_BY_WIDTH / width)
+
+
+def settled_lr(
+    settings: OptimConfig, objective: Objective, out: Path | None = None
+) -> tuple[OptimConfig, str]:
+    """Return the settings with a number for ``optim.lr: auto``, and its reason in words; others as they are.
+
+    A run that has begun in ``out`` keeps the rate that it began with. An orthogonal update of Muon has the same norm at
+    every width, and what is left to AdamW beside it are embeddings, norms and biases, so both rates stay as they are
+    in the recipes.
     """
     if settings.lr != "auto":
         return settings, ""
     width = objective.model.backbone.stats().hidden
-    if settings.name == "muon":
+    began = rates_of_run(out).get("lr") if out is not None and out.is_dir() else None
+    if began is not None:
+        lr, reason = began, "as the run began"
+    elif settings.name == "muon":
         lr, reason = _LR_BESIDE_MUON, "beside Muon, at every width"
     else:
-        lr = float(f"{min(_LR_OF_UNIT_WIDTH / width, _HIGHEST_LR):.2g}")
-        reason = f"{_LR_OF_UNIT_WIDTH:g} / width {width}, at most {_HIGHEST_LR:g}"
+        lr, reason = float(f"{lr_of_width(width):.2g}"), f"for width {width}"
     return dataclasses.replace(settings, lr=lr), f" (auto: {reason})"
 
 

@@ -142,7 +142,6 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.objective, self.train_data = objective, train_data
-        self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective)
         self.train = settle_amounts(train or TrainConfig(), train_data)
         self.parallel = parallel or ParallelConfig()
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
@@ -152,6 +151,7 @@ class Trainer:
         if not self.train.out:
             raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
+        self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective, self.out)
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
