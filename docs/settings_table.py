@@ -8,6 +8,7 @@ Meanings are the docstrings of the settings, and the sections Args and Attribute
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -72,6 +73,7 @@ def model_fields() -> str:
     return "\n".join([*parts, ""])
 
 
+@functools.cache
 def size_tables() -> str:
     """The sizes of the families of texts as Markdown: what they cost and, where it was measured, what they reach."""
     parts: list[str] = []

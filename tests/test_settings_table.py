@@ -52,6 +52,7 @@ def test_every_table_is_included_once_and_written_as_it_is_generated(tmp_path: P
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == table(), name
 
 
+@pytest.mark.slow  # .ci/run builds the documentation
 def test_the_build_and_one_command_write_them(tmp_path: Path) -> None:
     script = tmp_path / "docs" / "settings_table.py"
     script.parent.mkdir()

@@ -392,7 +392,11 @@ def test_a_run_goes_on_with_the_rate_and_length_it_began_with(
 
 
 @pytest.mark.parametrize(
-    "search", [{"lr": "sweep"}, {"compare": "scratch", "lr": "auto", "seeds": 2}]
+    "search",
+    [
+        {"lr": "sweep"},
+        pytest.param({"compare": "scratch", "lr": "auto", "seeds": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_of_muon_keeps_the_rates_that_it_began_with(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: dict[str, Any]

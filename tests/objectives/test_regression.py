@@ -183,7 +183,10 @@ def test_options_that_cannot_be() -> None:
         Regression(model_of(head="sequence-classification", labels=ANIMALS))
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e3, 1e5])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(1e-3, marks=pytest.mark.slow), 1e3, pytest.param(1e5, marks=pytest.mark.slow)],
+)
 def test_targets_of_any_size_are_learned_alike(size: float, tmp_path: Path) -> None:
     """Powers of two change no bit; thousands and thousandths change as little as the nearest power allows."""
     rows = [{"text": r["text"], "label": float(len(r["text"].split()))} for r in rows_of(48)]
@@ -245,7 +248,7 @@ def test_a_model_of_numbers_becomes_one_of_classes(tmp_path: Path) -> None:
     assert 0.1 < there["score"][0] < 0.9
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_a_run_goes_on_in_the_unit_that_it_began_in(ema: float, tmp_path: Path) -> None:
     """Also one of an earlier version, which had none: weights, average and moments are in that unit."""
     rows = [{"text": r["text"], "label": 1000.0 * len(r["text"].split())} for r in rows_of(32)]

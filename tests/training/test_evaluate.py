@@ -123,7 +123,7 @@ def test_a_metric_that_changes_its_shape_is_named(later: Any) -> None:
 
 @pytest.mark.parametrize(
     ("monitor", "rows", "evaluations"),
-    [("loss", 4, 10), ("loss", 400, 8), ("accuracy", 400, 10)],
+    [("loss", 4, 10), ("loss", 150, 8), ("accuracy", 150, 10)],
 )
 def test_evaluations_come_as_often_as_they_are_worth(
     tmp_path: Path, monitor: str, rows: int, evaluations: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -29,6 +30,7 @@ __all__ = [
     "settings_in",
     "type_in_words",
     "type_of",
+    "types_of",
     "with_digest",
     "with_place",
     "write_text",
@@ -145,6 +147,12 @@ def settings_in(raw: Mapping[str, Any], sections: Mapping[str, type]) -> dict[st
     return found
 
 
+@functools.cache
+def types_of(section: type) -> dict[str, Any]:
+    """Return the type of every field of a section."""
+    return get_type_hints(section)
+
+
 class _Checker:
     """Checks values against the fields of the sections; errors carry file and line where known."""
 
@@ -152,7 +160,7 @@ class _Checker:
         self, sections: Mapping[str, type], places: Mapping[str, str] | None = None
     ) -> None:
         self.sections, self.places = sections, dict(places or {})
-        self.hints = {section: get_type_hints(kind) for section, kind in sections.items()}
+        self.hints = {section: types_of(kind) for section, kind in sections.items()}
         self.fields = {
             key: {f.name: f for f in dataclasses.fields(kind) if f.init}
             for key, kind in sections.items()

@@ -7,19 +7,20 @@ impossible values raise an error that names the setting, before anything is allo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import glob
 import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pretrain.config.check import place_in, with_digest, with_place, write_text
+from pretrain.config.check import place_in, types_of, with_digest, with_place, write_text
 from pretrain.errors import ConfigError
 
 __all__ = [
@@ -535,29 +536,43 @@ def fields(section: str | type) -> list[Field]:
 
     The help is the docstring of the attribute, or that of the class from which a setting is inherited.
     """
-    import ast
     import inspect
-    import textwrap
-    from typing import get_type_hints
 
     kind = RunConfig.SECTIONS[section] if isinstance(section, str) else section
     helps: dict[str, str] = {}
     order: dict[str, None] = {}
     for of in kind.__mro__[:-1]:
         order |= dict.fromkeys(inspect.get_annotations(of))
-        with contextlib.suppress(OSError):  # without the source there are no help texts
-            node: Any = ast.parse(textwrap.dedent(inspect.getsource(of))).body[0]
-            for line, text in itertools.pairwise(node.body):
-                match line, text:
-                    case (
-                        ast.AnnAssign(target=ast.Name(id=name)),
-                        ast.Expr(value=ast.Constant(value=str(words))),
-                    ):
-                        helps.setdefault(name, " ".join(words.split()))
-    hints, defaults = get_type_hints(kind), kind()
+        helps = _docstrings(of.__module__).get(of.__qualname__, {}) | helps
+    hints, defaults = types_of(kind), kind()
     specs = {spec.name: spec for spec in dataclasses.fields(kind) if spec.init}
     return [
         Field(n, hints[n], getattr(defaults, n), helps.get(n, ""), specs[n].metadata)
         for n in order
         if n in specs
     ]
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Return class -> attribute -> docstring of a module; nothing where its source cannot be had."""
+    import ast
+    import inspect
+
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError):
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        helps = found[node.name] = {}
+        for line, text in itertools.pairwise(node.body):
+            match line, text:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(words))),
+                ):
+                    helps[name] = " ".join(words.split())
+    return found

@@ -80,7 +80,7 @@ def test_the_seed_and_the_place_decide() -> None:
         assert sorted(asked) == sorted(scene.questions())
 
 
-@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("unseen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_questions_do_not_tell_their_answers(unseen: bool) -> None:
     """The commonest answer to each question is as often right for one seed as for seeds that share nothing."""
 
