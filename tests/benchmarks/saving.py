@@ -46,7 +46,7 @@ class Saved:
             self.device
         )
         self.optim = build_optimizers(
-            self.model, OptimConfig(), self.model.backbone.blocks(), self.device
+            self.model, OptimConfig(lr=1e-3), self.model.backbone.blocks(), self.device
         )
         self.ids = torch.randint(vocab, (1, 16), device=self.device)
         self.room = tempfile.TemporaryDirectory(prefix="benchmark-saving-")

@@ -198,6 +198,7 @@ def test_pre_training_from_files_alone(family: str, goal: str, tmp_path: Path) -
         },
         "model": {"family": family, "overrides": sizes},
         "objective": {"class_path": goal, "init_args": {"crop": 0.8}},
+        "optim": {"lr": 1e-3},  # the last evaluation is the best
         "train": {"out": str(tmp_path / "run"), "limit": "4 steps", "batch_rows": 16},
         "parallel": {"device": "cpu"},
     }

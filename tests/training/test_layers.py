@@ -65,7 +65,7 @@ def test_depths_follow_the_names(family: str, head: str) -> None:
 def test_every_parameter_has_the_rate_of_its_depth(name: str, decay: float) -> None:
     goal = Objective(build("bert", None, tokenizer=tokenizer(), **SIZES))
     goal.extra = torch.nn.Linear(2, 2)  # an objective's own weights learn like a head
-    config = OptimConfig(name=name, layer_decay=decay)  # type: ignore[arg-type]
+    config = OptimConfig(lr=1e-3, name=name, layer_decay=decay)  # type: ignore[arg-type]
     layers = Layers(goal, config)
     optimizers = build_optimizers(
         goal, config, goal.model.backbone.blocks(), CPU, scales=layers.scales

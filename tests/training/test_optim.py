@@ -60,7 +60,9 @@ def test_the_automatic_rate_is_that_of_the_width(width: int, lr: float) -> None:
 
 def test_decay_is_off_for_norms_biases_and_embeddings() -> None:
     net = _net()
-    opt = build_optimizers(net, OptimConfig(weight_decay=0.1), [net.block], CPU).optimizers[0]
+    opt = build_optimizers(
+        net, OptimConfig(lr=1e-3, weight_decay=0.1), [net.block], CPU
+    ).optimizers[0]
     decay = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
     for name, p in net.named_parameters():
         want = 0.1 if name in ("block.0.weight", "block.2.weight", "head.weight") else 0.0
@@ -86,7 +88,7 @@ def test_tables_positions_and_tokens_do_not_decay(family: str, name: str) -> Non
     text = {} if family_class(family).processor_class else {"vocab_size": 32}
     with torch.device("meta"):
         model = build(family, "tiny", **text)
-    config = OptimConfig(name=name, weight_decay=0.1)
+    config = OptimConfig(lr=1e-3, name=name, weight_decay=0.1)
     found = build_optimizers(model, config, model.backbone.blocks(), torch.device("meta"))
     groups = [group for opt in found.optimizers for group in opt.param_groups]
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
@@ -105,7 +107,9 @@ def test_own_parameters_are_weights_by_their_name() -> None:
             self.norm = nn.LayerNorm((4, 8))
 
     block = Mixed()
-    adamw, muon = build_optimizers(block, OptimConfig(name="muon"), [block], CPU).optimizers
+    adamw, muon = build_optimizers(
+        block, OptimConfig(lr=1e-3, name="muon"), [block], CPU
+    ).optimizers
     assert [p for g in muon.param_groups for p in g["params"]] == [block.weight_in]
     assert not any(g["weight_decay"] for g in adamw.param_groups)
     linear, bag = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.EmbeddingBag(4, 8)
@@ -116,7 +120,7 @@ def test_own_parameters_are_weights_by_their_name() -> None:
 def test_tied_matrix_is_stepped_once_and_not_decayed() -> None:
     net = _net()
     net.head.weight = net.embed.weight
-    opt = build_optimizers(net, OptimConfig(), [net.block], CPU).optimizers[0]
+    opt = build_optimizers(net, OptimConfig(lr=1e-3), [net.block], CPU).optimizers[0]
     found = [p for g in opt.param_groups for p in g["params"] if p is net.embed.weight]
     assert len(found) == 1
     group = next(g for g in opt.param_groups if any(p is net.embed.weight for p in g["params"]))
@@ -125,7 +129,9 @@ def test_tied_matrix_is_stepped_once_and_not_decayed() -> None:
 
 def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     net = _net()
-    adamw, muon = build_optimizers(net, OptimConfig(name="muon"), [net.block], CPU).optimizers
+    adamw, muon = build_optimizers(
+        net, OptimConfig(lr=1e-3, name="muon"), [net.block], CPU
+    ).optimizers
     assert isinstance(muon, Muon)
     mine = [p for g in muon.param_groups for p in g["params"]]
     assert {id(p) for p in mine} == {id(net.block[0].weight), id(net.block[2].weight)}
@@ -175,7 +181,7 @@ def test_cautious_decay_shrinks_only_where_update_and_weight_agree(name: str) ->
     for decay in (0.0, 0.5):
         torch.manual_seed(1)
         nets[decay] = net = _net()
-        config = OptimConfig(name=name, weight_decay=decay, cautious=True)  # type: ignore[arg-type]
+        config = OptimConfig(lr=1e-3, name=name, weight_decay=decay, cautious=True)  # type: ignore[arg-type]
         before = net.block[0].weight.detach().clone()
         _step(net, build_optimizers(net, config, [net.block], CPU), 0)
     plain, decayed = (nets[decay].block[0].weight.detach() for decay in (0.0, 0.5))
@@ -230,7 +236,7 @@ def test_state_by_name_survives_another_parameter_order(name: str) -> None:
 
 def test_state_of_another_model_is_refused() -> None:
     net = _net()
-    optimizers = build_optimizers(net, OptimConfig(), [net.block], CPU)
+    optimizers = build_optimizers(net, OptimConfig(lr=1e-3), [net.block], CPU)
     _step(net, optimizers, 0)
     state = dict(optimizers.state())
     with pytest.raises(CheckpointError, match="no such parameter"):
@@ -238,7 +244,7 @@ def test_state_of_another_model_is_refused() -> None:
     wrong = state | {"exp_avg/head.weight": torch.zeros(3, 3)}
     with pytest.raises(CheckpointError, match="shape"):
         optimizers.load(wrong)
-    fresh = build_optimizers(_net_copy := _net(), OptimConfig(), [_net_copy.block], CPU)
+    fresh = build_optimizers(_net_copy := _net(), OptimConfig(lr=1e-3), [_net_copy.block], CPU)
     short = {key: value for key, value in state.items() if not key.endswith("head.weight")}
     with pytest.raises(CheckpointError, match="lacks the moments"):
         fresh.load(short)
@@ -246,10 +252,10 @@ def test_state_of_another_model_is_refused() -> None:
 
 def test_unknown_optimizer_and_nothing_trainable() -> None:
     net = _net()
-    config = OptimConfig()
+    config = OptimConfig(lr=1e-3)
     config.name = "adamv"  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="adamw"):
         build_optimizers(net, config, [net.block], CPU)
     net.requires_grad_(False)
     with pytest.raises(ConfigError, match="frozen"):
-        build_optimizers(net, OptimConfig(), [net.block], CPU)
+        build_optimizers(net, OptimConfig(lr=1e-3), [net.block], CPU)

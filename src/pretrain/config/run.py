@@ -128,7 +128,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (Muon for the matrices, AdamW for the rest)."""
-    lr: float | Literal["auto"] = setting(1e-3, 0.0, 100.0)
+    lr: float | Literal["auto"] = setting("auto", 0.0, 100.0)
     """Peak learning rate of AdamW; "auto" chooses it by the width of the model."""
     muon_lr: float = setting(0.02, 0.0, 100.0)
     """Peak learning rate of Muon."""

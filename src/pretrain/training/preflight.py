@@ -358,7 +358,7 @@ def suggest(trainer: Trainer, epochs: float) -> str | None:
     Measured by ``docs/recipes.py``; see "Small text" in docs/training.md.
     """
     own_text = isinstance(trainer.train_data, Rows) and not trainer.about.get("parent")
-    untouched = trainer.optim.name == "adamw" and trainer.optim.lr == OptimConfig.lr
+    untouched = trainer.optim.name == "adamw" and bool(trainer.lr_reason)
     if not (
         own_text
         and untouched
@@ -367,8 +367,8 @@ def suggest(trainer: Trainer, epochs: float) -> str | None:
     ):
         return None
     return (
-        f"hint: of text that is seen {epochs:.1f} times Muon learnt more in trials (optim.name=muon, optim.lr=0.003, "
-        "optim.min_lr=0, optim.weight_decay=1, dropout=0.1 in model.overrides)"
+        f"hint: of text that is seen {epochs:.1f} times Muon learnt more in trials (optim.name=muon, optim.min_lr=0, "
+        "optim.weight_decay=1, dropout=0.1 in model.overrides)"
     )
 
 
