@@ -175,7 +175,7 @@ def test_rows_without_a_text_count_in_no_baseline(
     assert "Traceback" not in "".join(result.remarks)
 
 
-@pytest.mark.parametrize("case", ["diverged", "one held-out row"])
+@pytest.mark.parametrize("case", ["diverged", "equal held-out targets", "equal test targets"])
 def test_a_figure_that_is_no_number_is_reported(case: str, tmp_path: Path) -> None:
     rows = rows_of(24)
     options: dict[str, Any] = {**QUICK, "out": tmp_path / "run"}
@@ -185,9 +185,13 @@ def test_a_figure_that_is_no_number_is_reported(case: str, tmp_path: Path) -> No
         assert not math.isfinite(result.metrics["loss"]) or result.metrics["loss"] > 10
     else:
         rows = [{"text": row["text"], "label": float(k)} for k, row in enumerate(rows)]
-        options["valid"] = [{"text": "the other", "label": 3.0}]
+        part = "valid" if case == "equal held-out targets" else "test"
+        options[part] = [{"text": f"the other {k}", "label": -1.0} for k in range(2)]
         result = pretrain.finetune(model_of(), rows, "regression", **options)
-        assert math.isnan(result.metrics["pearson"])
+        figures = result.metrics if part == "valid" else result.test_metrics
+        assert figures is not None and math.isnan(figures["pearson"])
+        again = pretrain.finetune(model_of(), rows, "regression", **options)  # the run goes on
+        assert again.run.exit_code == 0 and pretrain.load(tmp_path / "run").labels == ("LABEL_0",)
     assert result.run.exit_code == 0 and (tmp_path / "run" / "report.html").exists()
     assert isinstance(result.remarks, list)
     records = [

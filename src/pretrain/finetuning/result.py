@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.checkpoint.draft import finite_json
 from pretrain.checkpoint.result import write_result
 from pretrain.config.spelling import EVALUATE, using
 from pretrain.errors import DataError
@@ -243,7 +244,7 @@ class Finetuned:
         config = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
         config["pretrain"] = {**config["pretrain"], **self.model.extra_config["pretrain"]}
         card = (self.model.card or "").encode("utf-8", "replace")
-        texts = {"config.json": to_json(config), "README.md": card}
+        texts = {"config.json": to_json(finite_json(config)), "README.md": card}
         self.run.result = write_result(self.run.path, chosen, texts)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
