@@ -199,3 +199,17 @@ def test_a_figure_that_is_no_number_is_reported(case: str, tmp_path: Path) -> No
         {"step": 2, "eval": {"loss": 1.0}, "loss": 2.0},
     ]
     assert overfitted([*records, {"step": 3, "eval": {"loss": 1.0}, "loss": 1.0}]) is None
+
+
+def test_one_tag_for_every_word_is_said_and_different_tags_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"tokens": ["the", "cat", str(k)], "ner_tags": ["O", "B-CAT", "O"]} for k in range(24)]
+    options = {**QUICK, "limit": "1 steps", "out": tmp_path / "run"}
+    result = pretrain.finetune(model_of(), rows, "token-classification", **options)
+    result.metrics["f1"] = 0.0
+    for tags, said in ((["O", "O"], "('O')"), (["O", "B-CAT"], None)):
+        answers = [{"tags": tags, "scores": [0.5, 0.5]}, {"tags": tags[:1], "scores": [0.5]}]
+        monkeypatch.setattr(result.task, "predict", lambda table, found=answers: iter(found))
+        lines = [line for line in remarks(result) if "same answer" in line]
+        assert bool(lines) == (said is not None) and all(said in line for line in lines)

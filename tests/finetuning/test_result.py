@@ -83,3 +83,23 @@ def test_numbers_have_no_confusion(checkpoint: str, tmp_path: Path) -> None:
         found.confusion()
     weights = [abs(row["label"] - row["predicted"]) for row in found.errors(4)]
     assert weights == sorted(weights, reverse=True)
+
+
+def test_mistakes_in_answers_are_those_that_the_figures_count(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    """An answer is right if it matches any accepted one as SQuAD compares; rows that are not measured are none."""
+    rows = [
+        {"question": "who", "context": f"the {w} sat on the mat {i}", "answers": [f"the {w}", w]}
+        for i, w in enumerate(ANIMALS * 8)
+    ]
+    options = QUICK | {"out": tmp_path, "lr": 5e-2, "limit": "60 steps", "bad_answers": "drop"}
+    held_out = [*rows[:9], {**rows[0], "answers": ["a cow"]}]
+    options["valid"] = [{**row, "context": row["context"] + "!"} for row in held_out]
+    found = pretrain.finetune(checkpoint, rows, "question-answering", **options)
+    errors = list(found.errors(100))
+    assert found.metrics["exact_match"] == pytest.approx(1 - len(errors) / 9)
+    assert len(errors) < 9, "the model has not learnt enough for the test"
+    assert all(
+        isinstance(row["predicted"], str) and row["label"][0][4:] in ANIMALS for row in errors
+    )

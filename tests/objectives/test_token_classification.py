@@ -584,3 +584,11 @@ def test_the_trivial_answer_is_a_look_up_of_words() -> None:
     true, said = [["B-PER", "O"]] * 2, [["B-PER", "O"], ["O", "O"]]
     assert found["f1"] == pytest.approx(f1_score(true, said))
     assert found["accuracy"] == pytest.approx(accuracy_score(true, said))
+
+
+def test_a_mistake_is_as_bad_as_its_surest_wrong_tag() -> None:
+    goal = task()
+    said = {"tags": ["O", "B-PER", "O"], "scores": [0.9, 0.6, 0.7]}
+    assert goal.mistake(["O", "B-PER", "O"], said) is None
+    assert goal.mistake(["O", "O", "B-PER"], said) == 0.7
+    assert goal.choices(said) == said["tags"] and goal.choices({}) == []

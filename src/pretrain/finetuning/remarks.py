@@ -131,9 +131,7 @@ def _constant(result: Finetuned) -> str | None:
     if not len(table) or not suspect or (suspect[0] != 0.0 and not math.isnan(suspect[0])):
         return None
     answers = list(result.task.predict(table))
-    said = {
-        repr(answer.get("label", answer.get("answer", answer.get("score")))) for answer in answers
-    }
+    said = {repr(choice) for answer in answers for choice in result.task.choices(answer)}
     if len(said) != 1:
         return None
     return (

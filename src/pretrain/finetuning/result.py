@@ -210,15 +210,9 @@ class Finetuned:
             )
         wrong = []
         for i, (truth, found) in enumerate(self.answers):
-            answer = found.get("label", found.get("score", found.get("answer")))
-            if answer is None or answer == truth:
-                continue
-            if isinstance(truth, float):
-                weight = abs(float(answer) - truth)
-            else:
-                score = np.asarray(found.get("score", 0.0), dtype=np.float64)
-                weight = float(score.max()) if score.size else 0.0
-            wrong.append((weight, i, truth, answer))
+            weight = self.task.mistake(truth, found) if found and truth is not None else None
+            if weight is not None:
+                wrong.append((weight, i, truth, found[self.task.answer_key]))
         wrong.sort(key=lambda item: (-item[0], item[1]))
         judged, mistakes = self.judged, []
         for weight, i, truth, answer in wrong[:count]:

@@ -77,6 +77,7 @@ class Captioning(ImageTask, TokenObjective):
     metric: str = "exact_match"
     trivial_name: ClassVar[str] = "always the most frequent text"
     head_kind: ClassVar[str | None] = "causal-lm"
+    answer_key: ClassVar[str] = "answer"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity", "exact_match")
     recorded: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
 

@@ -66,6 +66,7 @@ class QuestionAnswering(Task):
     metric: str = "f1"
     trivial_name: ClassVar[str] = "always the most frequent answer"
     head_kind: ClassVar[str | None] = "question-answering"
+    answer_key: ClassVar[str] = "answer"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "exact_match", "f1")
     recorded: ClassVar[tuple[str, ...]] = (
         "stride", "max_answer_tokens", "n_best", "allow_no_answer", "null_threshold", "bad_answers",
@@ -190,8 +191,14 @@ class QuestionAnswering(Task):
             rows.cut.append(i)  # the answer is in no window
 
     def truth(self, table: Table) -> list[Any]:
-        """The first correct answer of every row, "" if there is none, to compare with ``answer`` of ``decode``."""
-        return [texts[0] if texts else "" for texts in find_answers(table).texts]
+        """All correct answers of every row, none if it has none; None for rows whose answers are not in their context."""
+        found = find_answers(table)
+        bad = set(found.bad)
+        return [None if i in bad else list(dict.fromkeys(t)) for i, t in enumerate(found.texts)]
+
+    def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
+        """The score of an answer that is no exact match of any correct one."""
+        return None if figures_of.exact_match(answer["answer"], truth) else float(answer["score"])
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Majority baseline: scores of the most frequent answer of the training rows, which may be no answer.

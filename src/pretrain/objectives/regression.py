@@ -55,6 +55,7 @@ class Regression(Task):
     metric: str = "pearson"
     baseline: ClassVar[str | None] = "TF-IDF"
     recorded: ClassVar[tuple[str, ...]] = ("center", "scale")
+    answer_key: ClassVar[str] = "score"
     head_kind: ClassVar[str | None] = "sequence-classification"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "pearson", "spearman", "mse")
 
@@ -120,6 +121,10 @@ class Regression(Task):
     def truth(self, table: Table) -> list[Any]:
         """The correct answers, in the form that ``decode`` returns."""
         return [float(value) for value in numbers(table)]
+
+    def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
+        """The distance from the target."""
+        return abs(float(answer["score"]) - truth) or None
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         batch = self.pack_batch(examples, pooled=True)

@@ -190,6 +190,7 @@ class Task(Objective):
             further rows are read too are arguments, and recorded.
         reads_files: whether a text that is given to ``predict`` is the path of a file, and no input.
         recorded: attributes that ``describe`` records in config.json, as arguments of a later task.
+        answer_key: the key of what ``decode`` returns that holds the answer, which ``truth`` is compared with.
 
     Args:
         model: a model with the head of the task.
@@ -214,6 +215,7 @@ class Task(Objective):
     baseline: ClassVar[str | None] = None
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
     recorded: ClassVar[tuple[str, ...]] = ()
+    answer_key: ClassVar[str] = "label"
     reads_files: ClassVar[bool] = False
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
@@ -397,8 +399,26 @@ class Task(Objective):
         raise NotImplementedError
 
     def truth(self, table: Table) -> list[Any] | None:
-        """The correct answers of all rows, in the form that ``decode`` returns; None if the task has none."""
+        """The correct answers of all rows, in the form that ``decode`` returns; None if the task has none.
+
+        A row whose answer is None is not compared.
+        """
         return None
+
+    def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
+        """How wrong an answer is, to sort mistakes by: its highest score; None if it is right.
+
+        Args:
+            truth: the correct answer, as `truth` returns it.
+            answer: what `decode` returned.
+        """
+        if answer[self.answer_key] == truth:
+            return None
+        return float(np.max(answer.get("score", 0.0), initial=0.0))
+
+    def choices(self, answer: Mapping[str, Any]) -> list[Any]:
+        """What the model chose for one row: its answer, or one item for each part of it that is chosen by itself."""
+        return [answer[self.answer_key]] if self.answer_key in answer else []
 
     @classmethod
     def baseline_columns(cls, *tables: Table) -> list[Any]:

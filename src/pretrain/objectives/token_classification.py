@@ -77,6 +77,7 @@ class TokenClassification(ClassTask):
     metric: str = "f1"
     trivial_name: ClassVar[str] = "each word's most frequent tag"
     head_kind: ClassVar[str | None] = "token-classification"
+    answer_key: ClassVar[str] = "tags"
     figures: ClassVar[tuple[str, ...] | None] = (
         "loss",
         "accuracy",
@@ -278,6 +279,15 @@ class TokenClassification(ClassTask):
     def truth(self, table: Table) -> list[Any]:
         """The correct tags of every row, in the form that ``decode`` returns."""
         return [[self.labels[k] for k in row] for row in self.targets(table)]
+
+    def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
+        """The highest score of a wrong tag."""
+        rows = zip(truth, answer["tags"], answer["scores"], strict=True)
+        return max((score for right, tag, score in rows if tag != right), default=None)
+
+    def choices(self, answer: Mapping[str, Any]) -> list[Any]:
+        """The tags of the words."""
+        return list(answer.get("tags", ()))
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Majority baseline per word: its most frequent tag in the training rows; for unseen words that of all."""
