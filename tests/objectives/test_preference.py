@@ -186,16 +186,50 @@ def test_conversations_of_any_form() -> None:
     task = Preference(model())
     asked = [{"role": "user", "content": "q"}]
     good, bad = ([{"role": "assistant", "content": c}] for c in "ab")
+    given_both = {"chosen": good, "rejected": bad}
     forms = [
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": asked, "chosen": good, "rejected": bad},
         {"prompt": asked, "chosen": asked + good, "rejected": asked + bad},
         {"prompt": "q", "chosen": asked + good, "rejected": asked + bad},
         {"chosen": asked + good, "rejected": asked + bad},
+        {"prompt": " q\n", "chosen": asked + good, "rejected": asked + bad},
+        {"prompt": "", "chosen": asked + good, "rejected": asked + bad},
+        {"prompt": "q", **{k: [asked[0] | {"id": "1"}, *v] for k, v in given_both.items()}},
     ]
     examples = [task.encode(read_table([form]))[0] for form in forms]
     for example in examples[1:]:
         assert all((example[key] == examples[0][key]).all() for key in example)
+
+
+def test_a_prompt_within_a_conversation_is_not_given_twice() -> None:
+    """It may follow other turns; turns of the assistant first, and a prompt that asks nothing, go on."""
+    task = Preference(model())
+
+    def turns(text: str) -> list[dict[str, str]]:
+        names = {"s": "system", "u": "user", "a": "assistant"}
+        return [{"role": names[word[0]], "content": word[1:]} for word in text.split()]
+
+    def rows(prompt: Any, before: str) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "chosen": turns(f"{before} aa"),
+            "rejected": turns(f"{before} ab"),
+        }
+
+    for prompt, before, whole in (
+        ("q", "sbrief uq", "sbrief uq"),
+        ("q", "ux ay uq", "ux ay uq"),
+        (turns("ux ay uq"), "ux ay uq", "ux ay uq"),
+        (turns("sbrief"), "uq", "sbrief uq"),
+        ("q", "ay ux", "uq ay ux"),
+    ):
+        given, wanted = (rows(p, b) for p, b in ((prompt, before), (None, whole)))
+        found, right = (task.encode(read_table([row]))[0]["input_ids"] for row in (given, wanted))
+        assert found.tolist() == right.tolist()
+    for prompt in ("another", turns("sbrief uq")):
+        with pytest.raises(DataError, match=r"row 1 .*chosen is a conversation of its own"):
+            task.encode(read_table([rows(prompt, "uq")]))
 
 
 def test_what_is_refused() -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from pretrain.data.chat import TOOLS, Message, as_messages, as_tools, typed_specials
 from pretrain.data.chat_spans import Unplaced, readable
 from pretrain.data.labelled import Role
+from pretrain.data.tables import shortened
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
@@ -233,8 +234,11 @@ class Preference(Task):
 def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message]:
     """The prompt and one of the answers, as messages of which the last is the assistant's.
 
+    An answer of messages that holds all turns of the prompt is the whole conversation.
+
     Raises:
-        DataError: a side is neither a text nor messages, or there is no prompt.
+        DataError: a side is neither a text nor messages, there is no prompt, or it is none of the turns of a
+            conversation that begins with another question.
     """
     prompt, answer = row.get("prompt"), row[side]
     start: list[Message] = []
@@ -246,10 +250,15 @@ def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message
         end: list[Message] = [{"role": "assistant", "content": answer}]
     else:
         end = as_messages(answer, f"{where}, {side}")
-        if (
-            start and end[: len(start)] == start
-        ):  # the answer is a whole conversation that repeats the prompt
+        spoken = [*map(_spoken, end), ("user", "")]
+        if all(_spoken(turn) in spoken for turn in start):
             start = []
+        elif _asks(start) and _asks(end) and end[0]["role"] != "assistant":
+            raise DataError(
+                f"{where}: {side} is a conversation of its own, of which not every turn of the prompt "
+                f"{shortened(prompt)} is one, so it would have two questions. Give whole conversations with the same "
+                "prompt in them or without the column of prompts, or give the answers alone."
+            )
     messages = start + end
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
@@ -257,3 +266,13 @@ def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message
             "as texts, or chosen and rejected as whole conversations."
         )
     return messages
+
+
+def _spoken(turn: Message) -> tuple[str, Any]:
+    """The role and the content of a turn, whatever its white space and other keys."""
+    content = turn["content"]
+    return turn["role"], " ".join(content.split()) if isinstance(content, str) else content
+
+
+def _asks(messages: Sequence[Message]) -> bool:
+    return any(turn["role"] == "user" for turn in messages)

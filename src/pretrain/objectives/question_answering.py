@@ -191,7 +191,7 @@ class QuestionAnswering(Task):
             rows.cut.append(i)  # the answer is in no window
 
     def truth(self, table: Table) -> list[Any]:
-        """All correct answers of every row, none if it has none; None for rows whose answers are not in their context."""
+        """All correct answers of every row, perhaps none; None for a row whose answers are not in its context."""
         found = find_answers(table)
         bad = set(found.bad)
         return [None if i in bad else list(dict.fromkeys(t)) for i, t in enumerate(found.texts)]
