@@ -162,6 +162,15 @@ def test_retrieval_of_pairs(model):
     named = [{"ask": r["query"], "say": r["document"]} for r in rows]
     assert retrieval(model, named, {"query": "ask", "document": "say"}, 8, 0) == found
     assert retrieval(model, rows, {}, 8, 2)["targets"] == 2
+    for name in ("relevance", "label"):  # those of 0 are searched, and answer nothing
+        wrong = [{"query": r["query"], "document": tiny.TEXTS[8], name: 0} for r in rows[:6]]
+        graded = [{**row, name: 1 + (i == 6)} for i, row in enumerate(rows)] + wrong
+        gained = retrieval(model, graded, {}, 8, 0)
+        assert {k: gained[k] for k in ("recall@10", "mrr@10", "targets")} == {
+            k: found[k] for k in ("recall@10", "mrr@10", "targets")
+        } and gained["ndcg@10"] < found["ndcg@10"] and gained["documents"] == 8  # fmt: skip
+        with pytest.raises(DataError, match="No query has a relevant document"):
+            retrieval(model, wrong, {}, 8, 0)
     twice = {"queries": [{"id": 1, "text": "a"}] * 2, "corpus": [], "relevance": []}
     with pytest.raises(DataError, match="occurs twice"):
         retrieval(model, twice, {}, 8, 0)

@@ -57,6 +57,7 @@ _RELEVANCE = (
 _FOUND = (
     Role("query", ("query", "question", "anchor", "sentence1"), help="a query"),
     Role("document", ("document", "passage", "answer", "positive", "context", "text"), help="a text that answers it"),
+    Role("relevance", ("relevance", "label", "score"), False, "0 or more; not given, 1"),
 )  # fmt: skip
 
 
@@ -140,7 +141,8 @@ def retrieval(
         model: any model with a tokenizer; its vectors are those of ``embed``.
         data: a folder or a dict with ``queries``, ``corpus`` and ``relevance`` (in a folder ``queries.jsonl``,
             ``corpus.jsonl`` and ``qrels.tsv`` or ``qrels/test.tsv``, as in BEIR); or rows of pairs, ``query`` and
-            ``document``, where the corpus is all documents and those that stand beside a query are its relevant ones.
+            ``document``, where the corpus is all documents and those that stand beside a query are its relevant ones,
+            as far as ``relevance`` (or ``label`` or ``score``) says if it is there.
         columns: role -> column of pairs.
         batch_rows: texts in one forward pass.
         limit: maximum number of queries, spread evenly; 0 takes all. The corpus is always searched whole.
@@ -214,8 +216,8 @@ def _read(
         table = rows_with_texts(data, _FOUND, columns, ("query", "document"))
         pairs = list(zip(table.columns["query"], table.columns["document"], strict=True))
         relevant: dict[str, dict[str, float]] = {query: {} for query, _ in pairs}
-        for query, document in pairs:
-            relevant[query][document] = 1.0
+        for (query, document), number in zip(pairs, _relevances(table), strict=True):
+            relevant[query][document] = number
         return {q: q for q, _ in pairs}, {d: d for _, d in pairs}, relevant
     if columns:
         raise DataError(
@@ -225,11 +227,8 @@ def _read(
     documents = _named(rows_with_texts(parts["corpus"], _DOCUMENT, {}, ["text"], name="corpus"))
     table = read_table(parts["relevance"], name="relevance")
     table = roles_table(table, choose_columns(table, _RELEVANCE, {}))
-    values = table.columns.get("relevance", [1.0] * len(table))
-    cure = "Correct or remove these rows."
-    numbers = finite_numbers(values, table.where, what="relevances", cure=cure, bools=True)
     relevant = {query: {} for query in queries}
-    rows = zip(table.columns["query"], table.columns["document"], numbers, strict=True)
+    rows = zip(table.columns["query"], table.columns["document"], _relevances(table), strict=True)
     unknown = 0
     for query, document, number in rows:
         if str(query) in queries and str(document) in documents:
@@ -239,6 +238,13 @@ def _read(
     if unknown:
         note(f"{unknown:,} of {len(table):,} relevances name a query or document that is not there")
     return queries, documents, relevant
+
+
+def _relevances(table: Table) -> list[float]:
+    """How relevant the document of each row is to its query; 1 without a column that says so."""
+    values = table.columns.get("relevance", [1.0] * len(table))
+    cure = "Correct or remove these rows, or rename the column if it says something else."
+    return finite_numbers(values, table.where, what="relevances", cure=cure, bools=True)
 
 
 def _parts(data: Any) -> dict[str, Any] | None:
