@@ -592,3 +592,34 @@ def test_a_mistake_is_as_bad_as_its_surest_wrong_tag() -> None:
     assert goal.mistake(["O", "B-PER", "O"], said) is None
     assert goal.mistake(["O", "O", "B-PER"], said) == 0.7
     assert goal.choices(said) == said["tags"] and goal.choices({}) == []
+
+
+def test_rows_with_one_word_are_gathered_into_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    """By simpletransformers' column, and by one whose number stands in the first row of each sentence alone."""
+
+    def gathered(rows: list[tuple[Any, str, str]], name: str = "sentence_id") -> Table:
+        found = table([{name: k, "words": w, "labels": t} for k, w, t in rows])
+        return TokenClassification.gathered(found, {"label": "labels"})
+
+    ids = [(1, "Bob", "B-PER"), (1, "runs", "O"), (2, "[", "O"), (2, "EU", "B-LOC"), (3, "no", "O")]
+    blank = [(f"Sentence: {k}" if k != before else "", w, t)
+             for before, (k, w, t) in zip((0, 1, 1, 2, 2), ids, strict=True)]  # fmt: skip
+    for rows, name in ((ids, "sentence_id"), (blank, "Sentence #")):
+        found = gathered(rows, name)
+        assert found.columns["words"] == [["Bob", "runs"], ["[", "EU"], ["no"]]
+        assert found.columns["labels"] == [["B-PER", "O"], ["O", "B-LOC"], ["O"]]
+        assert found.columns[name] == [rows[i][0] for i in (0, 2, 4)] and "row 5" in found.where(2)
+        assert "5 rows with one word each are gathered into 3 sentences" in capsys.readouterr().err
+    whole = [(1, "Bob runs", "B-PER O"), (1, "EU", "B-LOC")]
+    assert gathered(whole).columns["words"] == ["Bob runs", "EU"]
+    with pytest.raises(DataError, match=r"row 6 .*'sentence_id' holds 1 again, .*row 1 "):
+        gathered([*ids, (1, "yes", "O")])
+    two = table([{"sentence": 1, "sent_id": 1, "word": "a", "tag": "O"}] * 2)
+    with pytest.raises(DataError, match="'sentence' and 'sent_id' may both"):
+        TokenClassification.gathered(two, {})
+    words = table([{"sent_id": k, "word": w} for k, w, _ in ids])
+    assert TokenClassification.gathered(words, {}).columns["word"][1] == ["[", "EU"]
+    lone = table([{"tokens": w, "label": t} for _, w, t in ids])
+    assert any(
+        "every row has one word" in line for line in TokenClassification.learn(lone, {}).notes
+    )

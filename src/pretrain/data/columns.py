@@ -9,10 +9,13 @@ from typing import Any
 from pretrain.data.labels import is_missing, printed_list, printed_mapping
 from pretrain.data.tables import Table, shortened
 from pretrain.errors import DataError
+from pretrain.utils.files import note
 
-__all__ = ["Answers", "find_answers", "read_tags", "read_words"]
+__all__ = ["Answers", "find_answers", "gathered_words", "read_tags", "read_words"]
 
 Given = tuple[str, int | None]
+# Names of the column that numbers the sentences of rows with one word each, without case and what is no letter.
+_SENTENCE = {"sentence", "sentenceid", "sentenceidx", "sentencenumber", "sentid", "sentidx"}
 
 
 def read_words(table: Table) -> list[list[str]]:
@@ -32,6 +35,66 @@ def read_words(table: Table) -> list[list[str]]:
                 )
         found.append(words)
     return found
+
+
+def gathered_words(table: Table, words: str | None, tags: str | None) -> Table:
+    """Return a table with one row for each sentence, from one with one word in a row; any other as it is.
+
+    A sentence is a run of rows with one value in the column that numbers them; an empty cell goes on with that above.
+
+    Args:
+        table: the rows as they were read.
+        words: the column of words, if there is one.
+        tags: the column of tags, if there is one.
+
+    Raises:
+        DataError: two columns may number the sentences, or a number comes back after another one.
+    """
+    if words is None or not all(map(_is_word, table.columns[tags or words])):
+        return table
+    found = ["".join(c for c in name.casefold() if c.isalpha()) for name in table.names]
+    columns = [name for name, short in zip(table.names, found, strict=True) if short in _SENTENCE]
+    columns = [name for name in columns if name not in (words, tags)]
+    if not columns or not all(isinstance(word, str) for word in table.columns[words]):
+        return table
+    if len(columns) > 1:
+        raise DataError(
+            f"{table.name} has one word in a row, and {' and '.join(map(repr, columns))} may both number its "
+            "sentences. Rename or remove all but one."
+        )
+    numbers: list[Any] = []
+    for number in table.columns[columns[0]]:
+        numbers.append(numbers[-1] if numbers and is_missing(number) else number)
+    starts = [i for i, number in enumerate(numbers) if not i or number != numbers[i - 1]]
+    if len(starts) == len(table):
+        return table
+    first: dict[Any, int] = {}
+    for i in starts:
+        if (before := first.setdefault(numbers[i], i)) != i:
+            raise DataError(
+                f"{table.where(i)}: the column {columns[0]!r} holds {numbers[i]!r} again, after other sentences "
+                f"({table.where(before)}). Put the words of each sentence behind each other, and give every sentence a "
+                "number of its own."
+            )
+    note(
+        f"{table.name}: {len(table):,} rows with one word each are gathered into {len(starts):,} sentences by "
+        f"{columns[0]!r}"
+    )
+    ends = [*starts[1:], len(table)]
+    lists = {
+        name: [table.columns[name][a:b] for a, b in zip(starts, ends, strict=True)]
+        for name in (words, tags)
+        if name is not None
+    }
+    firsts = table.take(starts)
+    return firsts.with_columns({**firsts.columns, **lists}, table.label_names)
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a cell holds one word or one tag, and no list of them."""
+    if not isinstance(value, str):
+        return type(value) is int
+    return len(value.split()) == 1 and printed_list(value) is None
 
 
 def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any]]:

@@ -13,6 +13,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
-from pretrain.data.columns import read_tags, read_words
-from pretrain.data.labelled import Role, label_strata, make_tag_map
+from pretrain.data.columns import gathered_words, read_tags, read_words
+from pretrain.data.labelled import Role, choose_columns, label_strata, make_tag_map
 from pretrain.data.task_rows import TaskEncoder, TaskRows, blanks_before_words, word_windows
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
@@ -68,9 +69,9 @@ class TokenClassification(ClassTask):
 
     name: ClassVar[str] = "token-classification"
     roles: ClassVar[tuple[Role, ...]] = (
-        Role("tokens", ("tokens", "words", "text_tokens"), help="the words, as a list"),
+        Role("tokens", ("tokens", "words", "text_tokens", "token", "word"), help="the words, as a list"),
         Role(
-            "label", ("ner_tags", "tags", "labels", "pos_tags", "upos", "ner", "label"),
+            "label", ("ner_tags", "tags", "labels", "pos_tags", "upos", "ner", "label", "tag"),
             help="one tag for each word, as a list", target=True,
         ),
     )  # fmt: skip
@@ -118,8 +119,17 @@ class TokenClassification(ClassTask):
         self.foreign = word_blanks is None
 
     @classmethod
+    def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
+        """Make a row of each sentence, where the source has one word in each."""
+        given = {role: name for role, name in columns.items() if str(name) in table.columns}
+        roles = [replace(role, required=False) for role in cls.roles]
+        chosen = choose_columns(table, roles, given, quiet=True)
+        return gathered_words(table, chosen.get("tokens"), chosen.get("label"))
+
+    @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        tags = read_tags(table, read_words(table))
+        words = read_words(table)
+        tags = read_tags(table, words)
         known, ids = make_tag_map(
             tags,
             options.get("labels"),
@@ -137,6 +147,11 @@ class TokenClassification(ClassTask):
             "word_blanks": True,
             "codes": {code: known.labels[k] for code, k in known.codes.items()},
         }
+        if len(table) > 1 and all(len(row) == 1 for row in words):
+            learned.notes.append(
+                "every row has one word, which is read without others; words of one sentence are read together if a "
+                "column sentence_id numbers the sentences"
+            )
         if outside and not figures_of.is_bio(known.labels):
             learned.notes.append(
                 "there is a tag O, but the others are not B-, I-, E- or S- (or L-, U-) with a type: accuracy over "
