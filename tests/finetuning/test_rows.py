@@ -17,7 +17,7 @@ from pretrain.data.tables import read_table
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import from_keywords
-from pretrain.objectives import check_options
+from pretrain.objectives import check_options, task_class
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import Classification
 
@@ -242,6 +242,38 @@ def test_a_test_split_without_labels_is_left(capsys: pytest.CaptureFixture[str])
     assert found.test is None and "test split is not used" in found.notes[-1]
     with pytest.raises(DataError, match="-1 marks a row without"):
         opened(rows[:50], test=hidden)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "known", "hidden"),
+    [
+        ("question-answering", "answers", {"text": ["cat"], "answer_start": [4]}, {"text": [], "answer_start": []}),
+        ("question-answering", "answers", "cat", "{'text': array([], dtype=object), 'answer_start': []}"),
+        ("classification", "labels", ["cat", "dog"], []),
+        ("regression", "label", 2.5, -1),
+    ],
+)  # fmt: skip
+def test_a_test_split_whose_answers_are_held_back_is_left(
+    task: str, name: str, known: Any, hidden: Any
+) -> None:
+    """What is empty or -1 in all rows would be measured as if it were meant; one row of another kind means it."""
+    cls = task_class(task)
+
+    def rows(seed: int, target: Any) -> list[dict[str, Any]]:
+        texts = [row["text"] for row in rows_of(12, seed)]
+        if name == "answers":
+            return [{"question": "who", "context": f"the cat {t}", name: target} for t in texts]
+        return [{"text": text, name: target} for text in texts]
+
+    others = {"regression": 1.0, "classification": ["dog"]}.get(task, known)
+    train, test = [*rows(0, known)[1:], rows(0, others)[0]], rows(1, hidden)
+    found = opened({"train": train, "test": test}, task=cls)
+    assert found.test is None and f"is not used: {name[:5]}" in found.notes[-1]
+    mixed = opened({"train": train, "test": [*test, rows(2, known)[0]]}, task=cls)
+    assert mixed.counts["test"] == 13
+    if hidden == -1:
+        meant = opened({"train": [*train, rows(3, -1)[0]], "test": test}, task=cls)
+        assert meant.counts["test"] == 12
 
 
 def grouped(groups: list[int], seed: int = 0) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from pretrain.data.labelled import (
     roles_table,
     split,
 )
+from pretrain.data.labels import printed_list, printed_mapping
 from pretrain.data.tables import shown, splits
 from pretrain.errors import DataError
 from pretrain.inference.predict import has_columns
@@ -99,7 +100,7 @@ def open_data(
     if labels is not None and "labels" not in options:
         options["checkpoint_labels"] = labels
     learned = task.learn(train, options)
-    train = task.tidy(train, learned, options)
+    every = train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}
     groups = _groups(whole, section.group, required=True)
 
@@ -121,7 +122,7 @@ def open_data(
         test = held_out(tested, "test")
     elif (tested := objects.get("spare_test")) is not None:
         try:  # the test split of a public data set often has no labels
-            test = held_out(tested, "test")
+            test = _labelled(held_out(tested, "test"), every, task)
         except DataError as error:
             notes.append(f"the test split is not used: {error}")
     if test is not None:
@@ -190,6 +191,39 @@ def _without_recurring(
             "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
         )
     return train, recurring
+
+
+def _labelled(test: Table, train: Table, task: type[Task]) -> Table:
+    """Return the rows of a test split.
+
+    Raises:
+        DataError: a column of targets is empty in all rows, or holds the -1 that marks hidden labels and that no
+            training row has.
+    """
+    for role in task.roles:
+        if not role.target or role.name not in set(test.names) & set(train.names):
+            continue
+        cells, known = (table.columns[role.name] for table in (test, train))
+        empty = role.required and all(map(_is_empty, cells)) and not all(map(_is_empty, known))
+        if empty or (all(map(_is_hidden, cells)) and not any(map(_is_hidden, known))):
+            raise DataError(
+                f"{role.name} is {'empty' if empty else '-1'} in all {len(test):,} rows of {test.name}, as in public "
+                "test splits whose answers are held back"
+            )
+    return test
+
+
+def _is_hidden(cell: Any) -> bool:
+    return isinstance(cell, int | float | str) and cell in (-1, "-1", "-1.0")
+
+
+def _is_empty(cell: Any) -> bool:
+    """Whether a target holds nothing: a missing value, or a list or mapping of such values, also a printed one."""
+    if isinstance(cell, str) and (items := printed_mapping(cell) or printed_list(cell)) is not None:
+        cell = items
+    if isinstance(cell, Mapping):
+        cell = list(cell.values())
+    return all(map(_is_empty, cell)) if isinstance(cell, list | tuple) else is_missing(cell)
 
 
 def _groups(table: Table, column: str | None, *, required: bool = False) -> list[str] | None:
