@@ -277,3 +277,18 @@ def test_a_model_in_half_precision_answers() -> None:
     model = task.model.eval().to(torch.bfloat16)
     batch = task.collate(task.encode(table_of()), row_rngs(0, "collate", 0, 24), evaluation=True)
     assert torch.isfinite(model(batch)).all() and model(batch).dtype == torch.float32
+
+
+def test_figures_are_those_of_targets_that_single_precision_rounds() -> None:
+    """Such as seconds since 1970, which it holds in steps of 128."""
+    rows = [{"text": r["text"], "label": 1_700_000_000 + 97 * i} for i, r in enumerate(rows_of(30))]
+    found = Regression.learn(table := read_table(rows), {})
+    assert "steps of 128: subtract 1700001406" in found.notes[0]
+    task = task_of(std=0.3, **found.options).eval()
+    figures = evaluate_rows(task, task.encode(table), choose_precision("fp32", CPU), batch_rows=8)
+    said = np.array([answer["score"] for answer in task.predict(table)])
+    truth = np.array(table.columns["label"], dtype=np.float64)
+    assert figures["pearson"] == pytest.approx(stats.pearsonr(truth, said).statistic, abs=1e-9)
+    assert figures["spearman"] == pytest.approx(stats.spearmanr(truth, said).statistic, abs=1e-9)
+    assert figures["mse"] == pytest.approx(((truth - said) ** 2).mean(), rel=1e-9)
+    assert not Regression.learn(table_of(), {}).notes

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Regression"]
 
+_COARSE = 0.01  # steps of single precision, in standard deviations of the targets, that are told
+
 
 class Regression(Task):
     """Predict a number for a text.
@@ -100,7 +102,13 @@ class Regression(Task):
                 "Check that the right column is named."
             )
         middle = float(values.mean())
-        return Learned(("LABEL_0",), options={"center": middle, "scale": spread})
+        learned = Learned(("LABEL_0",), options={"center": middle, "scale": spread})
+        if (step := float(np.spacing(np.float32(np.abs(values).max())))) > _COARSE * spread:
+            learned.notes.append(
+                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), but answers there "
+                f"are in single precision, in steps of {step:.3g}: subtract {middle:.10g} from the targets"
+            )
+        return learned
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
@@ -115,7 +123,7 @@ class Regression(Task):
         if targets:
             values = numbers(table)
             for example, i in zip(rows.examples, kept, strict=True):
-                example["labels"] = np.asarray(values[i], dtype=np.float32)
+                example["labels"] = np.asarray(values[i], dtype=np.float64)
         return rows
 
     def truth(self, table: Table) -> list[Any]:
@@ -129,7 +137,10 @@ class Regression(Task):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         batch = self.pack_batch(examples, pooled=True)
         if "labels" in examples[0]:
-            batch["labels"] = sequence_labels(examples, torch.float32)
+            exact = sequence_labels(examples, torch.float64)
+            batch["labels"] = exact.float()
+            # Not every device has double precision; the figures add the rest on the CPU.
+            batch["labels_rest"] = (exact - batch["labels"].double()).float()
         return batch
 
     def count(self, batch: Batch) -> Tensor:
@@ -140,7 +151,10 @@ class Regression(Task):
         total = ((values - wanted) / self.scale).square().sum()
         if self.training:  # copying the values to the CPU would synchronise every step
             return Loss(total, self.count(batch), {})
-        pairs = torch.stack((values.detach(), wanted), dim=-1).cpu().tolist()
+        said, near, rest = (
+            t.detach().cpu().double() for t in (values, wanted, batch["labels_rest"])
+        )
+        pairs = torch.stack((said, near + rest), dim=-1).tolist()
         return Loss(total, self.count(batch), {"pairs": pairs})
 
     def summarize(
