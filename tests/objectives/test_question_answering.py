@@ -286,6 +286,14 @@ def test_answers_come_in_several_shapes() -> None:
         "x", {"context": [context] * 2, "answers": ["lives", "lives"], "answer_start": [25, "5"]}
     )
     assert find_answers(flat).spans == [(25, 30), (5, 10)]
+    starts: list[Any] = ["25.0", " 25", 25.0, "", " ", math.nan, None]
+    columns = {"context": [context] * 7, "answers": ["lives"] * 7, "answer_start": starts}
+    found = find_answers(Table("x", columns))
+    assert found.spans == [(25, 30)] * 3 + [(5, 10)] * 4 and found.first == 4
+    for wrong in ("2.5", 0.5, "x", True, "1_0"):
+        one = Table("x", {"context": [context], "answers": ["lives"], "answer_start": [wrong]})
+        with pytest.raises(DataError, match="answer_start is .*counts characters"):
+            find_answers(one)
 
 
 def test_answers_are_read_as_a_text_file_prints_them() -> None:

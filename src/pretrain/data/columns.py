@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.data.labels import is_missing, printed_list, printed_mapping
+from pretrain.data.labels import is_missing, number_in, printed_list, printed_mapping
 from pretrain.data.tables import Table, shortened
 from pretrain.errors import DataError
 from pretrain.utils.files import note
@@ -237,12 +237,12 @@ def _given(table: Table, i: int) -> list[Given]:
             item = item.get("text")
         if not isinstance(item, str):
             raise _strange(table, i, item)
-        whole = isinstance(place, int | float) and not isinstance(place, bool) and place == place
-        if place is not None and not whole and not (isinstance(place, str) and place.isdigit()):
+        number = None if is_missing(place) else number_in(str(place))
+        if not is_missing(place) and (number is None or not number.is_integer()):
             raise DataError(
                 f"{table.where(i)}: answer_start is {place!r}. It counts characters of the context from 0."
             )
-        pairs.append((item, None if place is None else int(place)))
+        pairs.append((item, None if number is None else int(number)))
     return pairs
 
 
