@@ -248,6 +248,28 @@ def test_columns_name_a_file_without_header(tmp_path: Path) -> None:
     assert read_table(headed).names == ["Label", "text"]
     refused(path, "names 3 columns", "have 2", "'1', 'Good'", columns=["a", "b", "c"])
     refused(path, "twice", columns=["a", "a"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["review,stars", "a good film,1", "a bad film,2.5"], True),
+        (["review,kind", "a good film,pos", "a bad film,neg", "good,pos", "bad,neg"], True),
+        (["a good film,pos", "a bad film,neg", "good,pos", "bad,neg"], False),
+        (["good,1", "bad,2"], False),
+        (["review,kind"], False),
+    ],
+)
+def test_a_header_that_names_make_a_row_is_told(
+    lines: list[str], said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, "a.csv", "\n".join(lines) + "\n")
+    assert len(read_table(path, columns=["text", "label"])) == len(lines)
+    assert ("looks like a header" in capsys.readouterr().err) == said
+    for header in (True, False):
+        if len(lines) > 1:
+            read_table(path, columns=["text", "label"], header=header)
+    assert "looks like" not in capsys.readouterr().err
     index = write(tmp_path, "c.csv", ",text\n0,Good\n")
     assert read_table(index).names == ["column_1", "text"]
     assert read_table([("Good", 1)], columns=["text", "label"]).row(0) == {
@@ -340,6 +362,16 @@ def test_conll(tmp_path: Path) -> None:
     refused(write(tmp_path, "d.conll", "a\tO\nb\tX\tO\n"), "d.conll:2", "3 columns")
     refused(write(tmp_path, "e.conll", "a\tO\nb\t \n"), "e.conll:2", "empty tag")
     refused(write(tmp_path, "f.conllu", "1\ta\tb\n"), "f.conllu:1", "has 10")
+
+
+def test_comments_in_conll_are_no_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "# file 7\n\n# id 1 domain=en\nEU _ _ B-ORG\n# _ _ O\n\n# id 2 x=y\nEU _ _ O\n"
+    table = read_table(write(tmp_path, "a.conll", text))
+    assert table.columns["tokens"] == [["EU", "#"], ["EU"]] and table.where(1).endswith("line 8")
+    assert "are taken for comments: 3, the first is line 1" in capsys.readouterr().err
+    tabs = read_table(write(tmp_path, "b.conll", "# id 1\n#\tO\n#1\tB-X\nEU\tO\n"))
+    assert tabs.columns["tokens"] == [["#", "#1", "EU"]]
+    refused(write(tmp_path, "c.conll", "a\tO\n# id 1 x=y\nb\tO\n"), "c.conll:2")
 
 
 def test_json_of_other_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from pretrain.data.readers import (
     whole_characters,
 )  # fmt: skip
 from pretrain.errors import DataError
+from pretrain.utils.files import note
 
 __all__ = [
     "Sentence", "cell_form", "conll_sentences", "conllu_sentences", "csv_rows", "delimiter_of", "documents",
@@ -478,13 +479,14 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
 
     Columns are separated by tabs if the first line has a tab, and by whitespace otherwise. The first is the word and
     the last its tag; columns in between (part of speech, chunk) are ignored. ``-DOCSTART-`` lines, which begin a
-    document, are skipped.
+    document, are skipped, and so are comments: lines before the words of a sentence whose first word is ``#`` and whose
+    last is no tag of any other line; their number is printed.
 
     Raises:
         DataError: a line has another number of columns than the first one, or an empty word or tag; names the line.
     """
     width, tabs = 0, True
-    for start, rows in _blocks(path, encoding):
+    for start, rows in _without_comments(path, [*_blocks(path, encoding)]):
         words: list[str] = []
         tags: list[str] = []
         for number, line in rows:
@@ -513,6 +515,30 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
             tags.append(cells[-1].strip())
         if words:
             yield start, words, tags
+
+
+def _without_comments(
+    path: Path, blocks: Sequence[tuple[int, list[tuple[int, str]]]]
+) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Yield the blocks of a CoNLL file without the comments at their beginning."""
+    parted = []
+    tags: set[str] = set()
+    for _, rows in blocks:
+        cells = [line.split() or [line] for _, line in rows]
+        words = next((k for k, row in enumerate(cells) if row[0] != "#"), len(rows))
+        tags.update(row[-1] for row in cells[words:])
+        parted.append((rows, [row[-1] for row in cells[:words]]))
+    skipped: list[int] = []
+    for rows, lasts in parted:
+        comments = {k for k, last in enumerate(lasts) if last not in tags}
+        skipped += [rows[k][0] for k in comments]
+        if kept := [row for k, row in enumerate(rows) if k not in comments]:
+            yield kept[0][0], kept
+    if skipped:
+        note(
+            f"{path}: lines that begin with # and end in no tag are taken for comments: {len(skipped):,}, the first is "
+            f"line {min(skipped)}"
+        )
 
 
 def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentence]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -41,6 +43,8 @@ _EXAMPLE = '{"text": "...", "label": "..."}'
 _TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
 _ENTRY = {"bytes", "path"}  # keys of an entry of the datasets library: an image, a recording
 _TRAIN = ("train", "training")
+_NAME = re.compile(r"[^\W\d][\w .#/-]{0,40}")  # a cell that may be the name of a column
+_NUMBER = re.compile(r"[+-]?\d[\d.,]*([eE][+-]?\d+)?")
 HELD_OUT = {
     "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
     "test": ("test", "testing", "test_matched"),
@@ -529,7 +533,26 @@ def _delimited_table(path: Path, kind: str, encoding: str | None, **form: Any) -
             columns.values(), zip(*(cells for _, cells in some), strict=True), strict=True
         ):
             column.extend(cells)
+    if form.get("columns") is not None and form.get("header") is None and _is_header(columns):
+        tops = [column[0] for column in columns.values()]
+        note(
+            f"{path}: the first line looks like a header, and is read as a row because names are given: {shown(tops)}"
+            + f"; {option('header', True)} leaves it out" * reads_with("header")
+        )
     return _of_file(path, columns, lines, hint=hint)
+
+
+def _is_header(columns: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the first row looks like names: words above a column of numbers, or of values that all occur again."""
+    tops = [column[0].strip() for column in columns.values() if column]
+    if not tops or not all(_NAME.fullmatch(top) for top in tops):
+        return False
+    for column in columns.values():
+        below = Counter(column[1:])
+        numbers = all(_NUMBER.fullmatch(cell.strip()) for cell in below)
+        if column[0] not in below and below and (numbers or min(below.values()) > 1):
+            return True
+    return False
 
 
 def _header(
