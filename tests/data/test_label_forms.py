@@ -173,6 +173,13 @@ def test_lists_of_class_labels_keep_names_and_order() -> None:
     assert learned(source, labels=["w", "x", "y", "z"])[1] == [{"w", "y"}, set(), {"x"}]
 
 
+def test_the_order_of_a_set_does_not_matter() -> None:
+    made = [
+        read_several([set(order), {1}], str).rows for order in ((0, 8), (8, 0))
+    ]  # 8 and 0 share a place, so that the sets have another order
+    assert made[0] == made[1] == [[0, 8], [1]]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

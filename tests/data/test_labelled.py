@@ -235,9 +235,76 @@ def test_given_labels() -> None:
     refused(lambda: make_label_map(["a"], "ab"), "list the labels")
     named = make_label_map([1, 0], names=["neg", "pos"])
     assert named == (("neg", "pos"), [1, 0])
-    assert LabelMap.learn([1, 0], names=["2", "1"]).ids([0, 1]) == [0, 1]
+    assert LabelMap.learn([1, 0], names=["2", "1"]).ids([2, 1]) == [0, 1]
     assert LabelMap.learn([1, 0], names=["neg", "pos"]).ids(["pos"]) == [1]
     refused(lambda: make_label_map([-1, 0], names=["neg", "pos"]), "-1", "without a label")
+
+
+# A class by its number in a list of names, by its name, and as other sources spell it.
+SETS = (
+    (("NEG", "Pos", "neutral"), ("pos", "NEG", " Neutral ")),
+    (("1.0", "2.0", "3.0"), ("1", "3", "2")),
+    (("1", "2", "3"), ("3.0", "1.0", "2")),
+    (("False", "True"), ("true", "false")),
+)
+
+
+@pytest.mark.parametrize(("labels", "names"), SETS)
+def test_a_class_is_its_name_in_any_spelling_and_never_its_place(
+    labels: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    def plain(name: str) -> Any:
+        return name.strip().lower().removesuffix(".0")
+
+    wanted = [[plain(label) for label in labels].index(plain(name)) for name in names]
+    numbers = list(range(len(names)))
+    learned = LabelMap.learn(labels)
+    checkpoint = LabelMap.learn(numbers, names=names, checkpoint=labels)
+    given = LabelMap.learn(numbers, list(labels), names=names)
+    for made in (
+        learned,
+        LabelMap(labels, {label: k for k, label in enumerate(labels)}),
+        checkpoint,
+        given,
+    ):
+        assert made.labels == labels
+        assert made.ids(numbers, names=names) == made.ids(names) == wanted
+        assert made.ids(list(labels)) == list(range(len(labels)))
+    if plain(labels[0]) == "1":
+        for made in (learned, checkpoint, given, LabelMap.numbered(labels)):
+            assert made.ids([1, 2, 3]) == made.ids([1.0, 2.0, 3.0]) == [0, 1, 2]
+            refused(lambda made=made: made.ids([0, 1]), "'0' is not among")
+    tags, ids = make_tag_map([numbers, numbers[:1]], names=names, checkpoint=labels)
+    assert tags.labels == labels and ids == [wanted, wanted[:1]]
+
+
+def test_names_that_are_not_known_are_refused_unless_the_caller_gave_them() -> None:
+    learned = LabelMap.learn([0, 1, 1], names=["neg", "pos"])
+    refused(lambda: learned.ids([1, 0], names=["positive", "negative"]),
+            "'negative' is not among", "neg, pos.", "stand for the classes positive, negative")  # fmt: skip
+    assert learned.ids([1, 1], names=["mixed", "pos"]) == [1, 1]
+    refused(lambda: learned.ids([1, 0], names=["mixed", "pos"]), "'mixed' is not among")
+    refused(lambda: learned.ids([1, -1], names=["neg", "pos"]), "'-1' is not", "without a label")
+    refused(lambda: LabelMap.learn([1, 0], ["neg", "pos"], names=["pos", "ngative"]), "'ngative'")
+    for labels in (["bad", "good"], {0: "bad", 1: "good"}, {"neg": "bad", "pos": "good"}):
+        made = LabelMap.learn([0, 1, 1], labels, names=["neg", "pos"])
+        assert made.labels == ("bad", "good") and made.ids([1, 0]) == [1, 0]
+        for names in (["pos", "neg"], ["good", "bad"], ["Pos", "Neg"]):
+            assert made.ids([1, 0], names=names) == [0, 1], (labels, names)
+    for nameless in (("LABEL_0", "LABEL_1"), ("0", "1"), ("0.0", "1.0")):
+        made = LabelMap(nameless, {label: k for k, label in enumerate(nameless)})
+        assert made.ids([1, 0], names=["neg", "pos"]) == [1, 0]
+    alike = LabelMap.learn(["Spam", "spam", "ham"])
+    assert alike.ids(["spam", "Spam", "HAM"]) == [2, 0, 1]
+    refused(lambda: alike.ids(["SPAM"]), "'SPAM' is not among")
+
+
+def test_the_names_of_renamed_values_are_read_too() -> None:
+    made = LabelMap.learn([1, 2], {1: "bad", 2: "good"})
+    assert made.ids(["good", "bad"]) == made.ids([2, 1]) == made.ids(["2.0", "1.0"]) == [1, 0]
+    assert LabelMap.learn(["x", "y"], {"x": "y", "y": "x"}).ids(["x", "y"]) == [0, 1]
+    # A label that is a number is not read where the values that are told are other numbers.
+    refused(lambda: LabelMap.learn([0, 1], {0: "1", 1: "2"}).ids(["2"]), "'2' is not among")
 
 
 def test_bad_labels_say_where(capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,6 +220,10 @@ def test_fingerprint() -> None:
     assert len(set(made)) == len(made)
     kinds = [read_table([{"a": value}]).fingerprint for value in (1, 1.0, "1", True, None, [1])]
     assert len(set(kinds)) == 6
+    # Two sets of one content, whose order differs because 8 and 0 share a place.
+    one, other = (read_table([{"a": set(order)}]) for order in ((0, 8), (8, 0)))
+    assert list(one.columns["a"][0]) != list(other.columns["a"][0])
+    assert one.fingerprint == other.fingerprint
 
 
 # -------------------------------------------------------------------------------------- headers and quotes

@@ -208,6 +208,35 @@ def test_forms_of_masks(tmp_path: Path) -> None:
     assert learned.labels == ("0", "7") and learned.options["codes"] == {"0": 0, "7": 1}
 
 
+def test_a_class_of_a_mask_is_its_name_and_not_its_number(tmp_path: Path) -> None:
+    images, masks = squares(3)
+    goal, made = task(), {}
+    for name, held, names in (
+        ("first", masks, NAMES), ("turned", 1 - masks, [n.upper() for n in NAMES[::-1]]),
+        ("binary", (1 - masks) * np.uint8(255), NAMES[::-1]), ("other", masks, ("land", "box")),
+        ("black", masks * np.uint8(255), ("land", "box")),
+    ):  # fmt: skip
+        np.savez(tmp_path / f"{name}.npz", images=images, masks=held, class_names=names)
+        made[name] = goal.read(tmp_path / f"{name}.npz", name="data")
+    learned = goal.learn(made["first"], {})
+    of_model = goal.learn(made["turned"], {"checkpoint_labels": NAMES})
+    renamed = goal.learn(made["other"], {"labels": list(NAMES)})
+    foreground = goal.learn(made["binary"], {"labels": list(NAMES)})
+    black = goal.learn(made["black"], {"labels": list(NAMES)})
+    for found, names in (
+        (learned, ("first", "turned")), (of_model, ("first", "turned")),
+        (renamed, ("first", "turned", "other")), (foreground, ("binary",)), (black, ("black",)),
+    ):  # fmt: skip
+        for name in names:
+            tidied = goal.tidy(made[name], found, {}).columns["mask"]
+            assert all(np.array_equal(m.values, o) for m, o in zip(tidied, masks, strict=True)), (
+                name
+            )
+    assert np.array_equal(goal.encode(made["turned"])[0]["mask"].values, masks[0])
+    with pytest.raises(DataError, match=r"image 0 .*mask 'land' is not among.*classes land, box"):
+        goal.tidy(made["other"], learned, {})
+
+
 def test_what_cannot_be_a_mask_is_named(place: Path, tmp_path: Path) -> None:
     images, masks = squares(3)
     goal = task()

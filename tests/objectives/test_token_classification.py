@@ -477,6 +477,15 @@ def test_labels_are_learned_from_names_and_numbers() -> None:
         "label": [[turned.index(t) for t in r["label"]] for r in rows],
     }, {"label": turned})  # fmt: skip
     assert [e["labels"].tolist() for e in task().encode(other)] == found
+    lower = Table("x", other.columns, {"label": [tag.lower() for tag in turned]})
+    assert [e["labels"].tolist() for e in task().encode(lower)] == found
+    unknown = Table("x", other.columns, {"label": ["O", "PER", "in PER", "CITY", "in CITY"]})
+    with pytest.raises(
+        DataError, match=r"item 1: tags .* is not among .* stand for the classes O, PER,"
+    ):
+        task().encode(unknown)
+    with pytest.raises(ConfigError, match="codes names 'B-ORG'"):
+        task(codes={"1": "B-ORG"})
 
 
 def test_words_and_tags_may_be_texts() -> None:

@@ -25,8 +25,8 @@ from pretrain.errors import DataError, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "LabelMap", "Several", "blanks_note", "finite_numbers", "flattened", "is_missing", "is_on", "make_tag_map",
-    "number_in", "printed_list", "printed_mapping", "read_several", "unlabelled_note",
+    "LabelMap", "Several", "blanks_note", "exact_number", "finite_numbers", "flattened", "is_missing", "is_on",
+    "make_tag_map", "number_in", "printed_list", "printed_mapping", "read_several", "spelled", "unlabelled_note",
 ]  # fmt: skip
 
 _SHOWN = 3
@@ -57,9 +57,13 @@ def is_missing(value: Any) -> bool:
 class LabelMap:
     """The classes of a column.
 
+    A value is looked up as it is written, then without regard to case, blanks and the form of a number, if one class
+    alone is meant.
+
     Args:
         labels: names of the classes; the index of a name is the id of its class.
-        codes: the class id of every value (as text) that a column may contain.
+        codes: the class id of every value (as text) that a column may contain. A name without a code is accepted too,
+            unless it is a number.
     """
 
     labels: tuple[str, ...]
@@ -112,16 +116,14 @@ class LabelMap:
         else:
             labels = _sorted_labels(texts, values, where, column)
             made = cls(labels, {label: k for k, label in enumerate(labels)})
-        made._check(texts, where, column, what)
+        made._ids(values, names, made._spellings, where, column, what)
         return made
 
     @classmethod
     def numbered(cls, names: Sequence[str]) -> LabelMap:
         """Return classes for a column that contains either their numbers or their names."""
-        codes = {str(k): k for k in range(len(names))}
         spelled = {str(name).strip(): k for k, name in enumerate(names)}
-        # Names that are numbers could be mistaken for ids, so then only ids are accepted.
-        return cls(tuple(spelled), codes if codes.keys() & spelled.keys() else codes | spelled)
+        return cls(tuple(spelled), _positions(names) | spelled)
 
     def ids(
         self,
@@ -142,36 +144,87 @@ class LabelMap:
         Raises:
             DataError: a label is missing, or did not occur in training.
         """
-        texts = _spelled(values, where, column)
-        known: LabelMap = self
-        named = {str(k): str(name).strip() for k, name in enumerate(names or ())}
-        places = {label.strip(): k for k, label in enumerate(self.labels)}
-        if places.keys() & named.values():  # empty if the caller has given the classes other names
-            own = {k: places[name] for k, name in named.items() if name in places}
-            known = LabelMap(self.labels, own | places)
-        elif self.codes.keys() == set(self.labels) and not self.codes.keys() >= set(texts):
-            # A loaded model has only class names; their numbers are equivalent if no name is a number.
-            known = LabelMap.numbered(self.labels)
-        known._check(texts, where, column, "the labels of the training rows")
-        return [known.codes[text] for text in texts]
+        spellings = self._spellings
+        if self.codes.keys() == self._own.keys():
+            # A loaded model has only class names; their numbers are equivalent.
+            spellings |= _positions(self.labels)
+        return self._ids(values, names, spellings, where, column, "the labels of the training rows")
 
-    def _check(self, texts: Sequence[str], at: Where, column: str, what: str) -> None:
-        strange = [i for i, text in enumerate(texts) if text not in self.codes]
-        if not strange:
-            by_name = {text: i for i, text in enumerate(texts) if text in self.labels}
-            by_number = {text: i for i, text in enumerate(texts) if text not in self.labels}
-            numbers = {str(k) for k in range(len(self.labels))}
-            counted = (
-                not numbers & set(self.labels) and numbers | set(self.labels) <= self.codes.keys()
+    def named(self, names: Sequence[str]) -> list[int | None]:
+        """Return the class id of each class of another source by its name; None of a name that is not known here."""
+        # Codes that are numbers count values of a column, while a name that is a number can only be that of a label.
+        numbers = {text: k for text, k in self._own.items() if number_in(text) is not None}
+        find = _finder({**self._spellings, **numbers})
+        return [find(str(name).strip()) for name in names]
+
+    @property
+    def _own(self) -> dict[str, int]:
+        return {label.strip(): k for k, label in enumerate(self.labels)}
+
+    @property
+    def _spellings(self) -> dict[str, int]:
+        return {t: k for t, k in self._own.items() if number_in(t) is None} | dict(self.codes)
+
+    def _ids(
+        self,
+        values: Sequence[Any],
+        names: Sequence[str] | None,
+        spellings: Mapping[str, int],
+        at: Where,
+        column: str,
+        what: str,
+    ) -> list[int]:
+        texts, find = _spelled(values, at, column), _finder(spellings)
+        numeric = not any(isinstance(value, str) for value in values[:1])
+        of_names: dict[str, tuple[str, int | None]] = {}
+        if names is not None:
+            own = [str(name).strip() for name in names]
+            pairs = list(zip(own, self.named(own), strict=True))
+            # Where one side has numbers in place of names, there is nothing to compare, and numbers count.
+            if any(k is not None for _, k in pairs) or not any(map(_nameless, (own, self.labels))):
+                of_names = {str(i): pair for i, pair in enumerate(pairs)}
+                of_names |= {} if numeric else dict(zip(own, pairs, strict=True))
+
+        def read(text: str) -> tuple[str, int | None]:
+            if text in of_names:
+                return of_names[text]
+            outside = bool(of_names) and numeric and number_in(text) is not None
+            return text, None if outside else find(text)
+
+        found = {text: read(text) for text in dict.fromkeys(texts)}
+        told = [found[text][0] for text in texts]
+        strange = [i for i, text in enumerate(texts) if found[text][1] is None]
+        if strange:
+            raise DataError(
+                self._unknown(told, strange, at, column, what, names if of_names else None)
             )
-            if by_name and counted and any(text.isdigit() for text in by_number):
-                (name, i) = next(iter(by_name.items()))
-                (number, j) = next((t, j) for t, j in by_number.items() if t.isdigit())
-                raise DataError(
-                    f"{column} mixes names and numbers of classes: {name!r} ({at(i)}) and {number!r} ({at(j)}). Write "
-                    "all labels in one way."
-                )
-            return
+        self._check_mixed(told, spellings, at, column)
+        return [k for text in texts if (k := found[text][1]) is not None]
+
+    def _check_mixed(
+        self, texts: Sequence[str], spellings: Mapping[str, int], at: Where, column: str
+    ) -> None:
+        by_name = {text: i for i, text in enumerate(texts) if text in self.labels}
+        by_number = {text: i for i, text in enumerate(texts) if text not in self.labels}
+        numbers = {str(k) for k in range(len(self.labels))}
+        counted = not numbers & set(self.labels) and numbers | set(self.labels) <= spellings.keys()
+        if by_name and counted and any(text.isdigit() for text in by_number):
+            (name, i) = next(iter(by_name.items()))
+            (number, j) = next((t, j) for t, j in by_number.items() if t.isdigit())
+            raise DataError(
+                f"{column} mixes names and numbers of classes: {name!r} ({at(i)}) and {number!r} ({at(j)}). Write "
+                "all labels in one way."
+            )
+
+    def _unknown(
+        self,
+        texts: Sequence[str],
+        strange: Sequence[int],
+        at: Where,
+        column: str,
+        what: str,
+        names: Sequence[str] | None,
+    ) -> str:
         unknown = list(dict.fromkeys(texts[i] for i in strange))
         first = texts[strange[0]]
         more = f" ({len(unknown)} such values: {_listed(unknown)})" if len(unknown) > 1 else ""
@@ -179,13 +232,19 @@ class LabelMap:
         near += f" In public test sets {first} marks a row without a label." * (
             first in _UNLABELLED
         )
-        raise DataError(
-            f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "
-            + (
-                f"Correct the row, or list every label, in order: {option('labels', [...])}."
-                if trains()
-                else "Correct the row, or leave it out: the model knows no other classes."
+        cure = (
+            f"Correct the row, or list every label, in order: {option('labels', [...])}."
+            if trains()
+            else "Correct the row, or leave it out: the model knows no other classes."
+        )
+        if names is not None and first in (own := [str(name).strip() for name in names]):
+            cure = (
+                f"The numbers of the column stand for the classes {_listed(own)}, which are recognised by their names. "
+                "Rename them in their source as the labels are called."
             )
+        return (
+            f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "
+            f"{cure}"
         )
 
 
@@ -207,7 +266,7 @@ def make_tag_map(
     made = LabelMap.learn(
         flat, given, names=names, checkpoint=checkpoint, where=inside, column=column
     )
-    ids = iter(made.ids(flat, where=inside, column=column))
+    ids = iter(made.ids(flat, names=names, where=inside, column=column))
     return made, [[next(ids) for _ in row] for row in rows]
 
 
@@ -247,8 +306,55 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{shown}, ... ({len(labels)} in all)" if len(labels) > 12 else shown
 
 
+def spelled(value: Any) -> str:
+    """Return a value as text; whole floats as integers, since missing values turn integers into floats."""
+    return (
+        str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    )
+
+
+def exact_number(text: str) -> int | float | None:
+    """Return the finite number that a text spells, or None; all digits of an integer count."""
+    return int(text) if re.fullmatch(r"[+-]?\d{1,300}", text) else number_in(text)
+
+
+def _plain(text: str) -> str | float:
+    """Return what the spellings of one value have in common: its number, or its visible characters without case."""
+    visible = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    number = exact_number(text)
+    folded = unicodedata.normalize("NFKC", visible).casefold()
+    return " ".join(folded.split()) if number is None else number
+
+
+def _finder(spellings: Mapping[str, int]) -> Callable[[str], int | None]:
+    """Return a function from a text to its class id, as `LabelMap` looks it up; None if none or several are meant."""
+    alike: dict[str | float, set[int]] = {}
+    for text, k in spellings.items():
+        alike.setdefault(_plain(text), set()).add(k)
+
+    def find(text: str) -> int | None:
+        if text in spellings:
+            return spellings[text]
+        found = alike.get(_plain(text), set())
+        return next(iter(found)) if len(found) == 1 else None
+
+    return find
+
+
+def _positions(names: Sequence[str]) -> dict[str, int]:
+    """Return number -> class id; none if a name is a number itself, for which a number could be mistaken."""
+    if any(number_in(str(name)) is not None for name in names):
+        return {}
+    return {str(k): k for k in range(len(names))}
+
+
+def _nameless(names: Sequence[str]) -> bool:
+    """Whether the classes have only numbers from 0, as they are or as transformers writes them (``LABEL_0``)."""
+    return all(name == f"LABEL_{k}" or exact_number(name) == k for k, name in enumerate(names))
+
+
 def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
-    """Return every value as a string; whole floats as integers, since missing values turn integers into floats."""
+    """Return every value as a string, see `spelled`; refuse a column with missing values or values of several kinds."""
     missing = [i for i, value in enumerate(values) if is_missing(value)]
     if missing:
         places = "; ".join(at(i) for i in missing[:_SHOWN])
@@ -262,11 +368,9 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
     for i, value in enumerate(values):
         value = value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
         if isinstance(value, bool | str):
-            kind, text = type(value).__name__, str(value).strip()
-        elif isinstance(value, int):
-            kind, text = "number", str(value)
-        elif isinstance(value, float):
-            kind, text = "number", str(int(value)) if value.is_integer() else repr(value)
+            kind = type(value).__name__
+        elif isinstance(value, int | float):
+            kind = "number"
         else:
             cure = (
                 "one label" if isinstance(value, list | tuple | dict) else "text or a whole number"
@@ -275,7 +379,7 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
                 f"{at(i)}: {column} holds {type(value).__name__} {shortened(value)}; a row must have {cure}."
             )
         kinds.setdefault(kind, i)
-        texts.append(text)
+        texts.append(spelled(value))
     if len(kinds) > 1:
         (one, i), (other, j) = list(kinds.items())[:2]
         raise DataError(
@@ -430,10 +534,7 @@ def _sorted_labels(
         )
     folded: dict[str | float, str] = {}
     for text in distinct:
-        visible = "".join(c for c in text if unicodedata.category(c) != "Cf")
-        plain = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
-        number = numbers[text]
-        twin = folded.setdefault(plain if number is None else number, text)
+        twin = folded.setdefault(_plain(text), text)
         if twin != text:
             note(
                 f"{column}: {twin!r} and {text!r} differ only in case, blanks, accents, invisible characters or the "
@@ -474,28 +575,48 @@ def _given(
         )
     keys = _spelled([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value")
     codes = {key: labels.index(name) for key, name in zip(keys, spelled, strict=True)}
-    present = set(texts)
+    find = _finder(codes)
     if names is not None:
-        own = [str(name).strip() for name in names]
-        # The caller reorders or renames the classes whose numbers the column contains.
-        if set(own) <= codes.keys():
-            return LabelMap(labels, {str(k): codes[name] for k, name in enumerate(own)} | codes)
-        if len(own) == len(labels) and not isinstance(given, Mapping):
-            return LabelMap.numbered(labels)
-    if isinstance(given, Mapping) or present & codes.keys() or not present:
+        return LabelMap(labels, _renamed(names, codes, find, isinstance(given, Mapping)))
+    present, count = {_plain(text) for text in texts}, len(labels)
+    if isinstance(given, Mapping) or not present or any(find(text) is not None for text in texts):
         return LabelMap(labels, codes)
-    count = len(labels)
-    from_zero, from_one = {str(k) for k in range(count)}, {str(k) for k in range(1, count + 1)}
-    if present <= from_one and str(count) in present:
+    from_zero, from_one = set(range(count)), set(range(1, count + 1))
+    if present <= from_one and count in present:
         return LabelMap(labels, {str(k + 1): k for k in range(count)})
-    if present <= from_zero and "0" in present:
+    if present <= from_zero and 0 in present:
         return LabelMap(labels, {str(k): k for k in range(count)})
     if present <= from_zero:
         raise DataError(
-            f"{column} holds the numbers {_listed(sorted(present))}, which could count the {count} labels from 0 or "
+            f"{column} holds the numbers {_listed(sorted(set(texts)))}, which could count the {count} labels from 0 or "
             f"from 1. Give a dict of number and label: {option('labels', {1: labels[0], 2: labels[1], ...: ...})}."
         )
     return LabelMap(labels, codes)
+
+
+def _renamed(
+    names: Sequence[str],
+    codes: Mapping[str, int],
+    find: Callable[[str], int | None],
+    mapped: bool,
+) -> dict[str, int]:
+    """Return the codes of a column of the numbers of named classes, which the caller's labels reorder or rename.
+
+    Args:
+        names: names of the classes whose numbers the column contains.
+        codes: the class id of every value that the caller names.
+        find: looks a value up in ``codes``.
+        mapped: whether the caller gave a dict from values to labels, and not a list.
+    """
+    own = [str(name).strip() for name in names]
+    found = [find(name) for name in own]
+    if None in found and mapped and any(str(k) in codes for k in range(len(own))):
+        found = [codes.get(str(k)) for k in range(len(own))]
+    elif len(own) == len(codes) and not mapped and all(n in (None, k) for k, n in enumerate(found)):
+        found = [*range(len(own))]
+    known = {str(k): n for k, n in enumerate(found) if n is not None}
+    by_number = known if _positions(own) else {}
+    return by_number | dict(codes) | {own[int(k)]: n for k, n in known.items()}
 
 
 def _of_checkpoint(
@@ -505,29 +626,25 @@ def _of_checkpoint(
     column: str,
     names: Sequence[str] | None,
 ) -> LabelMap:
-    """Return the label map of a checkpoint that is already a classifier, with the column's spellings as codes.
+    """Return the label map of a checkpoint that is already a classifier.
 
     Raises:
         DataError: the column has labels that the checkpoint does not have.
     """
     labels = tuple(str(label) for label in checkpoint)
-    places = {label.strip(): k for k, label in enumerate(labels)}
-    folded = {label.strip().casefold(): k for k, label in enumerate(labels)}
-    if len(folded) == len(labels):  # match case-insensitively if the names stay distinct
-        places |= {text: folded[text.casefold()] for text in texts if text.casefold() in folded}
+    codes = {label.strip(): k for k, label in enumerate(labels)}
+    numbers, find = _positions(labels), _finder(codes)
     if names is not None:
-        own = {str(k): str(name).strip() for k, name in enumerate(names)}
-        wanted = {places.get(n, folded.get(n.casefold())) for n in own.values()}
-        if None not in wanted:
-            found = {k: places.get(n, folded.get(n.casefold(), 0)) for k, n in own.items()}
-            return LabelMap(labels, found | places)
-        texts, at = list(own.values()), lambda i: f"class {i}"
-    numbers = {str(k): k for k in range(len(labels))}
-    if set(texts) <= places.keys():
-        return LabelMap(labels, places)
-    if set(texts) <= numbers.keys() | places.keys() and not numbers.keys() & places.keys():
-        return LabelMap(labels, numbers | places)
-    i = next(i for i, text in enumerate(texts) if text not in places)
+        own = [str(name).strip() for name in names]
+        found = {str(i): k for i, name in enumerate(own) if (k := find(name)) is not None}
+        if len(found) == len(own):
+            return LabelMap(labels, (found if _positions(own) else {}) | codes)
+        texts, at = own, lambda i: f"class {i}"
+    elif all(find(text) is not None for text in texts):
+        return LabelMap(labels, codes)
+    elif all(_finder(numbers | codes)(text) is not None for text in texts):
+        return LabelMap(labels, numbers | codes)
+    i = next(i for i, text in enumerate(texts) if find(text) is None)
     raise DataError(
         f"{at(i)}: {column} {_short(texts[i])!r} is not among the classes of the checkpoint, which is a classifier "
         f"already: {_listed(labels)}. Labels must be these names or their numbers from 0; to train other classes "
@@ -590,7 +707,9 @@ def read_several(
                 f"{where(i)}: {column} holds {shortened(values[i])}, but other rows have lists of labels. Give every "
                 "row a list, [] where no class fits."
             )
-        return _from_lists([list(value) for value in values], where, names, labels, column)
+        # The order of a set depends on the seed of Python's hashes.
+        rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else list(v) for v in values]
+        return _from_lists(rows, where, names, labels, column)
     texts = ["" if is_missing(value) else value for value in values]
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):

@@ -146,6 +146,8 @@ class Table:
 
 
 def _spelled(value: Any) -> str:
+    if isinstance(value, set | frozenset):  # whose order depends on the seed of Python's hashes
+        value = sorted(value, key=str)
     # An image is its content, wherever it lies.
     return f"{type(value).__name__}:{getattr(value, 'digest', value)}"
 

@@ -165,7 +165,7 @@ class Classification(ClassTask):
         if form.rows is None or problem == _SINGLE:
             lone = values if form.rows is None else _only(form.rows, table.where)
             found = LabelMap.learn(lone, given, where=table.where, **known)
-            strata: Any = found.ids(lone, where=table.where)
+            strata: Any = found.ids(lone, names=known["names"], where=table.where)
             if given is None:
                 notes += unlabelled_note(lone, found.labels, "label")
         else:

@@ -149,8 +149,12 @@ class Segmentation(ImageTask, ClassTask):
                 "Numbers of single objects are no classes: write 1 for all of one kind."
             )
         codes = {str(key): k for key, k in known.codes.items() if str(key).lstrip("-").isdigit()}
+        renamed = {c: k for c, k in known.codes.items() if c not in (*codes, *known.labels)}
+        if names is not None:
+            codes = {str(n): k for n, k in enumerate(known.named(names)) if k is not None}
         if binary:
             codes = {"0": codes["0"], str(UNLABELLED): codes["1"]}
+        codes |= renamed
         strata = label_strata([[str(n) for n in row] for row in rows])
         return Learned(known.labels, strata, {"codes": codes}, notes)
 
@@ -159,7 +163,7 @@ class Segmentation(ImageTask, ClassTask):
         """Replace every image by a ``Picture``, and every mask by a ``Mask`` of class numbers."""
         columns = {**table.columns, "image": pictures(table)}
         if "mask" in table.names:
-            columns["mask"] = _classes(table, learned.options["codes"])
+            columns["mask"] = _classes(table, learned.labels or (), learned.options["codes"])
         return table.with_columns(columns, {})
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
@@ -188,7 +192,7 @@ class Segmentation(ImageTask, ClassTask):
         """Return the masks of a table, whether it has been tidied or not."""
         held = table.columns["mask"]
         tidied = all(isinstance(value, Mask | BrokenImage | None) for value in held)
-        return held if tidied else _classes(table, self.codes)
+        return held if tidied else _classes(table, self.labels, self.codes)
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Majority baseline: every pixel has the class of most pixels of the training rows."""
@@ -387,19 +391,29 @@ def _numbers(found: Any) -> list[int]:
     return [int(n) for n in np.unique(values)]
 
 
-def _classes(table: Table, codes: Mapping[str, int]) -> list[Any]:
+def _classes(table: Table, labels: Sequence[str], codes: Mapping[str, int]) -> list[Any]:
     """Return the masks of a table as ``Mask``; None, or a ``BrokenImage``, where there is none.
 
+    Where the table names the classes of its numbers, their names count, and else the codes.
+
     Raises:
-        DataError: a mask has a number that is not among the codes; names the row.
+        DataError: a mask has a number that is not among the codes, or whose name is no label; names the row.
     """
     masks: list[Any] = []
+    known_as, names = LabelMap(tuple(labels), codes), table.label_names.get("mask")
+    binary = str(UNLABELLED) in codes
     for i, found in read_numbers(table):
         if isinstance(found, Mask | BrokenImage | None):
             masks.append(found)
             continue
         numbers = _numbers(found)
         known = {n: codes.get(str(n), UNLABELLED if n == UNLABELLED else None) for n in numbers}
+        if names is not None:
+            own = [n for n in numbers if binary or n != UNLABELLED]
+            cells = [1 if n == UNLABELLED else n for n in own]
+            where = ([table.where(i)] * len(own)).__getitem__
+            ids = known_as.ids(cells, names=names, where=where, column="class of the mask")
+            known |= dict(zip(own, ids, strict=True))
         if wrong := [n for n, k in known.items() if k is None]:
             without = ", and 255 for pixels without a class" * (str(UNLABELLED) not in codes)
             raise DataError(

@@ -24,6 +24,7 @@ from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.columns import gathered_words, read_tags, read_words
 from pretrain.data.labelled import Role, choose_columns, label_strata, make_tag_map
+from pretrain.data.labels import LabelMap, flattened
 from pretrain.data.task_rows import TaskEncoder, TaskRows, blanks_before_words, word_windows
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
@@ -114,6 +115,13 @@ class TokenClassification(ClassTask):
             )
         self.all_pieces, self.empty_tag = all_pieces, empty_tag
         self.codes = dict(codes) if codes else None
+        places = {label: k for k, label in enumerate(self.labels)}
+        spellings = self.codes or {label.strip(): label for label in self.labels}
+        if unknown := [label for label in spellings.values() if label not in places]:
+            raise ConfigError(
+                f"codes names {unknown[0]!r}, which is not a label. The labels are: {', '.join(self.labels[:20])}."
+            )
+        self._map = LabelMap(self.labels, {c: places[label] for c, label in spellings.items()})
         if word_blanks and model.tokenizer is not None:
             model.tokenizer = blanks_before_words(model.tokenizer)
         self.foreign = word_blanks is None
@@ -275,21 +283,11 @@ class TokenClassification(ClassTask):
         Raises:
             DataError: a row has more or fewer tags than words, or a tag that is not among the model's labels.
         """
-        tags, places = (
-            read_tags(table, read_words(table)),
-            {t: k for k, t in enumerate(self.labels)},
-        )
-        names: Sequence[str] | None = table.label_names.get("label")
-        given = self.codes
-        if names is None and given is None and any(isinstance(t, int) for row in tags for t in row):
-            names = self.labels
-        if names is not None:
-            given = {str(k): name for k, name in enumerate(names)} | {name: name for name in names}
-        if given is not None:
-            given = {code: label for code, label in given.items() if label in places}
-        known, ids = make_tag_map(tags, given or self.labels, where=table.where, column="tags")
-        order = np.asarray([places[label] for label in known.labels], dtype=np.int64)
-        return [order[np.asarray(row, dtype=np.int64)] for row in ids]
+        tags = read_tags(table, read_words(table))
+        flat, inside = flattened(tags, table.where)
+        names = table.label_names.get("label")
+        ids = iter(self._map.ids(flat, names=names, where=inside, column="tags"))
+        return [np.asarray([next(ids) for _ in row], dtype=np.int64) for row in tags]
 
     def truth(self, table: Table) -> list[Any]:
         """The correct tags of every row, in the form that ``decode`` returns."""
