@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pretrain
-from finetuning.conftest import QUICK, model_of, rows_of
+from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain import finetune
 from pretrain.finetuning.remarks import beyond_chance, overfitted, remarks, still_improving
 
@@ -96,6 +96,33 @@ def test_a_better_classical_baseline_is_said(checkpoint: str, tmp_path: Path) ->
     assert any("TF-IDF" in line for line in result.remarks)
     result.metrics["accuracy"] = 1.0
     assert not any("TF-IDF" in line for line in remarks(result))
+
+
+def test_classes_are_alike_for_the_baseline_in_every_spelling(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    datasets = pytest.importorskip("datasets")
+    rows = [{**row, "label": ANIMALS.index(row["label"])} for row in rows_of(120)]
+    parts = rows[:60], rows[60:90], rows[90:]
+    given = {**QUICK, "limit": "1 steps"}
+
+    def classical(name: str, train: Any, valid: Any, test: Any) -> float | None:
+        options = {**given, "valid": valid, "test": test, "out": tmp_path / name}
+        return finetune(checkpoint, train, "classification", **options).classical
+
+    def named(part: Any, order: list[int]) -> Any:
+        names = [ANIMALS[k] for k in order]
+        kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        cells = [{**row, "label": order.index(row["label"])} for row in part]
+        return datasets.Dataset.from_list(cells, features=datasets.Features(kinds))
+
+    wanted = classical("numbers", *parts)
+    assert wanted is not None and wanted > 0.5
+    texts = [[{**row, "label": str(row["label"])} for row in part] for part in parts]
+    assert classical("texts", texts[0], parts[1], texts[2]) == wanted
+    held = named(parts[1], [2, 0, 1]), named(parts[2], [1, 2, 0])
+    assert classical("names", named(parts[0], [0, 1, 2]), *held) == wanted
 
 
 def test_remarks_go_by_the_figures_of_the_end(checkpoint: str, tmp_path: Path) -> None:

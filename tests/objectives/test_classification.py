@@ -100,6 +100,17 @@ def test_weighted_loss_is_torchs_and_does_not_depend_on_the_cut(kind: str) -> No
     assert figures["loss"] == pytest.approx(float(plain), rel=1e-5)
 
 
+def test_weights_are_given_by_the_names_of_classes() -> None:
+    def weights(given: Any, labels: tuple[str, ...]) -> list[float]:
+        return task_of(labels=labels, class_weights=given)._weights.tolist()
+
+    assert weights({2: 3.0, 1.0: 0.5}, ("1", "2")) == [0.5, 3.0]
+    assert weights({2: 3.0}, ("1.0", "2.0")) == [1.0, 3.0]
+    assert weights({"Fox": 3.0}, ANIMALS) == weights({"fox": 3.0}, ANIMALS)
+    with pytest.raises(ConfigError, match="names 0, which is not a label"):
+        weights({0: 3.0}, ANIMALS)
+
+
 def test_smoothing_is_of_training_alone() -> None:
     task = task_of(label_smoothing=0.2)
     task.model.eval()

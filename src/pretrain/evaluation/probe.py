@@ -179,19 +179,17 @@ def _tables(
 
 
 def _named(table: Table, task: type[Task], learned: Learned) -> Table:
-    """Return a table with the name of the class of each row, whatever numbers its source gives the classes.
+    """Return a table with the name of the class of each row; see ``Task.named``.
 
     Raises:
         DataError: rows may have several classes each.
     """
-    classes = task.classes(table, learned)
-    if classes is None:
+    if task.classes(table, learned) is None:
         raise DataError(
             f"{table.where(0)}: the label is {str(table.columns['label'][0])[:40]}, several at once, and a probe tells "
             "single classes apart. Give each row one class."
         )
-    names = [(learned.labels or ())[k] for k in classes]
-    return table.with_columns({**table.columns, "label": names}, {})
+    return task.named(table, learned)
 
 
 def _features(

@@ -211,10 +211,11 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             shown = " ".join(f"{job.figure(x):.3f}" for x in scores)
             note(f"{arm} at {count:,} labels: {shown} ({words})")
         for name, fit in baselines.items():
-            found = [
-                fit(*job.task.baseline_columns(rows, choose, score), metric=job.monitor, seed=seed)
-                for seed, rows in enumerate(subsets)
-            ]
+            found = []
+            for seed, rows in enumerate(subsets):
+                named = [job.task.named(part, job.data.learned) for part in (rows, choose, score)]
+                columns = job.task.baseline_columns(*named)
+                found.append(fit(*columns, metric=job.monitor, seed=seed))
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
     notes.unit = job.unit

@@ -175,7 +175,8 @@ def classical_baseline(result: Finetuned) -> float | None:
     if len(data.train) * classes > _CELLS:
         return None
     try:
-        columns = task.baseline_columns(data.train, data.valid, held)
+        tables = [task.named(table, data.learned) for table in (data.train, data.valid, held)]
+        columns = task.baseline_columns(*tables)
         if (kind := VECTORS.get(task.baseline)) is not None:
             found = vector_baseline(task.baseline, *columns, grid=kind.quick, metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:

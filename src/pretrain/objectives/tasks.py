@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from pretrain.data.labelled import Role, is_missing
+from pretrain.data.labels import LabelMap, spelled
 from pretrain.data.tables import read_table
 from pretrain.data.task_rows import TaskEncoder, TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError
@@ -378,6 +379,18 @@ class Task(Objective):
         """The class number of every row of a table that `tidy` returned; None if rows do not have one class each."""
         return None
 
+    @classmethod
+    def named(cls, table: Table, learned: Learned) -> Table:
+        """Return a table that `tidy` returned with the name of the class of each row, whatever its source calls it.
+
+        A table is returned as it is if its rows do not have one class each.
+        """
+        classes = cls.classes(table, learned)
+        if classes is None:
+            return table
+        names = [(learned.labels or ())[k] for k in classes]
+        return table.with_columns({**table.columns, "label": names}, {})
+
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         """Encode rows as examples.
 
@@ -424,7 +437,8 @@ class Task(Objective):
     def baseline_columns(cls, *tables: Table) -> list[Any]:
         """Return the columns of a classical baseline: for each table its texts, pairs or vectors, and the labels.
 
-        The texts are those of all roles that hold text and are no target; more than two are read as one.
+        The tables are those that `named` returned, so that a class is called alike in all. The texts are those of all
+        roles that hold text and are no target; more than two are read as one.
 
         Raises:
             DataError: a table has no such column, or no labels.
@@ -676,11 +690,13 @@ def _given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
     if weights is None:
         return None
     if isinstance(weights, Mapping):
-        if unknown := [key for key in weights if str(key) not in labels]:
+        classes = LabelMap(tuple(labels), {}).named([spelled(key) for key in weights])
+        if unknown := [key for key, k in zip(weights, classes, strict=True) if k is None]:
             raise ConfigError(
                 f"class_weights names {unknown[0]!r}, which is not a label. The labels are: {', '.join(labels[:20])}."
             )
-        weights = [weights.get(label, 1.0) for label in labels]
+        given = dict(zip(classes, weights.values(), strict=True))
+        weights = [given.get(k, 1.0) for k in range(len(labels))]
     try:
         array = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError):
