@@ -146,6 +146,9 @@ def test_retrieval(directory, model, tmp_path, capsys):
         "targets": 4.0,
         "documents": float(len(tiny.TEXTS)),
     }
+    floats = [{**row, "corpus-id": float(row["corpus-id"])} for row in parts["relevance"]]
+    assert retrieval(model, {**parts, "relevance": floats}, {}, 8, 0) == found
+    capsys.readouterr()
     words = ["evaluate", str(directory), "--task", "retrieval", "--data", str(tmp_path / "beir")]
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(found)

@@ -327,6 +327,18 @@ def test_groups_of_given_splits_are_compared() -> None:
         opened(rows, group="autor")
     lone = [{**row, "author": None} for row in rows]
     assert 6 <= len(opened(lone, group="author").valid) <= 10
+    other = [{**row, "text": f"{row['text']} again"} for row in lone]
+    assert not [
+        line for line in opened(lone, valid=other, group="author").notes if "groups" in line
+    ]
+
+
+@pytest.mark.parametrize("spell", [str, float, "{}.0".format])
+def test_a_group_that_is_a_number_is_one_in_any_spelling(spell: Any) -> None:
+    rows = grouped([i // 4 for i in range(80)])
+    held = [{**row, "author": spell(row["author"])} for row in rows[58:]]
+    found = opened(rows[:60], valid=held, group="author")
+    assert any("1 groups by 'author' occur both in 4" in line for line in found.notes)
 
 
 # ------------------------------------------------------------------------------- labels of a checkpoint, options

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from pretrain import metrics
 from pretrain.data.labelled import Role, choose_columns, roles_table
-from pretrain.data.labels import finite_numbers
+from pretrain.data.labels import finite_numbers, spelled
 from pretrain.data.tables import Table, read_table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError
@@ -231,8 +231,8 @@ def _read(
     rows = zip(table.columns["query"], table.columns["document"], _relevances(table), strict=True)
     unknown = 0
     for query, document, number in rows:
-        if str(query) in queries and str(document) in documents:
-            relevant[str(query)][str(document)] = number
+        if (name := spelled(query)) in queries and spelled(document) in documents:
+            relevant[name][spelled(document)] = number
         else:
             unknown += 1
     if unknown:
@@ -275,9 +275,9 @@ def _named(table: Table) -> _Texts:
     found: _Texts = {}
     rows = zip(table.columns["id"], table.columns["text"], titles, strict=True)
     for i, (name, text, title) in enumerate(rows):
-        if str(name) in found:
+        if spelled(name) in found:
             raise DataError(
-                f"{table.where(i)}: the name {str(name)!r} occurs twice. Names must differ."
+                f"{table.where(i)}: the name {spelled(name)!r} occurs twice. Names must differ."
             )
-        found[str(name)] = f"{title} {text}" if title else text
+        found[spelled(name)] = f"{title} {text}" if title else text
     return found

@@ -21,7 +21,7 @@ from pretrain.data.labelled import (
     roles_table,
     split,
 )
-from pretrain.data.labels import printed_list, printed_mapping
+from pretrain.data.labels import exact_number, printed_list, printed_mapping, spelled
 from pretrain.data.tables import shown, splits
 from pretrain.errors import DataError
 from pretrain.inference.predict import has_columns
@@ -102,12 +102,13 @@ def open_data(
     learned = task.learn(train, options)
     every = train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}
-    groups = _groups(whole, section.group, required=True)
+    groups = _groups(whole, section.group, "training", required=True)
 
     def held_out(source: Any, what: str) -> Table:
         read = _read(source, section, what, task)
         if groups is not None:
-            notes.extend(_shared_groups(groups, _groups(read, section.group), section.group, what))
+            others = _groups(read, section.group, what)
+            notes.extend(_shared_groups(groups, others, section.group, what))
         return task.tidy(_by_role(read, task, columns), learned, options)
 
     wanted = objects.get("valid", section.valid)
@@ -226,8 +227,12 @@ def _is_empty(cell: Any) -> bool:
     return all(map(_is_empty, cell)) if isinstance(cell, list | tuple) else is_missing(cell)
 
 
-def _groups(table: Table, column: str | None, *, required: bool = False) -> list[str] | None:
+def _groups(
+    table: Table, column: str | None, part: str, *, required: bool = False
+) -> list[Hashable] | None:
     """The group of every row; a row without one is a group of its own. None if there is no such column.
+
+    A number is one group in any spelling, because the cells of a text file are texts.
 
     Raises:
         DataError: there is no such column, and it is required.
@@ -239,10 +244,16 @@ def _groups(table: Table, column: str | None, *, required: bool = False) -> list
                 f"{column_names(table.names)}."
             )
         return None
-    return [
-        f"{table.name} {i}" if is_missing(value) else json.dumps(value, default=str)
-        for i, value in enumerate(table.columns[column])
-    ]
+    cells = table.columns[column]
+    return [(part, i) if is_missing(cell) else _group(cell) for i, cell in enumerate(cells)]
+
+
+def _group(cell: Any) -> Hashable:
+    if not isinstance(cell, str | int | float):
+        return json.dumps(cell, default=str)
+    text = spelled(cell)
+    number = exact_number(text)
+    return text if number is None else number
 
 
 def _same_image(table: Table) -> list[str] | None:
@@ -270,7 +281,7 @@ def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict
 
 
 def _shared_groups(
-    groups: Sequence[str], others: Sequence[str] | None, column: str | None, what: str
+    groups: Sequence[Hashable], others: Sequence[Hashable] | None, column: str | None, what: str
 ) -> list[str]:
     """Note on the groups that occur both in the training rows and in held-out rows."""
     if not (both := set(groups) & set(others or ())):
