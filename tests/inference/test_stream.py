@@ -103,6 +103,27 @@ def test_what_is_settled_comes_soon() -> None:
     assert tokenizers()["bytes"].settled([], bytes_of[:-1]) == "a"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "characters", "pieces"])
+@pytest.mark.parametrize("text", ["ภาษาไทยไม่มี", "a नमस्ते b", "👩\u200d👩\u200d👦👍🏽"])
+def test_a_text_is_continued_after_any_of_its_characters(kind: str, text: str) -> None:
+    """Bytes of characters that the vocabulary lacks are decoded in runs, which are not cut."""
+    tokenizer = tokenizers()[kind]
+    for k in range(1, len(text)):
+        ids, new = tokenizer.encode(text[:k]), tokenizer.encode(text[k:])
+        assert tokenizer.decode(ids).lstrip() + tokenizer.continuation(ids, new) == text
+
+
+def test_a_stop_text_is_found_in_a_long_run_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_of("characters"), tokenizers()["characters"]
+    said = tokenizer.encode("ภาษาไทยไม่มีช่องว่าง")
+    for prompt in ([7], tokenizer.encode("ภาษา")):
+        says(monkeypatch, said * 2, len(tokenizer))
+        stream = Stream(model, prompt, max_new_tokens=70, stop="ว่า")
+        assert "".join(stream) == "ภาษาไทยไม่มีช่อง" and stream.finish_reason == "stop"
+        ids = generate(model, prompt, max_new_tokens=70, stop="ว่า")
+        assert tokenizer.decode(ids[len(prompt) :]) == "ภาษาไทยไม่มีช่องว่า"
+
+
 # --------------------------------------------------------------------------------------- the pieces
 
 

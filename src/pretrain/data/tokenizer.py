@@ -292,9 +292,16 @@ class Tokenizer:
     def continuation(self, ids: Sequence[int], new: Sequence[int]) -> str:
         """Return the text of ``new`` after ``ids``, without special tokens."""
         # Blanks between words, and characters of several tokens, depend on the tokens before.
-        context = ids[-8:]
+        context = ids[self.run_start(ids, len(ids) - 8) :]
         before, whole = self.decode(context), self.decode([*context, *new])
         return whole[len(before) :] if whole.startswith(before) else self.decode(new)
+
+    def run_start(self, ids: Sequence[int], place: int) -> int:
+        """Return the last place up to ``place`` that is in no run of byte tokens, which are decoded as a whole."""
+        place = max(place, 0)
+        while place > 0 and ids[place - 1] in self._decoding.bytes:
+            place -= 1
+        return place
 
     def settled(self, ids: Sequence[int], new: Sequence[int]) -> str:
         """Return the beginning of ``continuation`` that no later tokens can change.

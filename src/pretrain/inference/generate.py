@@ -452,10 +452,9 @@ class _Decoder:
     def _stopped(self, ids: list[int], new: list[int]) -> bool:
         if not self.settings.stop:
             return False
-        tail = new[-self.window :]
-        before = [*ids, *new][: len(ids) + len(new) - len(tail)]
         tokenizer = tokenizer_of(self.model, "look for stop texts")
-        return cut(tokenizer, before, tail, self.settings.stop)[1]
+        start = tokenizer.run_start(new, len(new) - self.window)
+        return cut(tokenizer, [*ids, *new[:start]], new[start:], self.settings.stop)[1]
 
     def _seen(self, prompts: list[list[int]], device: torch.device) -> Tensor | None:
         """Return (B, V) booleans, True for tokens in a row; None without a repetition penalty."""
