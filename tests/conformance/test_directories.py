@@ -34,6 +34,8 @@ TEXTS = [
     " leading blank, e\u0301 decomposed",
     "x",
 ]
+# Characters that no vocabulary here has, and that tokenizers drop or read as bytes.
+MARKED = ["यह हिन्दी में", "ภาษาไทยไม่มี ดี", "قال العَرَبِيَّةُ", "a cafe\u0301", "I ❤\ufe0f", "the cat \n"]
 PAIRS = ["a dull film in Paris", "the dog", "rain fell", "it ran", "", "softly over green hills"]
 LONG = "the cat sat on a mat and the dog ran after it while rain fell softly " * 2
 ROOM = 16
@@ -145,6 +147,18 @@ def decode(c: Case) -> None:
         for skip in (True, False):
             wanted = c.theirs.decode(ids, skip_special_tokens=skip)
             assert c.ours.decode(ids, skip_special=skip) == wanted
+
+
+def continue_text(c: Case) -> None:
+    for text in (*TEXTS, *MARKED):
+        ids = c.theirs(text)["input_ids"]
+        whole = c.theirs.decode(ids, skip_special_tokens=True)
+        for k in range(1, len(ids)):
+            before = c.ours.decode(ids[:k])
+            if whole.startswith(
+                before
+            ):  # not inside a character, nor of words that are joined later
+                assert before + c.ours.continuation(ids[:k], ids[k:]) == whole
 
 
 def save_and_open(c: Case) -> None:
@@ -274,10 +288,21 @@ def answer(c: Case) -> None:
     assert len(encoded) > 1
 
 
+def answer_of_marks(c: Case) -> None:
+    task = task_of(c.headed("answers")[1])
+    for context in MARKED:
+        text = context.split(" ", 1)[1]
+        row = {"question": "where", "context": context, "answers": text}
+        encoded = task.encode(read_table([row]))
+        first, last = encoded[0]["labels"]
+        said = context[encoded[0]["starts"][first] : encoded[0]["ends"][last]]
+        assert said == text.strip() and not encoded.cut
+
+
 USES: list[Callable[[Case], None]] = [
     encode_one, encode_batch, encode_pairs, cut_text, cut_pair, offsets, typed_specials,
-    lists_of_words, decode, save_and_open, task_rows, embed, fill_or_continue, classify,
-    loss_of_rows, tag, answer,
+    lists_of_words, decode, continue_text, save_and_open, task_rows, embed, fill_or_continue, classify,
+    loss_of_rows, tag, answer, answer_of_marks,
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 
 from contract import check_objective
 from pretrain import metrics
@@ -229,6 +229,38 @@ def test_offsets_count_the_characters_of_the_text_whatever_a_tokenizer_normalize
         # A token of bytes may hold a part of a neighbouring character, and then reaches to its end.
         answer = row["answers"]["text"][0]
         assert answer in found and len(found) <= len(answer) + 2, (found, answer)
+
+
+@pytest.mark.parametrize("around", ["{}", "{} cat", "cat {}", "cat {} cat"])
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [("में", "में"), ("cafe\u0301", "cafe\u0301"), ("ക\u0d4d\u200d", "ക\u0d4d\u200d"), ("دُ", "دُ"), ("❤\ufe0f", "❤\ufe0f"),
+     (" cat\n", "cat"), ("\ufeffcat", "cat"), ("cat\u200b", "cat"), ("\x00", None)],
+)  # fmt: skip
+@pytest.mark.parametrize("rule", ["Bert", "NFC"])
+def test_characters_that_belong_to_no_token_spoil_no_answer(
+    rule: str, given: str, seen: str | None, around: str
+) -> None:
+    """Marks stay with the character that they are written on; blanks and invisible characters are left out."""
+    goal = task("bert", "wordpiece" if rule == "Bert" else "char")
+    assert goal.model.tokenizer is not None
+    made = train_from_texts(
+        ["cat cafe में ക د é"], goal.model.tokenizer.kind, vocab_size=90, lowercase=True
+    )
+    if rule == "NFC":
+        made.backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex("[\ufeff\u200b\x00]"), "")]
+        )
+    goal.encoder.tokenizer = Tokenizer(made.backend, made.roles)
+    context = around.format(given)
+    answers = {"text": [given], "answer_start": [around.index("{")]}
+    encoded = goal.encode(table([{"question": "q", "context": context, "answers": answers}]))
+    assert not encoded.cut
+    if seen is None:
+        assert encoded.dropped == {"answer of characters that the tokenizer drops": [0]}
+        return
+    first, last = encoded[0]["labels"]
+    assert context[encoded[0]["starts"][first] : encoded[0]["ends"][last]] == seen
 
 
 def test_long_questions_are_cut_and_told() -> None:

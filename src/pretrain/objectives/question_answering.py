@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -176,10 +177,13 @@ class QuestionAnswering(Task):
         self, rows: TaskRows, i: int, context: str, windows: Sequence[Any], answers: Answers | None
     ) -> None:
         """Add the windows over one context as examples."""
+        places = [_offsets(encoding, context) for encoding in windows]
         span = None if answers is None else answers.spans[i]
+        if span is not None and (span := _seen(span, places)) is None:
+            rows.drop(i, "answer of characters that the tokenizer drops")
+            return
         inside = False
-        for encoding in windows:
-            starts, ends = _offsets(encoding, context)
+        for encoding, (starts, ends) in zip(windows, places, strict=True):
             example = self.encoder.example(encoding) | {"starts": starts, "ends": ends}
             if answers is not None:
                 labels = _tokens_of(span, starts, ends)
@@ -364,18 +368,41 @@ def best_spans(
 
 
 def _offsets(encoding: Any, context: str) -> tuple[np.ndarray, np.ndarray]:
-    """First and last character (exclusive) of each context token, without blanks; 0 and 0 for other tokens."""
-    starts, ends = np.zeros((2, len(encoding.ids)), dtype=np.int32)
-    for k, (text, (begin, end)) in enumerate(
-        zip(encoding.sequence_ids, encoding.offsets, strict=True)
-    ):
-        if text == 1:
+    """First and last character (exclusive) of each context token, without blanks; 0 and 0 for other tokens.
+
+    A token ends after the marks and joiners that follow it and belong to no token: uncased WordPiece drops them, and a
+    composed character has the offsets of its first one.
+    """
+    texts, offsets = encoding.sequence_ids, encoding.offsets
+    starts, ends = np.zeros((2, len(offsets)), dtype=np.int32)
+    after = len(context)
+    for k in range(len(offsets) - 1, -1, -1):
+        if texts[k] == 1:
+            begin, end = offsets[k]
             while begin < end and context[begin].isspace():
                 begin += 1
             while begin < end and context[end - 1].isspace():
                 end -= 1
-            starts[k], ends[k] = begin, end
+            while begin < end < after and _continues(context[end]):
+                end += 1
+            starts[k], ends[k], after = begin, end, offsets[k][0]
     return starts, ends
+
+
+def _continues(char: str) -> bool:
+    """Whether a character is written onto the one before: a mark, or one of the two joiners."""
+    return unicodedata.category(char)[0] == "M" or char in "\u200c\u200d"
+
+
+def _seen(
+    span: tuple[int, int], places: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[int, int] | None:
+    """The span without characters at its ends that belong to no token of any window; None if no character does."""
+    starts, ends = (np.concatenate(arrays) for arrays in zip(*places, strict=True))
+    found = (ends > starts) & (starts < span[1]) & (ends > span[0])
+    if not found.any():
+        return None
+    return max(span[0], int(starts[found].min())), min(span[1], int(ends[found].max()))
 
 
 def _tokens_of(span: tuple[int, int] | None, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
