@@ -168,6 +168,14 @@ def bpe_json(
     write(folder, tokenizer_config__json=config, **files)
 
 
+def ordinary_names(folder: Path) -> None:
+    """Tokens of the vocabulary that are called like special ones."""
+    bpe_json(folder, ("<|endoftext|>", "<s>", "</s>"), {**FAST, "eos_token": "<|endoftext|>"})
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    del content["added_tokens"][1:]
+    write(folder, tokenizer__json=content)
+
+
 def spm_json(folder: Path, config: dict[str, Any], frame: Any = None) -> None:
     backend = tokenizers.Tokenizer.from_str(sentence_pieces())
     if frame is not None:
@@ -263,6 +271,9 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "bert txt extra list": (
         "bert", lambda d: vocab_txt(d, {"extra_special_tokens": ["<x>", "<y>"]}),
     ),
+    "bert txt published": (
+        "bert", lambda d: vocab_txt(d, {"do_lower_case": True, "model_max_length": 512}),
+    ),
     "bert json alone": ("bert", bert_json),
     "bert json as it is": ("bert", lambda d: bert_json(d, {**FAST, **BERT_NAMES})),
     "bert json cased by class": (
@@ -348,6 +359,7 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], None]]] = {
         "bert", lambda d: bert_json(d, {"tokenizer_class": "NobodyKnowsTokenizer", **BERT_NAMES}),
     ),
     "roberta files": ("roberta", lambda d: vocab_merges(d, ROBERTA)),
+    "roberta files published": ("roberta", lambda d: vocab_merges(d, ROBERTA, {"model_max_length": 512})),
     "roberta files blank": (
         "roberta",
         lambda d: vocab_merges(
@@ -422,6 +434,11 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], None]]] = {
             template("$A <|endoftext|>", "$A <|endoftext|> $B <|endoftext|>", {"<|endoftext|>": 0}),
         ),
     ),
+    "gpt2 json published": (
+        "gpt2", lambda d: bpe_json(d, ("<|endoftext|>",), {"model_max_length": 1024}),
+    ),
+    "gpt2 json ordinary names": ("gpt2", ordinary_names),
+    "gpt2 json names unknown": ("gpt2", lambda d: bpe_json(d, ("<s>", "</s>"), FAST)),
     "gpt2 neox": (
         "gpt2",
         lambda d: bpe_json(

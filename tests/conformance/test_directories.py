@@ -19,6 +19,7 @@ import transformers
 
 import pretrain
 from conformance.directories import CAUSAL, DIRECTORIES, build, model
+from pretrain.data.chat import ChatTemplate
 from pretrain.data.tables import read_table
 from pretrain.data.task_rows import TaskEncoder
 from pretrain.data.tokenizer import Tokenizer
@@ -171,6 +172,22 @@ def save_and_open(c: Case) -> None:
     assert len(theirs) == len(ours)
 
 
+def named_tokens(c: Case) -> None:
+    path = c.model.save(c.folder / "named")
+    copy = transformers.AutoTokenizer.from_pretrained(path)
+    for role in ("bos", "eos", "cls", "sep", "pad", "mask"):
+        assert getattr(copy, f"{role}_token") == getattr(c.theirs, f"{role}_token")
+    assert Tokenizer.open(path).fingerprint == c.ours.fingerprint
+
+
+def chat(c: Case) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    source += "".join(f"|{{{{ {role}_token }}}}" for role in ("bos", "eos", "cls", "sep"))
+    said: Any = [{"role": "user", "content": "the cat"}]
+    wanted = c.theirs.apply_chat_template(said, chat_template=source, tokenize=False)
+    assert ChatTemplate.of(c.ours, source).render(said) == wanted
+
+
 def task_rows(c: Case) -> None:
     encoder = TaskEncoder(c.ours, ROOM, segments=True)
     wanted = c.theirs(TEXTS, PAIRS, truncation=True, max_length=ROOM, return_token_type_ids=True)
@@ -301,8 +318,8 @@ def answer_of_marks(c: Case) -> None:
 
 USES: list[Callable[[Case], None]] = [
     encode_one, encode_batch, encode_pairs, cut_text, cut_pair, offsets, typed_specials,
-    lists_of_words, decode, continue_text, save_and_open, task_rows, embed, fill_or_continue, classify,
-    loss_of_rows, tag, answer, answer_of_marks,
+    lists_of_words, decode, continue_text, save_and_open, named_tokens, chat, task_rows, embed, fill_or_continue,
+    classify, loss_of_rows, tag, answer, answer_of_marks,
 ]  # fmt: skip
 
 

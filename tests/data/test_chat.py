@@ -23,7 +23,6 @@ from pretrain.data.chat import (
     content_text,
     default_template,
     encode_rendered,
-    special_tokens,
     to_conversations,
     typed_specials,
 )
@@ -147,8 +146,8 @@ def test_any_text_equals_that_of_transformers(texts: list[str]) -> None:
     roles = ("user", "assistant") * 3
     messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
     for source in TEMPLATES.values():
-        mine = ChatTemplate(source, special_tokens(BPE)).render(messages)
-        whole = render_jinja_template([messages], chat_template=source, **special_tokens(BPE))
+        mine = ChatTemplate(source, BPE.named_tokens).render(messages)
+        whole = render_jinja_template([messages], chat_template=source, **BPE.named_tokens)
         assert mine == whole[0][0]
 
 
@@ -210,7 +209,7 @@ def test_parts_of_a_content_reach_a_template_that_reads_them(source: str) -> Non
         {"role": "assistant", "content": parts("today")},
     ]
     template = ChatTemplate.of(BPE, source)
-    whole = render_jinja_template([messages], chat_template=source, **special_tokens(BPE))
+    whole = render_jinja_template([messages], chat_template=source, **BPE.named_tokens)
     text, spans = assistant_spans(template, as_messages(messages))
     assert text == whole[0][0] and len(spans) == 2
     assert [span.message for span in spans] == [1, 3]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from pretrain.data.chat import ChatTemplate, encode_rendered, special_tokens
+from pretrain.data.chat import ChatTemplate, encode_rendered
 from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread_keys
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import DataError
@@ -372,7 +372,7 @@ def theirs() -> Any:
 
 @functools.cache
 def template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, special_tokens(tokenizer()), [BOS, EOS, *MARKS])
+    return ChatTemplate(source, tokenizer().named_tokens, [BOS, EOS, *MARKS])
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAT_ROLES", "REASONING", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools", "content_text",
-    "default_template", "encode_rendered", "is_trained", "special_tokens", "to_conversations", "typed_specials",
+    "default_template", "encode_rendered", "is_trained", "to_conversations", "typed_specials",
 ]  # fmt: skip
 
 Message = dict[str, Any]
@@ -49,20 +49,6 @@ _DEFAULT = (
 )
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the template variables of the tokenizer, ``{"bos_token": "<s>", ...}``, as in its saved config."""
-    found = {
-        key: value
-        for key, value in tokenizer.config.items()
-        if key.endswith("_token") and isinstance(value, str)
-    }
-    found |= {f"{role}_token": name for role, name in tokenizer.roles.items()}
-    if "bos" in tokenizer.roles and "eos" in tokenizer.roles:
-        found.setdefault("cls_token", tokenizer.roles["bos"])
-        found.setdefault("sep_token", tokenizer.roles["eos"])
-    return found
-
-
 def default_template(tokenizer: Tokenizer) -> str:
     """Return a template without new tokens: roles as words, and the end-of-text token after every answer.
 
@@ -78,7 +64,11 @@ def default_template(tokenizer: Tokenizer) -> str:
         )
     first = tokenizer.backend.encode("a", add_special_tokens=True).ids[:1]
     begins = tokenizer.bos_id is not None and first == [tokenizer.bos_id]
-    return _DEFAULT.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
+    source = _DEFAULT.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
+    for role, name in tokenizer.roles.items():
+        if tokenizer.named_tokens.get(f"{role}_token") != name:  # transformers has no such variable
+            source = source.replace(f"{role}_token", repr(name))
+    return source
 
 
 class ChatTemplate:
@@ -86,7 +76,7 @@ class ChatTemplate:
 
     Args:
         source: the Jinja program.
-        tokens: its variables besides the messages; see ``special_tokens``.
+        tokens: its variables besides the messages; see ``Tokenizer.named_tokens``.
         specials: the special tokens of the tokenizer.
 
     Attributes:
@@ -152,7 +142,7 @@ class ChatTemplate:
         chosen = source or tokenizer.chat_template or default_template(tokenizer)
         inverse = {index: name for name, index in tokenizer.vocab.items()}
         specials = [inverse[i] for i in tokenizer.special_ids if i in inverse]
-        tokens = special_tokens(tokenizer)
+        tokens = tokenizer.named_tokens
         made = cls(chosen, tokens, specials)
         if "tool_use" in named:
             made.for_tools = cls(named["tool_use"], tokens, specials)

@@ -31,7 +31,7 @@ from pretrain.data.tokenizer_build import (
     train_backend,
     trained_here,
 )
-from pretrain.data.tokenizer_files import open_directory, open_file
+from pretrain.data.tokenizer_files import ROLE_KEYS, open_directory, open_file
 from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import DataError, TokenizerError, did_you_mean
 from pretrain.utils.files import note, replace_file
@@ -70,6 +70,7 @@ class Tokenizer:
         roles: the tokens that are ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
             A guess at an ordinary token of another library's vocabulary is not saved.
         config: further keys of ``tokenizer_config.json`` to keep.
+        class_tokens: named tokens, as in ``config``, that its ``tokenizer_class`` has without being told.
 
     Attributes:
         chat_template: the Jinja program that renders a conversation as text, or None; it is stored, not run here.
@@ -82,12 +83,13 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         roles: Mapping[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
+        class_tokens: Mapping[str, str] | None = None,
     ) -> None:
         # Padding and truncation stored in a file configure another program's batches. They are kept for ``save`` but
         # not applied, so that the ids of a text do not depend on the other texts of its batch.
         self.stored_padding, self.stored_truncation = backend.padding, backend.truncation
         self.backend = sibling(backend)
-        self.config = dict(config or {})
+        self.config, self.class_tokens = dict(config or {}), dict(class_tokens or {})
         self.source: str | None = None
         self.named_templates = _templates_in(self.config.pop("chat_template", None))
         self.chat_template = self.named_templates.pop(_DEFAULT, None)
@@ -105,12 +107,15 @@ class Tokenizer:
         self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
-        self._guessed: dict[str, str] = {}
+        self._guessed: dict[
+            str, str
+        ] = {}  # what transformers would not take for the token of the role
         for role, names in KNOWN.items():
             found = next((name for name in names if name in self.vocab), None)
             if role not in self.roles and found and found not in self.roles.values():
                 self.roles[role] = found
-                if found not in special and not self.trained_here:
+                ordinary = found not in special or role in ("bos", "eos")
+                if ordinary and not self.trained_here:
                     self._guessed[role] = found
         self.special_ids = frozenset(
             [*special.values(), *(self.vocab[name] for name in self.roles.values())]
@@ -132,8 +137,24 @@ class Tokenizer:
 
     @property
     def stated_roles(self) -> dict[str, str]:
-        """The roles without guesses at ordinary tokens: named as special, such a token would be encoded otherwise."""
+        """The roles without guesses at ordinary tokens, which would be encoded otherwise, and at bos and eos."""
         return {r: name for r, name in self.roles.items() if self._guessed.get(r) != name}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The named tokens as transformers has them, ``{"bos_token": "<s>", ...}``: those of files, class and roles."""
+        found = self.class_tokens | {
+            key: name
+            for key, name in self.config.items()
+            if key.endswith("_token") and isinstance(name, str)
+        }
+        for role, name in self.stated_roles.items():
+            if name not in [found.get(key) for key in ROLE_KEYS[role]]:
+                found[f"{role}_token"] = name
+        if self.trained_here and "bos" in self.roles and "eos" in self.roles:
+            found.setdefault("cls_token", self.roles["bos"])
+            found.setdefault("sep_token", self.roles["eos"])
+        return found
 
     @property
     def pad_id(self) -> int | None:
@@ -415,12 +436,12 @@ class Tokenizer:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config, roles = dict(self.config), self.stated_roles
-        for role, name in roles.items():
-            config[f"{role}_token"] = name
-        if self.trained_here and "bos" in roles and "eos" in roles:
-            config.setdefault("cls_token", roles["bos"])
-            config.setdefault("sep_token", roles["eos"])
+        config = dict(self.config)
+        for key, name in self.named_tokens.items():
+            # A token of the class without a role, such as GPT-2's bos, would have one if it were read from the file.
+            held = [self.roles.get(role) for role, keys in ROLE_KEYS.items() if key in keys]
+            if key not in self.class_tokens or name in held:
+                config[key] = name
         # A token that the file names and the vocabulary lacks would be added when the directory is opened again.
         lacking = [
             key
@@ -476,13 +497,13 @@ class Tokenizer:
         special tokens come from the companion files (``tokenizer_config.json`` and others).
         """
         folder = Path(path)
-        backend, roles, config = open_directory(folder)
+        backend, roles, config, class_tokens = open_directory(folder)
         files = {path.stem: path for path in sorted((folder / _NAMED).glob("*.jinja"))}
         if (folder / _TEMPLATE).is_file():
             files[_DEFAULT] = folder / _TEMPLATE
         if files:  # they take precedence over those in tokenizer_config.json
             config["chat_template"] = {name: _read_template(file) for name, file in files.items()}
-        return cls(backend, roles, config)
+        return cls(backend, roles, config, class_tokens)
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:

@@ -19,9 +19,17 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from pretrain.data.tokenizer_build import library_errors, trained_here
 from pretrain.errors import TokenizerError
 
-__all__ = ["open_directory", "open_file"]
+__all__ = ["ROLE_KEYS", "open_directory", "open_file"]
 
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # roles that transformers knows
+# Role in this package -> the named tokens of transformers that it is taken from; a later one takes precedence.
+ROLE_KEYS = {
+    "pad": ("pad_token",),
+    "bos": ("cls_token", "bos_token"),
+    "eos": ("sep_token", "eos_token"),
+    "mask": ("mask_token",),
+    "unk": ("unk_token",),
+}
 _JSON = "tokenizer.json"
 _DAMAGED = (
     "The file is damaged or was written by a newer release of tokenizers; copy it again, or write it again with "
@@ -399,18 +407,8 @@ class _Beside:
         end = defaults.get("eos")
         texts = {f"{r}_token": text for r, text in defaults.items() if r == "eos" or text != end}
         texts |= {key: text for key, text in self.config.items() if key in self.named}
-        roles = {}
-        for role, keys in {
-            "pad": ("pad",),
-            "bos": ("cls", "bos"),
-            "eos": ("sep", "eos"),
-            "mask": ("mask",),
-            "unk": ("unk",),
-        }.items():
-            for key in keys:
-                if text := texts.get(f"{key}_token"):
-                    roles[role] = text
-        return roles
+        found = {role: [texts[k] for k in keys if texts.get(k)] for role, keys in ROLE_KEYS.items()}
+        return {role: named[-1] for role, named in found.items() if named}
 
     def tokens(self, defaults: Mapping[str, str], vocab: Mapping[str, int]) -> list[AddedToken]:
         """Return the tokens that transformers adds to a tokenizer on opening it, in the same order.
@@ -482,11 +480,14 @@ def _from_content(file: Path, content: Mapping[str, Any]) -> tokenizers.Tokenize
         return backend
 
 
-def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, Any]]:
+def open_directory(
+    folder: Path,
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, Any], dict[str, str]]:
     """Open the tokenizer of a directory as ``AutoTokenizer`` of transformers 5 does.
 
     Returns:
-        The tokenizer; role -> token, as far as the files define them; tokenizer_config.json with tokens as strings.
+        The tokenizer; role -> token, as far as the files define them; tokenizer_config.json with tokens as strings and
+        the class, if any file names it; the named tokens of the class that no file names.
 
     Raises:
         TokenizerError: there is no tokenizer, it is damaged, or its class cannot be built here.
@@ -520,7 +521,12 @@ def open_directory(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
         told = name in _SEGMENTS or trained_here(backend.get_vocab())
         segments = ["token_type_ids"] * told
         config["model_input_names"] = ["input_ids", *segments, "attention_mask"]
-    return backend, beside.roles({} if rules is None else rules.defaults), config
+    defaults = {} if rules is None else rules.defaults
+    if rules is not None:
+        config.setdefault("tokenizer_class", name)
+    named = {f"{r}_token": t for r, t in defaults.items() if backend.token_to_id(t) is not None}
+    own = {key: text for key, text in named.items() if key not in config}
+    return backend, beside.roles(defaults), config, own
 
 
 def _guess(folder: Path) -> str:
