@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import normalizers
 from torch.nn import functional as F
 
 import tiny
@@ -158,6 +159,9 @@ def test_length_case_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     model.save(tmp_path / "saved")
     again = load(tmp_path / "saved", quiet=True)
     assert again.sentences.config["prompts"] == prompts["prompts"]
+    # The Lowercase of tokenizers, which sentence-transformers uses, knows no sigma at the end of a word.
+    for text in ("A CAT", "ΟΔΟΣ Σ", "İÀẞ ǅ"):
+        assert again.sentences.cased(text) == normalizers.Lowercase().normalize_str(text)
     close(again.embed("A CAT"), model.embed("A CAT"))
 
 

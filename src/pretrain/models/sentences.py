@@ -123,8 +123,8 @@ class SentenceSettings:
     missing: tuple[str, ...] = ()
 
     def cased(self, text: str) -> str:
-        """Return the text, lower-cased if the settings ask for it."""
-        return text.lower() if self.lower_case else text
+        """Return the text, lower-cased if the settings ask for it, each character by itself as in a tokenizer."""
+        return "".join(char.lower() for char in text) if self.lower_case else text
 
     @property
     def prompts(self) -> Mapping[str, Any]:
