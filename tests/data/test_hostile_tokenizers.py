@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,23 @@ def test_empty_token_in_a_vocabulary(tmp_path: Path) -> None:
     assert tokenizer.word_starts([4, 5, 3, 4, 4]).tolist() == [True, False, True, True, True]
 
 
-def test_half_a_surrogate_pair_in_a_text() -> None:
-    for kind in ("bpe", "char", "wordpiece"):
-        tokenizer = train_from_texts(TEXTS, kind, vocab_size=300)
-        with pytest.raises(TokenizerError, match="cannot be encoded"):
-            tokenizer.encode("a \ud83d b")
-        with pytest.raises(TokenizerError, match="cannot be encoded"):
-            tokenizer.encode_batch(["fine", "a \ud83d b"], special=False)
+@pytest.mark.parametrize("kind", ["bpe", "char", "wordpiece"])
+def test_half_a_surrogate_pair_in_a_text(kind: str) -> None:
+    tokenizer, bad = train_from_texts(TEXTS, kind, vocab_size=300), "a \ud83d b"
+    calls: list[Callable[[], Any]] = [
+        lambda: tokenizer.encode_batch(["fine", bad], special=False),
+        lambda: tokenizer.frame_texts(["fine", "fine"], ["fine", bad], max_length=9),
+        lambda: tokenizer.frame_texts([["fine"], ["fine", bad]], words=True),
+    ]
+    said = r"character 2 of it, counted from 0, is the lone surrogate U\+D83D \('a \\ud83d b'\), half of a"
+    for call in calls:
+        with pytest.raises(TokenizerError, match=f"^text 2 of 2 cannot be encoded: {said}") as told:
+            call()
+        assert "unknown token" not in str(told.value) and "max_length" not in str(told.value)
+    with pytest.raises(TokenizerError, match=f"^text 1 of 1 cannot be encoded: {said}"):
+        tokenizer.encode(bad)
+    with pytest.raises(TokenizerError, match=r"cannot be encoded .* unknown token"):
+        tokenizer.encode_batch(["fine", None])  # type: ignore[list-item]
 
 
 def test_panic_of_the_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +53,7 @@ SAMPLE_BYTES = 32_000_000
 # Files of chat templates: the default one, and the folder of those with other names.
 _TEMPLATE, _NAMED, _DEFAULT = "chat_template.jinja", "additional_chat_templates", "default"
 _TEMPLATE_BYTES = 1_000_000
-_UNENCODABLE = "Remove lone surrogates (U+D800 to U+DFFF) from the text, and use a vocabulary with an unknown token."
+_LONE = re.compile("[\ud800-\udfff]")
 _ROOM = " Choose a max_length that leaves room for text beside the special tokens, and more than the overlap."
 # Replacements of transformers' clean_up_tokenization_spaces, applied to decoded text if the config enables them.
 _JOINED = [(f" {mark}", mark) for mark in (".", "?", "!", ",")] + [(" ' ", "'")]
@@ -222,14 +224,14 @@ class Tokenizer:
             text: any string.
             special: recognise special tokens spelt in the text (``"<mask>"``); off for the documents of pre-training.
         """
-        with library_errors("the text cannot be encoded", _UNENCODABLE):
+        with _encoding([text], "the text cannot be encoded"):
             backend = self._sibling(special=special)
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Return the ids of many texts without frames; uses all cores."""
-        with library_errors("the texts cannot be encoded", _UNENCODABLE):
+        with _encoding(texts, "the texts cannot be encoded"):
             backend = self._sibling(special=special)
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -284,7 +286,7 @@ class Tokenizer:
             inputs = [list(sentence) for sentence in inputs]
         room = "" if max_length is None else f" in {max_length} tokens"
         encodings: list[tokenizers.Encoding] = []
-        with library_errors(f"the texts cannot be encoded{room}", _UNENCODABLE + _ROOM * bool(cut)):
+        with _encoding(inputs, f"the texts cannot be encoded{room}", _ROOM * bool(cut)):
             for i in range(0, len(inputs), _BATCH):
                 encodings += backend.encode_batch(
                     inputs[i : i + _BATCH], is_pretokenized=words, add_special_tokens=framed
@@ -534,6 +536,31 @@ class Tokenizer:
             f"{str(place)!r} is no file, directory or kind of a tokenizer."
             f"{hub_hint(path) if '/' in str(path) else did_you_mean(str(path), KINDS)}"
         )
+
+
+@contextmanager
+def _encoding(inputs: Sequence[Any], what: str, fix: str = "") -> Iterator[None]:
+    """Convert errors of the library, and name a lone surrogate, which it refuses, by its text and place.
+
+    Args:
+        inputs: texts, pairs of texts, or lists of words.
+        what: the message on other errors.
+        fix: further advice on other errors.
+    """
+    try:
+        with library_errors(what, f"Use a vocabulary with an unknown token.{fix}"):
+            yield
+    except TokenizerError as error:
+        for number, given in enumerate(inputs, start=1):
+            for text in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(text, str) and (found := _LONE.search(text)):
+                    at = found.start()
+                    raise TokenizerError(
+                        f"text {number} of {len(inputs)} cannot be encoded: character {at} of it, counted from 0, is "
+                        f"the lone surrogate U+{ord(text[at]):04X} ({text[max(0, at - 20) : at + 20]!r}), half of a "
+                        "character. Remove it, or decode the text again from its bytes."
+                    ) from error
+        raise
 
 
 def _templates_in(value: Any) -> dict[str, str]:
