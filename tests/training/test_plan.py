@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pretrain.config import TrainConfig
+from pretrain.data.prepare import prepare
 from pretrain.nn.device import TOKENS_AT_ONCE
 from pretrain.training import plan as planning
 from pretrain.training.plan import Plan, choose_micro_rows, settle_amounts
 from pretrain.training.state import RunState
-from tiny import Rows, objective
+from tiny import Rows, objective, tokenizer
 
 ROWS = Rows(10)
 GOAL = objective()
@@ -26,6 +30,31 @@ def test_limits(limit: str, steps: int) -> None:
     assert (
         Plan(TrainConfig(limit=limit, batch_rows=4), ROWS, GOAL, len(ROWS)).total_steps() == steps
     )
+
+
+@pytest.mark.parametrize("count", [7, 40, 2000])
+def test_a_limit_in_tokens_counts_no_padding(count: int) -> None:
+    """Of rows that record no number of tokens they are counted; the mask, not the length, says what they are."""
+    full, short = {"attention_mask": np.ones(16, int)}, {"attention_mask": np.arange(16) < 4}
+    rows = [{"input_ids": np.ones(16, int)} | (short if i % 5 else full) for i in range(count)]
+    seen = sum(int(row["attention_mask"].sum()) for row in rows)
+    plan = Plan(TrainConfig(limit=f"{seen} tokens", batch_rows=1), rows, GOAL, count)
+    assert abs(plan.total_steps() - count) <= (0 if count < 512 else 0.05 * count)
+
+
+def test_a_limit_in_tokens_of_a_mixture_counts_its_sources_by_their_shares(tmp_path: Path) -> None:
+    """The rows of one source are full; those of the other are half empty, and come three times of four."""
+    for name, length, count in (("full", 640, 10), ("empty", 35, 30)):
+        texts = (f"{i % 10} {i // 10} " + "cat " * length for i in range(count))
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    shares = {str(tmp_path / "full.jsonl"): 1, str(tmp_path / "empty.jsonl"): 3}
+    rows = prepare(shares, tmp_path / "out", tokenizer=tokenizer(), row_length=64, valid=0).train
+    order = rows.order()
+    visited = sum(rows.tokens_in(int(i)) for i in order.indices(0, order.epoch_length))
+    plan = Plan(TrainConfig(limit=f"{visited} tokens", batch_rows=1), rows, GOAL, len(rows))
+    assert abs(plan.total_steps() - order.epoch_length) <= 0.02 * order.epoch_length
+    assert abs(rows.num_tokens / len(rows) / rows.tokens_per_row - 1) > 0.05
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pretrain.checkpoint import latest, read_training
 from pretrain.errors import CheckpointError
+from pretrain.training.plan import Plan
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, trainer
 
@@ -121,6 +122,21 @@ def test_a_longer_limit_goes_on(tmp_path: Path) -> None:
     _run(tmp_path / "cut", "NextToken", limit="12 steps", optim=optim)
     _run(tmp_path / "whole", "NextToken", limit="12 steps", optim=optim)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_run_keeps_its_steps_by_whichever_rule_they_were_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"limit": "500 tokens", "save_every": "1 steps"}
+    options |= {"goal": {"rate": 0.5, "final_rate": 0.1}}
+    whole = _run(tmp_path / "whole", "MaskedLM", **options)
+    with pytest.raises(Crash):
+        _run(tmp_path / "cut", "MaskedLM", crash_after=3, **options)
+    monkeypatch.setattr(Plan, "units_per_row", 2.0)
+    assert _run(tmp_path / "cut", "MaskedLM", **options).state.step == whole.state.step
+    _same(tmp_path / "whole", tmp_path / "cut")
+    longer = _run(tmp_path / "cut", "MaskedLM", **options | {"limit": "800 tokens"})
+    assert longer.state.step == 100
 
 
 def test_the_average_of_the_weights_is_neither_begun_nor_ended_by_resuming(tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ class Rows:
             return Order(len(self), seed)
         return MixtureOrder(self.source_rows, weights, seed)
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of the rows that training visits, without padding; in a mixture by the shares of the sources."""
+        order = self.order()
+        if isinstance(order, Order):
+            return self.num_tokens / len(self)
+        visited = zip(order.counts, self.stats["sources"], strict=True)
+        tokens = sum(
+            count * source["tokens"] / source["rows"] for count, source in visited if count
+        )
+        return float(tokens / order.epoch_length)
+
     def bits_per_byte(self, nats_per_token: float) -> float:
         """Convert a mean loss in nats per predicted token into bits per byte of text."""
         return nats_per_token / float(np.log(2)) * self.num_targets / max(1, self.num_bytes)
@@ -435,7 +447,7 @@ _SPLIT_SHAPE: dict[str, Any] = {
     "documents": _COUNT, "bytes": _COUNT, "tokens": _COUNT, "characters": _COUNT, "targets": _COUNT,
     "longest": _COUNT, "rows": _COUNT, "padding": _SHARE, "sources": list,
 }  # fmt: skip
-_SOURCE_SHAPE: dict[str, Any] = {"name": str, "share": _SHARE, "rows": _COUNT}
+_SOURCE_SHAPE: dict[str, Any] = {"name": str, "share": _SHARE, "rows": _COUNT, "tokens": _COUNT}
 _TOKENIZER_SHAPE: dict[str, Any] = {
     "kind": str, "vocab_size": _Range(int, 1, 1 << 32), "trained_on_bytes": _COUNT,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -11,12 +12,16 @@ import torch
 
 from pretrain.config import TrainConfig, parse_limit
 from pretrain.data.loader import Examples, Loader, row_rngs
+from pretrain.data.order import Order
 from pretrain.errors import ConfigError
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
 
 __all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length", "settle_amounts"]
+
+# Rows, drawn at random, whose units are counted where the data record none; the first number suffices if all are alike.
+_COUNTED = (16, 512)
 
 # Automatic amounts: rows of a step, with the fewest steps of an epoch; steps of a run, with the most epochs.
 _BATCHES, _EPOCH_STEPS = (32, 16, 8), 32
@@ -119,8 +124,8 @@ def choose_micro_rows(
 class Plan:
     """Convert ``train.limit`` to optimizer steps.
 
-    Steps, tokens and epochs are exact and known before step 0. Minutes are converted by the measured pace, again after
-    every step, so that the schedule ends when the time does.
+    Steps and epochs are exact and known before step 0, tokens by the mean of the rows. Minutes are converted by the
+    measured pace, again after every step, so that the schedule ends when the time does.
     """
 
     def __init__(
@@ -130,20 +135,43 @@ class Plan:
         self._text = train.limit
         self._batch_rows = train.batch_rows
         self.epoch_rows = epoch_rows
-        tokens = getattr(data, "num_tokens", 0) or row_length(data, objective) * len(data)
-        self._tokens_per_row = tokens / len(data)
+        self._data, self._objective = data, objective
+        self._kept = 0
         self._first: tuple[float, int] | None = None
         self.reserve = 1.0  # seconds kept for the last evaluation and the last checkpoint
+
+    @functools.cached_property
+    def units_per_row(self) -> float:
+        """Mean units of the rows that training visits, without padding: as the data record it, else counted."""
+        data, objective = self._data, self._objective
+        if recorded := getattr(data, "tokens_per_row", 0):
+            return float(recorded)
+        if tokens := getattr(data, "num_tokens", 0):
+            return float(tokens / len(data))
+        order, counts = Order(len(data)), list[int]()
+        for most in _COUNTED:
+            if len(set(counts)) != 1:
+                rows = order.indices(0, min(most, len(data))).tolist()
+                batches = (objective.collate([data[i]], row_rngs(0, "collate", i, 1)) for i in rows)
+                counts = [objective.units(batch) for batch in batches]
+        return max(1.0, sum(counts) / len(counts))
+
+    def keep(self, state: RunState) -> None:
+        """Keep the steps of a run that goes on with its limit, by whichever rule they were counted."""
+        if state.limit == self._text:
+            self._kept = state.total_steps
 
     def total_steps(self, seconds_per_step: float = 1.0) -> int:
         """Return the steps of the whole run; ``seconds_per_step`` is used for a limit in minutes only."""
         value = self.limit.value
+        if self._kept and self.limit.kind != "minutes":
+            return self._kept
         if self.limit.kind == "steps":
             return max(1, int(value))
         if self.limit.kind == "epochs":
             return max(1, math.ceil(round(value * self.epoch_rows / self._batch_rows, 6)))
         if self.limit.kind == "tokens":
-            return max(1, math.ceil(value / (self._tokens_per_row * self._batch_rows)))
+            return max(1, math.ceil(value / (self.units_per_row * self._batch_rows)))
         return max(1, int(value * 60 / max(seconds_per_step, 1e-6)))
 
     def first_total(self, state: RunState, seconds_per_step: float) -> int:

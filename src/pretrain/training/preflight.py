@@ -246,7 +246,8 @@ def describe(
     """Return the lines that are printed before the first step; ``micro`` says how the micro-batch was chosen."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
     steps = trainer.plan.total_steps(seconds)
-    tokens = getattr(data, "num_tokens", 0) or len(data) * row_length(data, trainer.objective)
+    tokens = getattr(data, "num_tokens", 0)
+    in_all = f"{tokens:,}" if tokens else f"about {len(data) * trainer.plan.units_per_row:,.0f}"
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
     choice = trainer.strategy.choice
     sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)
@@ -263,7 +264,7 @@ def describe(
         f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
         f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
         f"{type(trainer.objective).__name__}",
-        f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {tokens:,} in all, {epochs:.2f} epochs in "
+        f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {in_all} in all, {epochs:.2f} epochs in "
         f"{steps:,} steps{pace}",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "
         f"{sizes.dp} rank{'s' * (sizes.dp > 1)}{micro}",

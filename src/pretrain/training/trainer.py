@@ -291,6 +291,10 @@ class Trainer:
             even=self.parallel.reproducible,
             most=self.strategy.choice.micro_rows,
         )
+        if checkpoint is not None:
+            with self.journal.starting(f"reading {checkpoint.name}"):
+                self.state, self.checkpoint = restore(self, checkpoint), checkpoint
+            self.plan.keep(self.state)
         timed = self.plan.limit.kind == "minutes"
         self.feed = Feed(
             self.objective,
@@ -300,10 +304,7 @@ class Trainer:
             share=(world.dp_rank, sizes.dp),
             total_rows=None if timed else self.plan.total_steps() * train.batch_rows,
         )
-        if checkpoint is not None:
-            with self.journal.starting(f"reading {checkpoint.name}"):
-                self.state, self.checkpoint = restore(self, checkpoint), checkpoint
-            self._keep_micro_rows()
+        self._keep_micro_rows()
         self._fix_statistics(new=checkpoint is None)
         seconds = preflight(self, checkpoint)
         self.planned = self.state.total_steps  # before, of a run that is resumed
