@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,21 @@ def test_documents_come_back_whole_and_counts_hold(tmp_path: Path) -> None:
     for word in ("documents", "duplicates", "bytes per token", "longest", "rows", "padding"):
         assert word in data.table()
     assert "Prepared(" in repr(data) and "<pre>" in data._repr_html_()
+
+
+@pytest.mark.parametrize("valid", [0, 0.5, "again"])
+def test_documents_that_occur_again_are_kept_if_asked(tmp_path: Path, valid: Any) -> None:
+    texts = [paragraph(k) for k in range(6)] * 3 + [" "]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    held = write_jsonl(tmp_path / "b.jsonl", ["b", "b"]) if valid == "again" else valid
+    options: dict[str, Any] = {"tokenizer": "char", "valid": held, "quiet": True}
+    data = pretrain.prepare(source, tmp_path / "out", keep_duplicates=True, **options)
+    assert (data.manifest["duplicates"], data.manifest["empty"]) == (0, 1)
+    counts = data.train.num_documents, data.valid.num_documents
+    assert sum(counts) == 18 + 2 * (valid == "again")
+    assert not any(count % (2 if valid == "again" else 3) for count in counts)
+    fewer = pretrain.prepare(source, tmp_path / "out", **options)
+    assert fewer.manifest["duplicates"] > 0 and fewer.fingerprint != data.fingerprint
 
 
 def test_split_belongs_to_the_content_and_the_seed(tmp_path: Path) -> None:

@@ -240,6 +240,7 @@ def _add_prepare(parser: Any) -> None:
     add("--seed", type=int, default=0, help="seed of the choice of held-out documents")
     add("--workers", type=int | None, help="processes; not given, one per core")
     add("--lowercase", action="store_true", help="wordpiece only: ignore case and accents")
+    add("--keep_duplicates", action="store_true", help="keep documents that occur again")
     add("--source", type=str | None, help="text or images; not given, by what the sources are")
     add("--size", type=int | None, help="of images: height and width; not given, their own")
     add("--channels", type=int | None, help="of images: 3 or 1; not given, those of each")

@@ -149,6 +149,7 @@ def scan_sources(
     seed: int,
     sample: Sample | None,
     progress: Progress,
+    keep_duplicates: bool = False,
 ) -> Scan:
     """Read all sources once: find empty and duplicate documents, determine the split, draw the sample.
 
@@ -160,6 +161,7 @@ def scan_sources(
         seed: determines which documents are held out.
         sample: filled with text to train the tokenizer on; None if a tokenizer is given.
         progress: called with the number of bytes of each piece that is read.
+        keep_duplicates: keep documents that occur again.
     """
     scan = Scan()
     digests, lengths = array("Q"), array("Q")
@@ -192,7 +194,11 @@ def scan_sources(
     scan.documents = len(digests)
     first_valid = scan.ends[training - 1]
     _choose(
-        scan, np.asarray(digests, dtype=np.uint64), np.frombuffer(blank, dtype=bool), first_valid
+        scan,
+        np.asarray(digests, dtype=np.uint64),
+        np.frombuffer(blank, dtype=bool),
+        first_valid,
+        keep_duplicates,
     )
     if valid:
         _split(
@@ -207,18 +213,24 @@ def scan_sources(
 
 
 def _choose(
-    scan: Scan, digests: NDArray[np.uint64], blank: NDArray[np.bool_], first_valid: int
+    scan: Scan,
+    digests: NDArray[np.uint64],
+    blank: NDArray[np.bool_],
+    first_valid: int,
+    keep_duplicates: bool,
 ) -> None:
     """Set ``scan.states``: 1 for training, 2 for validation, 0 for empty, duplicate and contaminated documents."""
+
+    def kept(documents: NDArray[np.intp]) -> NDArray[np.intp]:
+        firsts = np.unique(digests[documents], return_index=True)[1]
+        return documents if keep_duplicates else documents[firsts]
+
     states = np.zeros(len(digests), dtype=np.uint8)
     scan.empty = int(blank.sum())
     full = np.flatnonzero(~blank)
     valid = full[full >= first_valid]
-    _, kept = np.unique(digests[valid], return_index=True)
-    states[valid[kept]] = 2
-    train = full[full < first_valid]
-    _, kept = np.unique(digests[train], return_index=True)
-    chosen = train[kept]
+    states[kept(valid)] = 2
+    chosen = kept(full[full < first_valid])
     scan.duplicates = len(full) - len(chosen) - int((states == 2).sum())
     if len(valid):
         leaked = np.isin(digests[chosen], digests[valid])

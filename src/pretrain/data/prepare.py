@@ -67,6 +67,7 @@ def prepare(
     cache_dir: str | Path | None = None,
     quiet: bool = False,
     lowercase: bool = False,
+    keep_duplicates: bool = False,
     source: str | None = None,
     size: int | None = None,
     channels: int | None = None,
@@ -92,6 +93,7 @@ def prepare(
         cache_dir: default ``$PRETRAIN_CACHE``, else ``~/.cache/pretrain``.
         quiet: print nothing.
         lowercase: train a WordPiece tokenizer that drops case and accents.
+        keep_duplicates: keep documents that occur again, to measure a loss on all of the text.
         source: what the sources hold: ``"text"`` or ``"images"``, of which there is one source: what ``data.source:
             images`` reads. Not given: images if it is an archive or arrays of them, or a folder of them without text.
         size: of images: height and width that all are scaled to; not given, they keep their own.
@@ -114,7 +116,7 @@ def prepare(
         hashes = FileHashes(cache / "files.json")
         job = _understand(
             sources, tokenizer, vocab_size, row_length, valid, text, separator, seed, workers, cache, hashes,
-            quiet, lowercase, encoding,
+            quiet, lowercase, encoding, keep_duplicates,
         )  # fmt: skip
         hashes.save()
     target = _place(out) if out is not None else cache / "prepared" / job.fingerprint[:20]
@@ -200,7 +202,7 @@ class _Job:
 def _understand(
     sources: Any, tokenizer: Any, vocab_size: int, row_length: int, valid: Any, text: Any, separator: str | None,
     seed: int, workers: int | None, cache: Path, hashes: FileHashes, quiet: bool, lowercase: bool = False,
-    encoding: str | None = None,
+    encoding: str | None = None, keep_duplicates: bool = False,
 ) -> _Job:  # fmt: skip
     """Check the arguments, find the sources and compute the fingerprint."""
     if row_length < 2:
@@ -232,6 +234,8 @@ def _understand(
     # Recorded only if set, so that data prepared before these options existed keep their fingerprint.
     if lowercase:
         options["lowercase"] = True
+    if keep_duplicates:
+        options["keep_duplicates"] = True
     if (encoding := check_encoding(encoding)) is not None:
         options["encoding"] = encoding
     content = {
@@ -417,7 +421,7 @@ def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
     with _bar("reading", None, job.quiet) as progress:
         scan = scan_sources(
             job.sources, job.training, valid=job.valid, last=job.last, seed=job.options["seed"], sample=sample,
-            progress=progress,
+            progress=progress, keep_duplicates=job.options.get("keep_duplicates", False),
         )  # fmt: skip
     if not (scan.states == 1).any():
         names = ", ".join(source.name for source in job.sources[: job.training])
