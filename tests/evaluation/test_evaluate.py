@@ -224,6 +224,15 @@ def test_the_command(run: Any, capsys: Any) -> None:
     same(json.loads(capsys.readouterr().out), result.test_metrics)
     assert main(words) == 2
     assert "renamed.jsonl has no column" in capsys.readouterr().err
+    wide = file.with_name("wide.jsonl")
+    wide.write_bytes(file.read_text().encode("utf-16-le"))
+    words = ["evaluate", str(result.path), "--data", str(wide), "--json"]
+    assert main([*words, "--encoding", "utf-16-le"]) == 0
+    same(json.loads(capsys.readouterr().out), result.test_metrics)
+    assert main([*words, "--separator", "#"]) == 2
+    assert "--separator '#' is for the text of a language model" in capsys.readouterr().err
+    assert main([*words, "--task", "sts", "--encoding", "cp1252"]) == 2
+    assert "--encoding cp1252" in capsys.readouterr().err
     assert main(["evaluate", str(result.path), "--columns.label", "b"]) == 2
     message = capsys.readouterr().err
     assert "--columns.label b names a column" in message and "--data ..." in message

@@ -505,6 +505,84 @@ def test_another_objective_than_that_of_the_run_is_named(
     assert "measured with" not in capfd.readouterr().err
 
 
+def test_all_documents_of_a_text_are_evaluated(tmp_path: Path, text: Path) -> None:
+    run = pretrain.train(settings(tmp_path, text))
+    one, again = ({"text": " ".join(words)} for words in (WORDS, WORDS[::-1]))
+    once = [pretrain.evaluate(run.path, [row]) for row in (one, again)]
+    whole = pretrain.evaluate(run.path, [one, again, one, one])
+    assert whole["targets"] == 3 * once[0]["targets"] + once[1]["targets"]
+    nats = [figures["loss"] * figures["targets"] for figures in once]
+    assert whole["loss"] * whole["targets"] == pytest.approx(3 * nats[0] + nats[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_text_is_read_as_that_of_training_was(tmp_path: Path, text: Path, ready: bool) -> None:
+    """Whether the run, its prepared data or a copy of the model alone says how."""
+    reading, held = {"separator": "\n", "encoding": "cp1252"}, tmp_path / "held.txt"
+    for path, lines in ((held, ["mât tide gull", "café wind"] * 20), (text, WORDS * 9)):
+        path.write_bytes("\n".join(f"{word} {i}" for i, word in enumerate(lines)).encode("cp1252"))
+    chosen = settings(tmp_path, text)
+    data = chosen["data"] | {"valid": str(held)} | reading
+    if ready:
+        options = {key: value for key, value in data.items() if key not in ("train", "cache")}
+        data = {"train": str(pretrain.prepare(text, tmp_path / "made", **options).path)}
+    run = pretrain.train(chosen | {"data": data})
+    figures = pretrain.evaluate(run.path)
+    assert pretrain.evaluate(run.path, held) == figures
+    model = pretrain.load(run.path, quiet=True)
+    recorded = model.extra_config["pretrain"]
+    for key, value in reading.items():  # not in those of earlier versions
+        assert recorded.pop(key) == value
+    assert running.evaluate(run.path, str(held), model=model) == figures
+    copy = shutil.copytree(run.path / "model", tmp_path / "copy")
+    assert pretrain.evaluate(copy, held) == figures
+    with pytest.raises(DataError, match="is not UTF-8"):
+        pretrain.evaluate(copy, held, encoding="utf-8")
+    assert pretrain.evaluate(copy, held, separator="\n\n")["targets"] != figures["targets"]
+    made = pretrain.prepare(held, tokenizer=copy, row_length=32, **reading).path
+    for source in (None, made):
+        for key, value in reading.items():
+            with pytest.raises(ConfigError, match=f"{key}=.*is read|{key}=.*are read"):
+                pretrain.evaluate(copy, source, **{key: value})
+
+
+OWN = """
+from pretrain.objectives import Loss
+from pretrain.objectives.next_token import NextToken
+
+class Scaled(NextToken):
+    def __init__(self, model, scale: float):
+        super().__init__(model)
+        self.scale = scale
+
+    def forward(self, batch):
+        loss = super().forward(batch)
+        return Loss(self.scale * loss.total, loss.count, loss.metrics)
+"""
+
+
+def test_an_own_objective_is_evaluated_with_the_arguments_of_its_run(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_scaled.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = "own_scaled:Scaled"
+    objective = {"class_path": path, "init_args": {"scale": 3.0}}
+    run = pretrain.train(settings(tmp_path, text) | {"objective": objective})
+    want = pytest.approx(run.metrics["loss"], rel=1e-5)
+    assert pretrain.evaluate(run.path, objective=path)["loss"] == want
+    copy = shutil.copytree(run.path / "model", tmp_path / "copy")
+    model, held = pretrain.load(copy, quiet=True), tmp_path / "held.txt"
+    held.write_text(" ".join(WORDS))
+    plain = pretrain.evaluate(copy, held, objective="NextToken")["loss"]
+    scaled = pretrain.evaluate(copy, held, objective=path)["loss"]
+    assert scaled == pytest.approx(3 * plain, rel=1e-5)
+    del model.extra_config["pretrain"]["objective"]["init_args"]  # as earlier versions
+    assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
+    with pytest.raises(ConfigError, match=r"argument: 'scale'.*Neither config.json.*describe\(\)"):
+        running.evaluate(copy, str(held), objective=path, model=model)
+
+
 def test_the_loss_on_all_rows_is_not_compared_with_that_of_a_sample(
     tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

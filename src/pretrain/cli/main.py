@@ -616,6 +616,16 @@ def _add_evaluate(parser: Any) -> None:
         "is your own",
     )
     add("--objective", type=str | None, help="package.module:Class of an objective of your own")
+    add(
+        "--separator",
+        type=str | None,
+        help="text that separates the documents of a text file; not given, as in training",
+    )
+    add(
+        "--encoding",
+        type=str | None,
+        help="encoding of the data, e.g. cp1252; not given, as in training",
+    )
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add_device(parser)
     add("--json", action="store_true", help="print JSON")

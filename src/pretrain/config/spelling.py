@@ -18,6 +18,7 @@ __all__ = [
     "EVALUATE",
     "FINETUNE",
     "PREDICT",
+    "PROBE",
     "SEARCH",
     "STREAM",
     "TRAIN",
@@ -69,7 +70,8 @@ READ = Interface(places={"names": "columns"})
 FINETUNE = Interface()
 STREAM = Interface(reading=("delimiter", "quoting", "encoding"))
 PREDICT = Interface(columns="columns.", reading=STREAM.reading, trains=False)
-EVALUATE = Interface(columns="columns.", reading=(), trains=False)
+EVALUATE = Interface(columns="columns.", reading=("encoding",), trains=False)
+PROBE = Interface(columns="columns.", reading=(), trains=False)
 SEARCH = Interface(reading=())
 TRAIN = Interface(
     places={

@@ -322,7 +322,9 @@ class Prepared:
             }
             for source in self.sources
         ]
-        tokenizer = str(self.manifest["options"].get("tokenizer", ""))
+        options = self.manifest["options"]
+        tokenizer = str(options.get("tokenizer", ""))
+        reading = {key: options.get(key) for key in ("separator", "encoding")}
         return {
             "fingerprint": self.fingerprint,
             "sources": sources,
@@ -331,6 +333,7 @@ class Prepared:
             },
             "unigram_nats": self.unigram_entropy,
             "row_length": self.row_length,
+            **{key: value for key, value in reading.items() if value is not None},
         } | ({"tokenizer": tokenizer} if tokenizer.startswith("hub:") else {})
 
     def table(self) -> str:

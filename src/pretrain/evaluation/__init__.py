@@ -62,6 +62,8 @@ def evaluate(
     base: Model | str | Path | None = None,
     task: str | type[Task] | None = None,
     objective: str | None = None,
+    separator: str | None = None,
+    encoding: str | None = None,
     batch_rows: int | None = None,
     limit: int = 0,
     precision: str = "auto",
@@ -74,14 +76,17 @@ def evaluate(
             Face directory of a known family, or a model of the Hub (``"org/name"``).
         data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
             For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
-            used, in rows of the length that it was trained on. None uses the held-out rows of the run.
+            used, documents that occur again too, in rows of the length that it was trained on. None uses the held-out
+            rows of the run.
         columns: role -> column of labelled rows; by default those of the training rows, if present.
         base: the model before training, if an adapter or the task ``preference`` needs it and it is not found.
         task: class of the fine-tuned model's task, or its import path, if it is your own; or what to measure of any
             model, with rows in ``data``: ``sts`` (similarity of pairs), ``retrieval`` (search), ``minimal-pairs``
             (such as BLiMP). See the functions of these names in ``pretrain.evaluation``.
         objective: name of the objective of a language model, or the import path of your own; None chooses it by the
-            head.
+            head. It gets the arguments that it had in the run.
+        separator: text between the documents of text files, for a language model; None is that of the training text.
+        encoding: encoding of the data, such as cp1252; None is that of the training rows.
         batch_rows: rows in one forward pass.
         limit: maximum number of rows, spread evenly over the data; 0 uses all.
         precision: compute type: bf16, fp16, fp32, or auto for that of the run's evaluations, which is fp32 unless
@@ -97,18 +102,10 @@ def evaluate(
     """
     path = _directory(checkpoint)
     untrained = UNTRAINED.get(task) if isinstance(task, str) else None
-    if untrained is not None and (data is None or objective is not None):
-        raise ConfigError(
-            f"The task {task} is measured on rows of its own. Give {option('data')}, and no objective."
-        )
-    if columns and (data is None or _are_rows(data)):
-        raise ConfigError(
-            f"{column_option(*next(iter(columns.items())))} names a column of further rows, and no file or "
-            f"list of them is given. Leave it out, or give them: {option('data')}."
-        )
-    named_task = None
-    if untrained is None and task is not None:
-        named_task = task_class(task, others=UNTRAINED)
+    given = {"separator": separator, "encoding": encoding}
+    reading = {key: value for key, value in given.items() if value is not None}
+    _check_rows(data, columns or {}, reading, None if untrained is None else task, objective)
+    named_task = None if untrained or task is None else task_class(task, others=UNTRAINED)
     model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
     if untrained is not None:
         chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
@@ -123,7 +120,8 @@ def evaluate(
     pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
     if objective is not None or not fine_tuned or pretrained:
         options |= {"precision": precision, "device": device}
-        options["text"] = _text_column(path, columns or {}, named_task)
+        text = _text_column(path, columns or {}, named_task)
+        options["reading"] = reading | ({} if text is None else {"text": text})
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
             return language.evaluate(path, data, objective=objective, model=model, **options)
     trained = task_of(model)
@@ -132,7 +130,38 @@ def evaluate(
             f"{path} was fine-tuned for the task {trained.name}, by whose figures it is measured, and not for "
             f"{named_task.name}. Leave {option('task')} out."
         )
-    return _evaluate_task(path, trained, data, columns or {}, base, precision, device, options)
+    return _evaluate_task(
+        path, trained, data, columns or {}, base, precision, device, reading, options
+    )
+
+
+def _check_rows(
+    data: Any,
+    columns: Mapping[str, str],
+    reading: Mapping[str, str],
+    untrained: Any,
+    objective: str | None,
+) -> None:
+    """Check that what says how rows are read comes with such rows; ``untrained`` is a task that needs no training.
+
+    Raises:
+        ConfigError: it does not, or a task that needs no training has no rows, or an objective.
+    """
+    if untrained is not None and (data is None or objective is not None):
+        raise ConfigError(
+            f"The task {untrained} is measured on rows of its own. Give {option('data')}, and no objective."
+        )
+    unread = data is None or _are_rows(data)
+    if columns and unread:
+        raise ConfigError(
+            f"{column_option(*next(iter(columns.items())))} names a column of further rows, and no file or "
+            f"list of them is given. Leave it out, or give them: {option('data')}."
+        )
+    if reading and (unread or untrained is not None):
+        why = "none are given" if unread else f"the task {untrained} has rows of its own"
+        raise ConfigError(
+            f"{option(*next(iter(reading.items())))} says how text or labelled rows are read, and {why}. Leave it out."
+        )
 
 
 def _directory(checkpoint: Any) -> Path:
@@ -180,15 +209,22 @@ def _evaluate_task(
     base: Any,
     precision: str,
     device: str,
+    reading: Mapping[str, str],
     options: Mapping[str, Any],
 ) -> dict[str, float]:
     """Evaluate a fine-tuned model on labelled rows."""
+    if "separator" in reading:
+        raise ConfigError(
+            f"{option('separator', reading['separator'])} is for the text of a language model, and {path} is measured "
+            "on labelled rows. Leave it out."
+        )
     home = language.run_of(path)
     settings = _settings_of(home)
     if data is None:
         table = _held_out(path, home, settings, trained)
     else:
-        table = labelled(data, trained, columns, None if settings is None else settings.data)
+        section = None if settings is None else settings.data
+        table = labelled(data, trained, columns, section, reading.get("encoding"))
     train = TuneTrain() if settings is None else settings.train
     chosen = reported_precision(None if settings is None else train, precision, device)
     rows = encoded(trained, table, lambda: _before_training(path, trained, settings, base))

@@ -21,7 +21,7 @@ import torch
 
 from pretrain import metrics
 from pretrain.checkpoint import load
-from pretrain.config.spelling import EVALUATE, option, using
+from pretrain.config.spelling import PROBE, option, using
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
@@ -52,7 +52,7 @@ METHODS = ("linear", "knn", "means")
 _TEST = 0.2  # share of the rows that is held out if no test rows are given
 
 
-@using(EVALUATE)
+@using(PROBE)
 def probe(
     checkpoint: str | os.PathLike[str] | Model,
     data: Any,

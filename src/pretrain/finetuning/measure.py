@@ -56,7 +56,11 @@ def evaluation_rows(
 
 
 def labelled(
-    source: Any, task: Task, columns: Mapping[str, Any], section: TuneData | None = None
+    source: Any,
+    task: Task,
+    columns: Mapping[str, Any],
+    section: TuneData | None = None,
+    encoding: str | None = None,
 ) -> Table:
     """Read further labelled rows for a task, with columns named by role.
 
@@ -66,12 +70,14 @@ def labelled(
         columns: role -> column, named by the caller; other columns are those of the training rows, if present, or
             recognised by name.
         section: settings of the run, which may define how its files are read.
+        encoding: encoding of the source; None is that of the settings.
 
     Raises:
         DataError: as for ``read_table``, or a column that the task needs is missing.
     """
     given = dict(columns)
     options = {} if section is None else section.reading(source)
+    options |= {} if encoding is None else {"encoding": encoding}
     table = task.read(source, name="data", **options)
     table = task.gathered(table, {**(section.columns if section is not None else {}), **given})
     if section is not None:

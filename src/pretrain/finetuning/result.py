@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pretrain.checkpoint.draft import finite_json
 from pretrain.checkpoint.result import write_result
-from pretrain.config.spelling import EVALUATE, using
+from pretrain.config.spelling import PROBE, using
 from pretrain.errors import DataError
 from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
@@ -148,7 +148,7 @@ class Finetuned:
         precision = reported_precision(train, device=self.settings.parallel.device)
         return measure(self.task, rows, precision, coupled_rows=train.batch_rows)
 
-    @using(EVALUATE)
+    @using(PROBE)
     def evaluate(self, data: Any) -> dict[str, float]:
         """Evaluate the task on further labelled rows: a file, a list, a frame or a data set."""
         settings, base = self.settings, self._base

@@ -192,7 +192,9 @@ def build_objective(
     cls = check_objective(class_path, init_args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cls(model, **init_args)
+        built = cls(model, **init_args)
+    built.init_args = init_args
+    return built
 
 
 def check_options(task: type[Task], options: Mapping[str, Any]) -> None:

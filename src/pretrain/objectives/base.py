@@ -114,6 +114,7 @@ class Objective(nn.Module):
             a run. Set for training.
         fixed_statistics: normalisations use their running statistics in training too, and leave them as they are. Set
             for training.
+        init_args: arguments by name, beside the model, where it was built from a configuration.
     """
 
     couples_examples: ClassVar[bool] = False
@@ -130,6 +131,7 @@ class Objective(nn.Module):
         self.progress: float | None = None
         self.train_rows: Examples | None = None
         self.fixed_statistics = False
+        self.init_args: Mapping[str, Any] = {}
 
     def train(self, mode: bool = True) -> Objective:
         """Set the training mode of all modules but those that are to stay in evaluation mode: the frozen ones, and
@@ -251,8 +253,17 @@ class Objective(nn.Module):
         return []
 
     def describe(self) -> dict[str, Any]:
-        """Return what ``config.json`` records about the objective."""
+        """Return the name of the class and its arguments, for ``config.json``: evaluation builds it from them.
+
+        A class without an own method needs none where a configuration builds it; see ``record``.
+        """
         return {"name": type(self).__name__}
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: ``describe``, and ``init_args`` where that lacks any of them."""
+        described = self.describe()
+        whole = self.init_args.keys() <= described.keys()
+        return described | ({} if whole else {"init_args": dict(self.init_args)})
 
 
 class TokenObjective(Objective):

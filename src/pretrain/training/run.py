@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pretrain.checkpoint.best import RESULT, opened
 from pretrain.checkpoint.download import located, terms
 from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import candidates
-from pretrain.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import Sections, is_lost
 from pretrain.config.spelling import TRAIN, column, option, using
 from pretrain.data.loader import Examples
@@ -38,6 +39,7 @@ from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
 from pretrain.objectives import (
     OBJECTIVES,
+    Objective,
     build_objective,
     objective_class,
     objective_for,
@@ -50,7 +52,6 @@ from pretrain.training.early import (
     check_overrides,
     check_trained_head,
     prepared_in,
-    tokens_per_row,
 )
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
@@ -596,7 +597,7 @@ def evaluate(
     precision: str = "auto",
     device: str = "auto",
     model: Model | None = None,
-    text: str | None = None,
+    reading: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Evaluate a checkpoint on held-out text with its own objective.
 
@@ -611,7 +612,8 @@ def evaluate(
         precision: compute type; auto is ``train.eval_precision`` of the run, or fp32 if the checkpoint is in no run.
         device: device to run on.
         model: model of the checkpoint, if it is already open.
-        text: column of the text where the data are a table.
+        reading: how text is read: ``text`` (its column in a table), ``separator`` and ``encoding``; the latter two are
+            those of the training text where they are not given.
 
     Returns:
         ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
@@ -624,7 +626,7 @@ def evaluate(
     model = load(path, quiet=True) if model is None else model
     recorded = model.extra_config.get("pretrain", {}).get("objective")
     recorded = recorded if isinstance(recorded, Mapping) else {}
-    name, options = objective or objective_for(model.head_kind), {}
+    name = objective or objective_for(model.head_kind)
     if name is None and recorded.get("name") in OBJECTIVES:  # it trains models without a head
         name = recorded["name"]
     if name is None:
@@ -637,14 +639,12 @@ def evaluate(
             f"{path} was trained with {recorded['name']}, and is measured with {objective_class(name).__name__}; "
             f"name another with {option('objective')}"
         )
-    if recorded.get("name") == objective_class(name).__name__:
-        options = {key: value for key, value in recorded.items() if key not in ("name", "task")}
-    rows = _held_out(path, data, model, text)
+    rows = _held_out(path, data, model, reading)
     if len(rows) == 0:
         raise DataError(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
-    built = build_objective(name, options, model)
+    built = _objective_of(path, name, recorded, model)
     load_others(built, _place(path))
     longest, room = row_length(rows, built), model.backbone.max_length
     if room and longest > room and built.unit_name == "tokens":
@@ -660,21 +660,56 @@ def evaluate(
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
+def _objective_of(path: Path, name: str, recorded: Mapping[str, Any], model: Model) -> Objective:
+    """Return an objective with the arguments of the run that wrote a checkpoint, if that had the same class.
+
+    Args:
+        path: the checkpoint.
+        name: of the objective, or its import path.
+        recorded: what config.json says of the objective of the run; earlier versions kept there what ``describe`` of
+            the class returns, and the other arguments in the settings of the run alone.
+        model: of the checkpoint.
+
+    Raises:
+        ConfigError: an argument is needed that is recorded nowhere, or one does not fit the class.
+    """
+    options: dict[str, Any] = {}
+    cls = objective_class(name)
+    if recorded.get("name") == cls.__name__:
+        options = {k: v for k, v in recorded.items() if k not in ("name", "task", "init_args")}
+        kept, chosen = recorded.get("init_args"), _settings_of(run_of(path)).objective
+        if isinstance(kept, Mapping):
+            options = dict(kept)
+        elif re.split("[.:]", chosen.class_path)[-1] == cls.__name__:
+            options |= chosen.init_args
+    try:
+        return build_objective(name, options, model)
+    except ConfigError as error:
+        if options:
+            raise
+        raise ConfigError(
+            f"{error} Neither config.json in {path} nor the run.yaml of its run has arguments of {cls.__name__}. Give "
+            "it defaults, or let its method describe() return the arguments with its name before training."
+        ) from error
+
+
+def _settings_of(home: Path | None) -> RunConfig:
+    """Return the settings of a run; the defaults if there is none, or it is one of fine-tuning, with other sections."""
+    if home is not None:
+        with contextlib.suppress(ConfigError):
+            return RunConfig.of_run(home)
+    return RunConfig()
+
+
 def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precision:
     if name != "auto":
         return choose_precision(name, device)
-    home, train = run_of(path), TrainConfig()
-    if home is not None:
-        with contextlib.suppress(ConfigError):  # a fine-tuning run has other sections
-            train = RunConfig.load(home / "run.yaml").train
+    train = _settings_of(run_of(path)).train
     return evaluation_precision(train.eval_precision, choose_precision(train.precision, device))
 
 
-def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> Examples:
-    """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer.
-
-    ``text`` is the column of the text where the data are a table.
-    """
+def _held_out(path: Path, data: Any, model: Model, reading: Mapping[str, str]) -> Examples:
+    """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer; text is read so."""
     home = run_of(path)
     if data is None:
         if home is None:
@@ -705,26 +740,31 @@ def _held_out(path: Path, data: Any, model: Model, text: str | None = None) -> E
         found = open_rows(data, named.source_args if same else {})
         return _held_out_rows(home if same else None, found, model)
     elif isinstance(data, str | os.PathLike) and (Path(data) / MANIFEST).is_file():
-        if text is not None:
-            raise ConfigError(
-                f"{column('text', text)} names a column of a table, and {data} holds prepared text. Leave it out."
-            )
+        for key, value in reading.items():
+            role = "names a column of a table" if key == "text" else "says how text is read"
+            spelt = column(key, value) if key == "text" else option(key, value)
+            raise ConfigError(f"{spelt} {role}, and {data} holds prepared text. Leave it out.")
         prepared = Prepared.open(Path(data))
         rows = prepared.valid
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
-        length = min(_row_length_of(home, model), model.backbone.max_length or 1 << 20)
+        before = _reading_of(home, model)
+        length = min(before.pop("row_length"), model.backbone.max_length or 1 << 20)
         source = str(opened(_place(path)))
+        if taken := {key: value for key, value in before.items() if key not in reading}:
+            spelt = ", ".join(option(key, value) for key, value in taken.items())
+            note(f"the text is read as that of training was, with {spelt}")
         # All text is evaluated, so notes on training data (no validation rows) would be misleading.
         prepared = prepare(
             data,
             source="text",
-            text=text or "text",
             tokenizer=source,
             row_length=length,
             valid=0.0,
             quiet=True,
+            keep_duplicates=True,
+            **{**before, **reading},
         )
         for line in prepared.manifest.get("notes", ()):
             if not line.startswith("no validation rows"):
@@ -798,12 +838,19 @@ def no_run(path: Path) -> str:
     )
 
 
-def _row_length_of(home: Path | None, model: Model) -> int:
-    """Return the row length (tokens) that a model was trained with, from its config.json or the settings of its run."""
-    block = model.extra_config.get("pretrain")
-    recorded = block.get("row_length") if isinstance(block, Mapping) else None
-    if type(recorded) is int and recorded > 1:
-        return recorded
-    if home is None:
-        return DataConfig().row_length
-    return tokens_per_row(RunConfig.load(home / "run.yaml").data)
+def _reading_of(home: Path | None, model: Model) -> dict[str, Any]:
+    """Return how the text was read that a model was trained on, by its config.json and the settings of its run.
+
+    Returns:
+        ``row_length`` (tokens), and ``separator`` and ``encoding`` where they were set.
+    """
+    data, block = _settings_of(home).data, model.extra_config.get("pretrain")
+    prepared = prepared_in(data)
+    found = vars(data) if prepared is None else prepared.manifest["options"]
+    recorded = block if isinstance(block, Mapping) else {}
+    length, texts = recorded.get("row_length"), ("separator", "encoding")
+    options = {key: recorded.get(key) or found.get(key) for key in texts}
+    known = type(length) is int and length > 1
+    return {"row_length": length if known else found["row_length"]} | {
+        key: value for key, value in options.items() if isinstance(value, str)
+    }

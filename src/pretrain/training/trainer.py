@@ -663,7 +663,7 @@ class Trainer:
         with self.average.applied():
             state.probe_loss = self.probe()
             measured = {} if state.owed or state.last_eval != state.step else self.metrics
-            about = {"objective": self.objective.describe(), "metrics": measured}
+            about = {"objective": self.objective.record(), "metrics": measured}
             self.checkpoint = saver.save(
                 self.objective.model,
                 step=state.step,
