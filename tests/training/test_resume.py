@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.checkpoint import latest, read_training
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, TrainingError
+from pretrain.training import restore as restoring
 from pretrain.training.plan import Plan
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, trainer
@@ -139,12 +140,46 @@ def test_a_run_keeps_its_steps_by_whichever_rule_they_were_counted(
     assert longer.state.step == 100
 
 
-def test_the_average_of_the_weights_is_neither_begun_nor_ended_by_resuming(tmp_path: Path) -> None:
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_average_of_the_weights_is_neither_begun_nor_ended_by_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    if earlier:  # versions that did not keep the settings of the optimizer
+        monkeypatch.setattr(restoring, "optimizer_settings", lambda trainer: {})
     for before, after in ((0.9, 0.0), (0.0, 0.9)):
         out = tmp_path / str(before)
         _run(out, "NextToken", limit="2 steps", optim={"ema": before})
-        with pytest.raises(CheckpointError, match=r"optim\.ema"):
+        with pytest.raises(CheckpointError if earlier else TrainingError, match=r"optim\.ema"):
             _run(out, "NextToken", limit="4 steps", optim={"ema": after})
+
+
+@pytest.mark.parametrize("name", ["ema", "l2_sp"])
+def test_the_strength_of_an_average_is_kept(tmp_path: Path, name: str) -> None:
+    _run(tmp_path, "NextToken", limit="2 steps", optim={name: 0.5})
+    with pytest.raises(TrainingError, match=rf"optim\.{name} 0\.5 and this run has 0\.9"):
+        _run(tmp_path, "NextToken", limit="4 steps", optim={name: 0.9})
+
+
+@pytest.mark.parametrize("changed", [{"rate": 0.9}, {"whole_word": True}, {"final_rate": 0.1}])
+def test_an_objective_goes_on_with_its_arguments(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """Also with those that its description leaves out as long as they are the defaults."""
+    plain: dict[str, Any] = {"rate": 0.3}
+    for name, before, after in (("a", plain, plain | changed), ("b", plain | changed, plain)):
+        _run(tmp_path / name, "MaskedLM", limit="2 steps", goal=before)
+        with pytest.raises(TrainingError, match=rf"MaskedLM with {next(iter(changed))} "):
+            _run(tmp_path / name, "MaskedLM", limit="4 steps", goal=after)
+        assert _run(tmp_path / name, "MaskedLM", limit="4 steps", goal=before).state.step == 4
+
+
+def test_another_precision_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(tmp_path, "NextToken", limit="2 steps")
+    capsys.readouterr()
+    assert _run(tmp_path, "NextToken", limit="3 steps", precision="bf16").state.step == 3
+    assert (
+        "checkpoint-2 was computed in fp32, and the run goes on in bf16" in capsys.readouterr().err
+    )
+    _run(tmp_path, "NextToken", limit="4 steps", precision="bf16")
+    assert "was computed in" not in capsys.readouterr().err
 
 
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
 from pretrain.checkpoint.best import with_training
+from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import ALONE, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
@@ -50,8 +52,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
 
 def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
     """Return the settings of the optimizer, which a run keeps to its end."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(trainer.optim)))
-    return found
+    return _plain(asdict(trainer.optim))
 
 
 def origin(objective: Objective, base: str | None) -> dict[str, Any]:
@@ -66,8 +67,7 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     found = {"tokenizer": tokenizer, **config, **frozen_modules(objective)}
     if base is not None:
         found["base weights"] = base
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
+    return _plain(found)
 
 
 def frozen_modules(objective: Objective) -> dict[str, str]:
@@ -100,35 +100,14 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         checkpoint: its files have been verified by ``latest_together``.
 
     Raises:
-        TrainingError: the checkpoint belongs to another model, objective, data set or order.
+        TrainingError: the checkpoint belongs to another model, objective, data set or order; see `check_same`.
         CheckpointError: the checkpoint lacks state that resuming needs.
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
     peers = trainer.world.peers()
     # `latest_together` has verified all bytes, each file on one rank.
     training = read_training_slices(checkpoint, layout, peers, verified=True)
-    now, then = identity(trainer), training.state.get("identity", {})
-    for key, value in now.items():
-        if key in trainer.origin and then.get(key, value) != value:
-            raise TrainingError(
-                f"{checkpoint} holds another model: it was trained with {key} {_short(then[key])}, but the model that "
-                f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
-                "train.out."
-            )
-        # Rows that are drawn anew have no fingerprint, and earlier versions kept none of rows without a stated one.
-        known = None not in (value, then.get(key))
-        if key not in trainer.origin and known and then[key] != value:
-            raise TrainingError(
-                f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
-                "repeat some rows and skip others. Restore what was changed, or use a new train.out."
-            )
-    known = training.state.get("optim", {})  # earlier versions did not keep it
-    for key, value in optimizer_settings(trainer).items():
-        if key not in ("ema", "l2_sp") and known.get(key, value) != value:
-            raise TrainingError(
-                f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
-                "moments and its schedule do not fit. Restore the setting, or use a new train.out."
-            )
+    check_same(trainer, checkpoint, training.state)
     # Earlier versions kept the rows of micro-batches and evaluations in the settings only.
     before = {key: old for key, (old, _) in trainer.changed.items()}
     given = trainer.train.micro_rows
@@ -170,6 +149,79 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         )
     trainer.optimizers.load(training.tensors["optimizer"])
     return state
+
+
+def check_same(trainer: Trainer, checkpoint: Path, kept: Mapping[str, Any]) -> None:
+    """Check that a trainer goes on as a run began, by what its checkpoint keeps; earlier versions kept less.
+
+    Another precision is only said, because a run may go on where ``train.precision`` "auto" means another.
+
+    Args:
+        trainer: of the run that is resumed.
+        checkpoint: for messages.
+        kept: of `training_state`, the plain values.
+
+    Raises:
+        TrainingError: data, order, model, optimizer or objective differ.
+    """
+    now, then = identity(trainer), kept.get("identity", {})
+    for key, value in now.items():
+        if key in trainer.origin and then.get(key, value) != value:
+            raise TrainingError(
+                f"{checkpoint} holds another model: it was trained with {key} {_short(then[key])}, but the model that "
+                f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
+                "train.out."
+            )
+        # Rows that are drawn anew have no fingerprint, and earlier versions kept none of rows without a stated one.
+        known = None not in (value, then.get(key))
+        if key not in trainer.origin and known and then[key] != value:
+            raise TrainingError(
+                f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
+                "repeat some rows and skip others. Restore what was changed, or use a new train.out."
+            )
+    known = kept.get("optim", {})  # earlier versions did not keep it
+    for key, value in optimizer_settings(trainer).items():
+        if known.get(key, value) != value:
+            raise TrainingError(
+                f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
+                "moments, its schedule or its averages do not fit. Restore the setting, or use a new train.out."
+            )
+    check_objective(trainer.objective, checkpoint)
+    before, precision = kept["run"].get("facts", {}).get("precision"), trainer.precision
+    if before not in (None, precision.name):
+        trainer.say(
+            f"{checkpoint.name} was computed in {before}, and the run goes on in {precision.name} ({precision.reason})"
+        )
+
+
+def check_objective(objective: Objective, checkpoint: Path) -> None:
+    """Check that an objective is of the class, and has the arguments, that config.json in a checkpoint records.
+
+    Raises:
+        TrainingError: it is not, or has not. Frozen modules are told by their weights, not by where they came from.
+    """
+    block = ModelDirectory(checkpoint, verify=False).json("config.json").get("pretrain", {})
+    before, now = block.get("objective"), objective.record()
+    if not isinstance(before, Mapping) or "name" not in before:
+        return
+    # Descriptions leave defaults out; of an objective that no configuration built, some arguments are not known.
+    parameters = inspect.signature(type(objective).__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    then, now = (_plain(defaults | dict(record)) for record in (before, now))
+    known = (then.keys() & now.keys()).difference(objective.frozen)
+    for key in sorted(known, key=lambda key: (key != "name", key)):
+        if then[key] != now[key]:
+            raise TrainingError(
+                f"{checkpoint} was trained by {then['name']} with {key} {_short(then[key])} and this run has "
+                f"{_short(now[key])}, so it would go on with another loss. Restore the objective, or use a new "
+                "train.out."
+            )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as they are after they were saved."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
 
 
 def _short(value: Any) -> str:

@@ -318,6 +318,7 @@ class Trainer:
             "parameters": numel(self),
             "trained": numel(self, self.params),
             "hardware": hardware(self.device, world.size),
+            "precision": self.precision.name,
         }
         return checkpoint is not None
 
