@@ -619,12 +619,12 @@ def _add_evaluate(parser: Any) -> None:
     add(
         "--separator",
         type=str | None,
-        help="text that separates the documents of a text file; not given, as in training",
+        help="text that separates the documents of a text file; not given, that of the run",
     )
     add(
         "--encoding",
         type=str | None,
-        help="encoding of the data, e.g. cp1252; not given, as in training",
+        help="encoding of the data, e.g. cp1252; not given, that of the run",
     )
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add_device(parser)

@@ -322,9 +322,7 @@ class Prepared:
             }
             for source in self.sources
         ]
-        options = self.manifest["options"]
-        tokenizer = str(options.get("tokenizer", ""))
-        reading = {key: options.get(key) for key in ("separator", "encoding")}
+        tokenizer = str(self.manifest["options"].get("tokenizer", ""))
         return {
             "fingerprint": self.fingerprint,
             "sources": sources,
@@ -333,7 +331,6 @@ class Prepared:
             },
             "unigram_nats": self.unigram_entropy,
             "row_length": self.row_length,
-            **{key: value for key, value in reading.items() if value is not None},
         } | ({"tokenizer": tokenizer} if tokenizer.startswith("hub:") else {})
 
     def table(self) -> str:

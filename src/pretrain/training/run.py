@@ -613,7 +613,7 @@ def evaluate(
         device: device to run on.
         model: model of the checkpoint, if it is already open.
         reading: how text is read: ``text`` (its column in a table), ``separator`` and ``encoding``; the latter two are
-            those of the training text where they are not given.
+            those of the run that contains the checkpoint where they are not given.
 
     Returns:
         ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
@@ -839,18 +839,17 @@ def no_run(path: Path) -> str:
 
 
 def _reading_of(home: Path | None, model: Model) -> dict[str, Any]:
-    """Return how the text was read that a model was trained on, by its config.json and the settings of its run.
+    """Return how the text was read that a model was trained on.
 
     Returns:
-        ``row_length`` (tokens), and ``separator`` and ``encoding`` where they were set.
+        ``row_length`` (tokens), by its config.json or the settings of its run, and by the latter ``separator`` and
+        ``encoding`` where they were set.
     """
     data, block = _settings_of(home).data, model.extra_config.get("pretrain")
     prepared = prepared_in(data)
-    found = vars(data) if prepared is None else prepared.manifest["options"]
-    recorded = block if isinstance(block, Mapping) else {}
-    length, texts = recorded.get("row_length"), ("separator", "encoding")
-    options = {key: recorded.get(key) or found.get(key) for key in texts}
-    known = type(length) is int and length > 1
-    return {"row_length": length if known else found["row_length"]} | {
-        key: value for key, value in options.items() if isinstance(value, str)
-    }
+    options = vars(data) if prepared is None else prepared.manifest["options"]
+    length = block.get("row_length") if isinstance(block, Mapping) else None
+    if type(length) is not int or length < 2:
+        length = options["row_length"]
+    set_there = {key: options.get(key) for key in ("separator", "encoding")}
+    return {"row_length": length} | {k: v for k, v in set_there.items() if isinstance(v, str)}
