@@ -312,8 +312,7 @@ class Trainer:
         if self.optim.unfreeze:
             self.release()  # DDP must not wait for gradients of frozen layers
         self.strategy.wrap()
-        self.state.limit = train.limit
-        self.peak = peak_flops(self.precision)
+        self.state.limit, self.peak = train.limit, peak_flops(self.precision)
         self.state.facts |= {
             "parameters": numel(self),
             "trained": numel(self, self.params),
