@@ -21,6 +21,7 @@ from pretrain.data.readers import Reading, read_file
 from pretrain.data.sources import FileSource, HubSource, PythonSource, resolve_sources
 from pretrain.errors import DataError, PretrainError
 
+LONG = "A long text. " * 30
 GOOD = [f"document number {k} says hello, to the other {k * k} documents" for k in range(30)]
 
 
@@ -149,6 +150,34 @@ def test_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in (tmp_path / "data", tmp_path / "data" / "locked" / "x.txt"):
         with pytest.raises(DataError, match=r"locked' cannot be read: Permission denied"):
             find_files(str(name))
+
+
+@pytest.mark.parametrize("text", [LONG, "Or this?\n", "and/or " * 1000])
+def test_a_text_in_the_place_of_a_path_is_told(tmp_path: Path, text: str) -> None:
+    for call in (
+        lambda: prepare(text),
+        lambda: prepare([text, text]),
+        lambda: pretrain.prepare(text, source="images"),
+        lambda: pretrain.train(data=text, train={"out": str(tmp_path / "run")}),
+        lambda: pretrain.finetune("model", text, task="classification", out=tmp_path / "run"),
+        lambda: pretrain.data(text, task="classification"),
+        lambda: pretrain.data(text, task="image-classification"),
+        lambda: pretrain.data(text, task="object-detection"),
+        lambda: pretrain.data(text, task="segmentation"),
+    ):
+        with pytest.raises(
+            DataError, match=f"no such file, but a text of {len(text):,} characters"
+        ):
+            call()
+    for call in (
+        lambda: pretrain.load(text),
+        lambda: pretrain.Tokenizer.open(text),
+        lambda: pretrain.train(data=text, model=text),
+    ):
+        with pytest.raises(
+            PretrainError, match="too long|no such directory|no model family|no file"
+        ):
+            call()
 
 
 def test_broken_link_in_the_standard_library(tmp_path: Path) -> None:

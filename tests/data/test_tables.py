@@ -456,7 +456,7 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     refused(tmp_path, "folder", "reviews.csv")
     refused(str(tmp_path / "*.csv"), "2 files")
     refused("hub:ag_news", "load_dataset('ag_news')")
-    refused("x" * 5000, "cannot be read")
+    refused("x" * 5000, "a text of 5,000 characters")
     refused("a\0b.csv", "")
     refused(7, "valid is a int", name="valid")
     refused([], "no rows")

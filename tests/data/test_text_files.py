@@ -300,3 +300,35 @@ def test_what_is_passed_over_and_what_is_not_found_is_told(tmp_path: Path) -> No
         "characters (a shell writes $'\\n\\n')",
     ]
     assert notes(tmp_path / "a.txt") == []
+
+
+def in_files(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(Path(name).name)
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    in_files(tmp_path, "elsewhere/b.txt", "elsewhere/c.pdf", "data/real/a.txt")
+    (data / "link").symlink_to(tmp_path / "elsewhere")
+    (data / "real" / "again").symlink_to(tmp_path / "elsewhere")
+    (data / "real" / "loop").symlink_to(data)
+    assert texts(data / "**") == ["b.txt", "c.pdf", "a.txt"]  # which matches every file by itself
+    whole = ["b.txt", "a.txt"]  # by their paths, link/b.txt and real/a.txt
+    for pattern in ("", "*", "**/*.txt", "*/*.txt"):
+        assert texts(data / pattern) == whole, pattern
+    assert notes(data) == [f"1 files of {data} are no text and passed over: 1 .pdf"]
+
+
+def test_a_folder_that_a_pattern_matches_is_read_as_if_it_were_named(tmp_path: Path) -> None:
+    in_files(tmp_path, "a.txt", "said", "sub/b.txt", "sub/deep/c.md", "sub/d.png", "z/.x")
+    pattern = str(tmp_path / "[as]*")
+    assert texts(pattern) == ["a.txt", "said", "b.txt", "c.md"]
+    assert notes(pattern) == [f"1 files of {pattern} are no text and passed over: 1 .png"]
+    assert texts(tmp_path / "s*") == ["said", "b.txt", "c.md"]
+    assert texts(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt"]
+    with pytest.raises(DataError, match=r"the folders of '.*z\*' hold no file that can be read"):
+        texts(tmp_path / "z*")
+    with pytest.raises(DataError, match=r"no file matches '.*y\*'"):
+        texts(tmp_path / "y*")

@@ -158,6 +158,8 @@ def test_a_directory_with_files_is_never_written_to(to: str, tmp_path: Path) -> 
         decoder().export(to, out)
     with pytest.raises(CheckpointError, match="not a directory"):
         decoder().export(to, tmp_path / "file")
+    with pytest.raises(CheckpointError, match="File name too long"):
+        decoder().export(to, tmp_path / ("x" * 300))
     assert os.listdir(out) == ["config.json"] and (tmp_path / "file").read_text() == "mine"
 
 

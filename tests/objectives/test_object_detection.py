@@ -84,6 +84,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             objects += f"<object><name>{label}</name><bndbox>{inside}</bndbox></object>"
         text = f"<annotation><filename>{i}.png</filename>{objects}</annotation>"
         (home / "voc" / "Annotations" / f"{i}.xml").write_text(text)
+    (home / "linked").mkdir()
+    for folder in ("JPEGImages", "Annotations"):
+        (home / "linked" / folder).symlink_to(home / "voc" / folder)
     (home / "rows.csv").write_text("\n".join(lines))
     (home / "coco.json").write_text(json.dumps(coco))
     pretrain.build("vit", **TINY).save(home / "model")
@@ -213,7 +216,7 @@ def test_every_form_of_rows_gives_the_same_examples(place: Path, tmp_path: Path)
     ]
     sources: list[tuple[Any, dict[str, Any]]] = [
         (rows, {}), (wide, {"box_format": "xywh"}), (place / "rows.csv", {}),
-        (place / "coco.json", {}), (place / "voc", {}),
+        (place / "coco.json", {}), (place / "voc", {}), (place / "linked", {}),
         *((frame(k, k is not dict), {"labels": list(NAMES)}) for k in (dict, datasets.Sequence, listed)),
         (tmp_path / "rows.parquet", {"labels": list(NAMES)}),
         # Where the file says what its numbers are, they are not converted a second time.

@@ -7,6 +7,7 @@ applied where all settings are checked (`pretrain.config.check`), and the docume
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -395,8 +396,8 @@ def section_value(section: str, value: Any, fields: Mapping[str, Any]) -> dict[s
     path = Path(value)
     if (
         re.search(r"[/\\]|^\.", value)
-        or (path / "config.json").is_file()
-        or (path / "run.yaml").is_file()
+        or os.path.isfile(path / "config.json")
+        or os.path.isfile(path / "run.yaml")
     ):
         return {"checkpoint": value}
     family, _, size = value.rpartition(":")

@@ -453,7 +453,11 @@ _PATHS = (
 def is_lost(path: str) -> bool:
     """Whether a text is a relative path or a pattern, and no file is there from here."""
     place = Path(path).expanduser()
-    return not place.is_absolute() and not place.exists() and not glob.glob(path, recursive=True)
+    return (
+        not place.is_absolute()
+        and not os.path.exists(place)
+        and not glob.glob(path, recursive=True)
+    )
 
 
 def _from(place: Path, value: Any) -> Any:
@@ -466,7 +470,7 @@ def _from(place: Path, value: Any) -> Any:
     if not isinstance(value, str) or not value or value == DataConfig.train or not is_lost(value):
         return value
     moved = str(place / value)
-    return value if not Path(moved).exists() and not glob.glob(moved, recursive=True) else moved
+    return value if not os.path.exists(moved) and not glob.glob(moved, recursive=True) else moved
 
 
 def _texts(value: Any) -> list[str]:

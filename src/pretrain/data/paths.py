@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -9,6 +10,8 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ from pretrain.data.readers import COMPRESSIONS, FORMATS, found_in_folders
 from pretrain.errors import DataError, nearest
 from pretrain.utils.files import replace_file
 
-__all__ = ["FileHashes", "cache_home", "find_files", "passed_over", "tar_files"]
+__all__ = [
+    "FileHashes", "cache_home", "find_files", "hidden", "passed_over", "shortened", "tar_files", "walk",
+]  # fmt: skip
 
 _GLOB = "*?["
+_ROWS = " In Python, texts themselves are given as rows: [{'text': '...'}, ...]."
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # {00000..00099}, as WebDataset spells several archives
 
 
@@ -73,45 +79,104 @@ class FileHashes:
 
 
 def find_files(name: str) -> list[Path]:
-    """Return the files of a path, glob or folder, sorted; raise DataError if there are none."""
+    """Return the files of a path, folder or pattern, sorted; a folder that a pattern matches is read like one named.
+
+    Links are followed, and no folder is read twice.
+
+    Raises:
+        DataError: there are none, or a folder cannot be read.
+    """
     try:
         return _find(name)
     except (OSError, RuntimeError, ValueError) as error:
-        # The name is too long, contains NUL or "~" with an unknown user, or a folder is not readable.
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise _is_text(name) from error
+        # The name contains NUL or "~" with an unknown user, or a folder is not readable.
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        place = str(getattr(error, "filename", None) or name)
-        short = place if len(place) <= 200 else place[:200] + "..."
-        raise DataError(f"{short!r} cannot be read: {reason}.") from error
+        place = getattr(error, "filename", None) or name
+        raise DataError(f"{shortened(place)!r} cannot be read: {reason}.") from error
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Return the files of supported formats below a folder, excluding hidden ones."""
+def walk(
+    folder: Path, visited: set[tuple[int, int]] | None = None
+) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and those below it, each with the names of its files; hidden ones and those of macOS are left out.
+
+    Links are followed. A folder to which several paths lead, such as a link to a folder above it, is read once.
+
+    Args:
+        folder: the first folder.
+        visited: device and inode of the folders that have been read, which are left out and added to.
+
+    Raises:
+        DataError: a folder cannot be read; without it a run would silently train on less data.
+    """
 
     def refuse(error: OSError) -> None:
-        raise error  # skipping unreadable folders would silently train on less data
+        place = shortened(error.filename)
+        raise DataError(f"{place!r} cannot be read: {error.strerror or error}.") from error
 
-    found = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(place) / name for name in names if not name.startswith("."))
-        found += [path for path in paths if found_in_folders(path) and path.is_file()]
-    return sorted(found)
+    visited = set() if visited is None else visited
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (at := _identity(Path(place))) in visited:
+            folders.clear()
+            continue
+        visited.add(at)
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        yield Path(place), [name for name in names if not hidden(name)]
+
+
+def hidden(name: str) -> bool:
+    """Whether a name in a folder is hidden, or one that archives of macOS add."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def shortened(name: Any) -> str:
+    """Return a path as messages show it, of which a user may have given a whole text for one."""
+    return str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _matches(path: Path) -> list[Path]:
+    """Return a file or folder, or the files and folders that match a pattern, sorted."""
+    if path.is_file() or path.is_dir():
+        return [path]
+    return sorted(map(Path, glob.glob(str(path), recursive=True)))
+
+
+def _entries(matches: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+    """Yield files, and those below folders, each once; the second value says whether it is one of ``matches`` itself.
+
+    Such a file is read whatever its suffix is.
+    """
+    visited, yielded = set[tuple[int, int]](), set[tuple[int, int, str]]()
+    named = ((match, True) for match in matches if match.is_file())
+    below = (
+        (place / name, False)
+        for match in matches
+        if match.is_dir()
+        for place, names in walk(match, visited)
+        for name in names
+    )
+    for file, is_named in chain(named, below):
+        # Several paths lead into a folder if there is a link to it.
+        key = (*_identity(file.parent), file.name)
+        if key not in yielded:
+            yielded.add(key)
+            yield file, is_named
 
 
 def passed_over(name: str) -> str:
-    """Return a sentence that counts, by suffix, the files of a folder that :func:`find_files` skips, or ""."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return ""
-    counts: Counter[str] = Counter()
-    for _, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        others = (Path(name) for name in names if not name.startswith("."))
-        counts.update(
-            path.suffix.lower() or "without a suffix"
-            for path in others
-            if not found_in_folders(path)
-        )
+    """Return a sentence that counts, by suffix, the files in folders that :func:`find_files` skips, or ""."""
+    counts = Counter(
+        file.suffix.lower() or "without a suffix"
+        for file, is_named in _entries(_matches(Path(name).expanduser()))
+        if not is_named and not found_in_folders(file)
+    )
     if not counts:
         return ""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -122,34 +187,34 @@ def passed_over(name: str) -> str:
 
 def _find(name: str) -> list[Path]:
     path = Path(name).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = _walk(path)
-        if not found:
-            kinds = " ".join(sorted(set(FORMATS) - {".json"}))
-            prepared = (path / "manifest.json").is_file()
-            raise DataError(
-                f"the folder {name!r} holds prepared rows, which are used alone and not mixed with text: name the text "
-                "that they were made of."
-                if prepared
-                else f"the folder {name!r} holds no file that can be read ({kinds}, plain or {' '.join(COMPRESSIONS)}; "
-                "name a .json file to have it read)."
-            )
+    matches = _matches(path)
+    found = sorted(
+        file
+        for file, is_named in _entries(matches)
+        if is_named or (found_in_folders(file) and file.is_file())
+    )
+    if found:
         return found
-    if any(char in name for char in _GLOB):
-        found = sorted(
-            Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()
+    if folders := [match for match in matches if match.is_dir()]:
+        what = (
+            f"the folder {name!r} holds" if folders == [path] else f"the folders of {name!r} hold"
         )
-        if found:
-            return found
+        if any((folder / "manifest.json").is_file() for folder in folders):
+            raise DataError(
+                f"{what} prepared rows, which are used alone and not mixed with text: name the text that they were "
+                "made of."
+            )
+        kinds = " ".join(sorted(set(FORMATS) - {".json"}))
+        raise DataError(
+            f"{what} no file that can be read ({kinds}, plain or {' '.join(COMPRESSIONS)}; name a .json file to have "
+            "it read)."
+        )
+    is_pattern = any(char in name for char in _GLOB)
+    if "\n" in name or (len(name) > 255 and not is_pattern):
+        raise _is_text(name)
+    if is_pattern:
         raise DataError(
             f"no file matches {name!r} (looked from {Path.cwd()}). Quote the pattern, and check the folder."
-        )
-    rows = " In Python, texts themselves are given as rows: [{'text': '...'}, ...]."
-    if "\n" in name or len(name) > 255:
-        raise DataError(
-            f"no such file, but a text of {len(name):,} characters: {name[:40]!r}.{rows}"
         )
     parent = path.parent
     if not parent.is_dir():
@@ -157,8 +222,12 @@ def _find(name: str) -> list[Path]:
     near = nearest(path.name, sorted(os.listdir(parent)))
     hint = f" Did you mean {str(parent / near)!r}?" if near else f" Looked in {parent.resolve()}."
     if not near and " " in name:
-        hint += rows
+        hint += _ROWS
     raise DataError(f"no such file, folder or pattern: {name!r}.{hint}")
+
+
+def _is_text(name: str) -> DataError:
+    return DataError(f"no such file, but a text of {len(name):,} characters: {name[:40]!r}.{_ROWS}")
 
 
 def cache_home() -> Path:

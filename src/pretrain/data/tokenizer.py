@@ -21,6 +21,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from pretrain.data.paths import shortened
 from pretrain.data.sources import resolve_sources, sized_pieces
 from pretrain.data.tokenizer_build import (
     KINDS,
@@ -527,7 +528,8 @@ class Tokenizer:
             nested = place / "tokenizer"
             folder, inner, file = place.is_dir(), nested.is_dir(), place.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL inside
-            raise TokenizerError(f"{str(path)[:100]!r} names no tokenizer: {error}.") from error
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise TokenizerError(f"{shortened(path)!r} names no tokenizer: {reason}.") from error
         if folder:
             return cls.from_directory(nested if inner else place)
         if file:

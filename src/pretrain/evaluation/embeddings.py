@@ -252,7 +252,7 @@ def _parts(data: Any) -> dict[str, Any] | None:
     needed = ("queries", "corpus", "relevance")
     if isinstance(data, Mapping) and set(needed) <= set(data):
         return {name: data[name] for name in needed}
-    if not isinstance(data, str | os.PathLike) or not Path(data).is_dir():
+    if not isinstance(data, str | os.PathLike) or not os.path.isdir(data):
         return None
     folder, found = Path(data), {}
     for name, spellings in (

@@ -78,9 +78,9 @@ def _target(source: object, to: str, out: str | os.PathLike[str] | None) -> Path
             raise ConfigError(f"Name the directory to write: export({to!r}, out=DIR).")
         out = f"{os.path.normpath(os.fspath(source))}-{to}"
     target = Path(os.path.abspath(out))
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if os.path.islink(target) or (os.path.exists(target) and not target.is_dir()):
         raise CheckpointError(f"{target} exists and is not a directory. Choose another name.")
-    if target.exists() and os.listdir(target):
+    if os.path.exists(target) and os.listdir(target):
         raise CheckpointError(
             f"{target} is not empty. Choose a new directory: {option('out', 'DIR')}."
         )

@@ -139,7 +139,9 @@ def tokens_per_row(data: DataConfig) -> int:
 
 def prepared_in(data: DataConfig) -> Prepared | None:
     """Open the prepared directory that ``data.train`` names; None if it names something else."""
-    if isinstance(data.train, str | os.PathLike) and (Path(data.train) / "manifest.json").is_file():
+    if isinstance(data.train, str | os.PathLike) and os.path.isfile(
+        Path(data.train, "manifest.json")
+    ):
         return Prepared.open(Path(data.train))
     return None
 

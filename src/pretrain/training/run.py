@@ -245,15 +245,15 @@ def check_free(out: Path) -> None:
     Raises:
         ConfigError: it holds a model or prepared data, or the result of a run whose checkpoints are gone.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise ConfigError(f"{out} is a file. Name a directory with {option('out')}.")
     for name, what in (("config.json", "a model"), (MANIFEST, "a model or prepared data")):
-        if (out / name).exists():
+        if os.path.exists(out / name):
             raise ConfigError(
                 f"{out} holds {what} ({name}), and a run in it would be taken for that. Name a new directory with "
                 f"{option('out')}."
             )
-    if (out / RESULT / "config.json").exists() and not has_begun(out):
+    if os.path.exists(out / RESULT / "config.json") and not has_begun(out):
         raise ConfigError(
             f"{out} holds the result of a run ({RESULT}) whose checkpoints are gone, so it cannot be resumed, and a "
             f"new run would overwrite it. Name a new directory with {option('out')}; it can start from "
@@ -268,7 +268,7 @@ def check_same_run(settings: Sections, out: Path) -> Changed:
         ConfigError: a setting that affects the result differs, or the directory holds another kind of run.
     """
     written = out / "run.yaml"
-    if not written.exists() or not has_begun(out):
+    if not os.path.exists(written) or not has_begun(out):
         check_free(out)
         return {}
     try:
@@ -362,7 +362,7 @@ def _place(checkpoint: str | Path) -> Path:
 
 def has_begun(out: Path) -> bool:
     """Whether there is a checkpoint, complete or not: its contents are verified when it is opened."""
-    return out.is_dir() and bool(candidates(out))
+    return os.path.isdir(out) and bool(candidates(out))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -739,7 +739,7 @@ def _held_out(path: Path, data: Any, model: Model, reading: Mapping[str, str]) -
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
         return _held_out_rows(home if same else None, found, model)
-    elif isinstance(data, str | os.PathLike) and (Path(data) / MANIFEST).is_file():
+    elif isinstance(data, str | os.PathLike) and os.path.isfile(Path(data, MANIFEST)):
         for key, value in reading.items():
             role = "names a column of a table" if key == "text" else "says how text is read"
             spelt = column(key, value) if key == "text" else option(key, value)

@@ -16,6 +16,7 @@ from typing import Any
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.rows import ImageTable, image_files, part_for, pictures, read_images
 from pretrain.data.labelled import Role
+from pretrain.data.paths import walk
 from pretrain.data.tables import Table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import note, read_bytes
@@ -81,7 +82,7 @@ def annotations_of(source: Any, *, name: str = "data") -> tuple[Path, Any] | Non
         DataError: a file of COCO is damaged, or there are several.
     """
     path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         part = part_for(path, name)
         folder = part if isinstance(part, Path) else path
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".json")
@@ -93,9 +94,10 @@ def annotations_of(source: Any, *, name: str = "data") -> tuple[Path, Any] | Non
             )
         if found:
             return found[0]
-        if xml := sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".xml"):
+        beside = (place / name for place, names in walk(folder) for name in names)
+        if xml := sorted(file for file in beside if file.suffix.lower() == ".xml"):
             return folder, xml
-    one = path is not None and path.suffix.lower() == ".json" and path.is_file()
+    one = path is not None and path.suffix.lower() == ".json" and os.path.isfile(path)
     if path is not None and one and (content := _coco_content(path)):
         return path, content
     return None

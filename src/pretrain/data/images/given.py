@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,5 +95,5 @@ def _check_paths(given: Sequence[Any], medium: Medium) -> None:
     """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
     for i, path in enumerate(given, start=1):
         named = isinstance(path, str | Path) and str(path).strip() and not is_address(str(path))
-        if named and not Path(path).expanduser().exists():
+        if named and not os.path.exists(Path(path).expanduser()):
             raise DataError(f"{medium.column} {i}: there is no file {str(path)[:200]!r}.")

@@ -96,7 +96,7 @@ def read_masked(source: Any, *, name: str = "data", **options: Any) -> Table:
 def mask_folders(source: Any, *, name: str = "data") -> tuple[Path, Path, Path] | None:
     """Return the folder that is read for the rows ``name``, and in it those of images and of masks, or None."""
     path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
-    if path is None or not path.is_dir():
+    if path is None or not os.path.isdir(path):
         return None
     part = part_for(path, name)
     folder = part if isinstance(part, Path) else path

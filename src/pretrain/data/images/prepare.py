@@ -104,12 +104,12 @@ def prepare_images(
             f"{math.isqrt(MOST_PIXELS):,}, and channels 1 or 3."
         )
     _check_replaceable(target)
+    found = {part: _rows(source, part, size) for part in parts_of(source) or [""]}
     place = os.path.expanduser(source) if isinstance(source, str | Path) else ""
     if place and os.path.realpath(place) == os.path.realpath(target):
         raise DataError(
             f"{target} is the source itself, which would be lost. Choose another `out`."
         )
-    found = {part: _rows(source, part, size) for part in parts_of(source) or [""]}
     options = {"size": size, "channels": channels}
     digest = hashlib.sha256(json.dumps([FORMAT, options]).encode())
     for part, (table, columns) in found.items():

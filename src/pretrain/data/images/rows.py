@@ -31,7 +31,7 @@ from pretrain.data.images.decode import (
 )
 from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.images.tars import read_tars
-from pretrain.data.paths import tar_files
+from pretrain.data.paths import hidden, tar_files, walk
 from pretrain.data.tables import HELD_OUT, Table, read_table, shown
 from pretrain.errors import DataError
 from pretrain.printing import console
@@ -168,7 +168,7 @@ def is_image_source(path: Path, medium: Medium = IMAGES) -> bool:
     """Whether a path is a folder, a file of arrays or an image, and no table with one row for each image."""
     suffix = path.suffix.lower()
     own = medium is IMAGES and (suffix == ".tar" or bool(_IDX.match(path.name)))
-    return path.is_dir() or suffix == ".npz" or suffix in medium.suffixes or own
+    return os.path.isdir(path) or suffix == ".npz" or suffix in medium.suffixes or own
 
 
 def read_images(
@@ -196,7 +196,7 @@ def read_images(
                 f"{extra[0]} is for files of rows, but {source} holds {medium.many}. Leave it out."
             )
         path = Path(os.path.expanduser(source))
-        if not path.exists() and path.suffix.lower() != ".tar":
+        if not os.path.exists(path) and path.suffix.lower() != ".tar":
             raise DataError(f"{source} does not exist.")
         table = _table(path, part_for(path, name, medium), medium)
         if not len(table):
@@ -233,7 +233,7 @@ def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     if not isinstance(source, str | Path):
         return []
     path = Path(os.path.expanduser(source))
-    if not is_image_source(path, medium) or not path.exists():
+    if not is_image_source(path, medium) or not os.path.exists(path):
         return []
     return [part for part in _parts(path, medium) if part]
 
@@ -486,11 +486,7 @@ def _parts(path: Path, medium: Medium) -> dict[str, Any]:
 
 def _folders(path: Path, names: Iterable[str]) -> list[str]:
     """Return the folders among the names in a folder, without hidden ones and those that archives of macOS add."""
-    return [n for n in names if not _hidden(n) and (path / n).is_dir()]
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return [n for n in names if not hidden(n) and (path / n).is_dir()]
 
 
 def _table(path: Path, part: Any, medium: Medium) -> Table:
@@ -571,24 +567,15 @@ def _folder(path: Path, medium: Medium) -> Table:
 def files_below(path: Path, medium: Medium = IMAGES) -> tuple[list[Path], list[Path], list[str]]:
     """Return the images below a folder, its other files, and the names of what is no file, all in natural order."""
     found, others, irregular = list[Path](), list[Path](), list[str]()
-    visited = set[tuple[int, int]]()  # a link may lead back to a folder above it
-    for root, folders, files in os.walk(path, followlinks=True):
-        at = os.stat(root)
-        if (at.st_dev, at.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((at.st_dev, at.st_ino))
-        folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in sorted(files, key=_natural):
-            if _hidden(name):
-                continue
+    for place, names in walk(path):
+        for name in sorted(names, key=_natural):
             image = Path(name).suffix.lower() in medium.suffixes
-            if Path(root, name).is_file():
-                (found if image else others).append(Path(root, name))
+            if (place / name).is_file():
+                (found if image else others).append(place / name)
             elif image:  # a pipe, which would block, or a link to nothing
                 irregular.append(name)
             else:
-                others.append(Path(root, name))
+                others.append(place / name)
     return found, others, irregular
 
 
