@@ -15,7 +15,7 @@ import pretrain
 from pretrain.cli.main import main
 from pretrain.data.encodings import likely_encoding
 from pretrain.data.readers import Reading, read_file
-from pretrain.data.sources import documents, resolve_sources
+from pretrain.data.sources import documents, resolve_sources, unused_options
 from pretrain.data.table_readers import delimiter_of
 from pretrain.errors import DataError
 
@@ -296,7 +296,7 @@ def test_what_is_passed_over_and_what_is_not_found_is_told(tmp_path: Path) -> No
         (tmp_path / name).write_text("text")
     assert notes(tmp_path, separator="\\n") == [
         f"6 files of {tmp_path} are no text and passed over: 2 .pdf, 1 .docx, 1 .json, 1 .png, 1 without a suffix",
-        f"separator='\\\\n' occurs in no file of {tmp_path}: each file is one document; backslashes are ordinary "
+        f"separator='\\\\n' occurs in no text file of {tmp_path}: each is one document; backslashes are ordinary "
         "characters (a shell writes $'\\n\\n')",
     ]
     assert notes(tmp_path / "a.txt") == []
@@ -332,3 +332,28 @@ def test_a_folder_that_a_pattern_matches_is_read_as_if_it_were_named(tmp_path: P
         texts(tmp_path / "z*")
     with pytest.raises(DataError, match=r"no file matches '.*y\*'"):
         texts(tmp_path / "y*")
+
+
+def test_an_option_that_no_source_is_read_with_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_files(tmp_path, "a.txt", "b.md")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in GOOD))
+    rows = [{"text": text} for text in GOOD]
+    for source, unused in (
+        (tmp_path / "a.txt", {"text"}),
+        (tmp_path / "c.jsonl", {"separator"}),
+        (tmp_path, set()),
+        (rows, {"separator", "encoding"}),
+        ("python", {"text", "separator", "encoding"}),
+    ):
+        found, _ = resolve_sources(source)
+        sentences = unused_options(found, "body", "@@", "latin-1")
+        assert {sentence.split("=")[0] for sentence in sentences} == unused, source
+        assert unused_options(found, "text", None, None) == []
+    made = pretrain.prepare(rows, separator="@@", tokenizer="char", row_length=32, quiet=True)
+    told = "separator='@@' has no effect: no source is a plain text file"
+    assert told in made.manifest["notes"]
+    pretrain.train_tokenizer(rows, "char", separator="@@")
+    assert told in capsys.readouterr().err
+    assert any("'@@' occurs in no text file of" in note for note in notes(tmp_path, separator="@@"))

@@ -342,6 +342,12 @@ def test_prepared_data_overrule_settings_aloud(
     pretrain.train(base)
     err = capsys.readouterr().err
     assert "data.row_length 16 (not 32)" in err and "data.vocab_size 280 (not 300)" in err
+    base["data"]["encoding"] = "CP1252"
+    running.open_data(RunConfig.load(base))
+    assert "data.encoding None (not 'CP1252')" in capsys.readouterr().err
+    base["data"]["encoding"] = "utf8"
+    running.open_data(RunConfig.load(base))
+    assert "data.encoding" not in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -36,7 +36,7 @@ from pretrain.data.pipeline import (
     unigram_baseline,
 )
 from pretrain.data.shards import FORMAT, SPLITS, Prepared, read_manifest
-from pretrain.data.sources import Source, check_columns, resolve_sources
+from pretrain.data.sources import Source, check_columns, resolve_sources, unused_options
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
 from pretrain.data.tokenizer_build import KINDS
 from pretrain.data.workdir import build, disk_errors, foreign, sweep
@@ -194,6 +194,7 @@ class _Job:
     tokenizer: Tokenizer | None
     options: dict[str, Any]
     fingerprint: str
+    notes: list[str]
     workers: int
     say: Callable[[str], None]
     quiet: bool
@@ -214,6 +215,7 @@ def _understand(
     train, weights = resolve(sources)
     share, last, held = _understand_valid(valid, resolve)
     check_columns(text, [*train, *held])
+    notes = unused_options([*train, *held], text, separator, encoding)
     given = _understand_tokenizer(tokenizer)
     if lowercase and tokenizer != "wordpiece":
         raise TokenizerError(
@@ -256,7 +258,8 @@ def _understand(
 
     return _Job(
         sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,
-        options=options, fingerprint=fingerprint, workers=workers or os.cpu_count() or 1, say=say, quiet=quiet,
+        options=options, fingerprint=fingerprint, notes=notes,
+        workers=workers or os.cpu_count() or 1, say=say, quiet=quiet,
     )  # fmt: skip
 
 
@@ -456,7 +459,7 @@ def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
         done = tokenise(work, job.sources, scan, tokenizer, workers=job.workers, progress=progress)
     row_length = job.options["row_length"]
     splits: dict[str, Any] = {}
-    notes = list(scan.notes)
+    notes = [*job.notes, *scan.notes]
     for index, split in enumerate(SPLITS):
         tallies = done.tallies[index]
         rows = pack_split(work, split, [tally.documents for tally in tallies], row_length)

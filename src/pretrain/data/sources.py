@@ -34,7 +34,7 @@ from pretrain.utils.files import replacing
 
 __all__ = [
     "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "documents",
-    "resolve_sources", "sized_pieces",
+    "resolve_sources", "sized_pieces", "unused_options",
 ]  # fmt: skip
 
 PIECE_CHARS = 32_768
@@ -96,7 +96,7 @@ class FileSource:
         """
         self.notes[:] = [self._remark] if self._remark else []
         left_out: list[Callable[[], DataError]] = []
-        count = plain = 0
+        count = undivided = 0
         for file in self.files:
             how = Reading(
                 column_of(self.text, file, self.name), self.separator, self.encoding, self.notes.append,
@@ -106,7 +106,7 @@ class FileSource:
             for piece, end in read_file(file, how):
                 count += end
                 yield piece, end
-            plain += file_format(file) in ("text", None) and count == before + 1
+            undivided += _is_plain(file) and count == before + 1
         if left_out:
             error = left_out[0]()
             if len(left_out) > _FEW * (count + len(left_out)):
@@ -115,18 +115,33 @@ class FileSource:
             self.notes.append(
                 f"{len(left_out):,} documents cannot be decoded and are left out: {error}"
             )
-        if self.separator is not None and plain and plain == len(self.files):
+        if self.separator is not None and 0 < undivided == sum(map(_is_plain, self.files)):
             self.notes.append(
-                f"{option('separator', self.separator)} occurs in no file of {self.name}: each file is one document"
+                f"{option('separator', self.separator)} occurs in no text file of {self.name}: each is one document"
                 + (
                     "; backslashes are ordinary characters (a shell writes $'\\n\\n')"
                     * ("\\" in self.separator)
                 )
             )
 
+    @property
+    def used_options(self) -> set[str]:
+        """The options that change how one of the files is read."""
+        kinds = {file_format(file) or "text" for file in self.files}
+        used = {
+            "separator": {"text"} & kinds,
+            "text": kinds - {"text", "html"},
+            "encoding": kinds - {"parquet"},
+        }
+        return {name for name, formats in used.items() if formats}
+
     def fingerprint(self, hashes: FileHashes) -> str:
         """Hash the contents and formats of the files in their order; names and locations do not matter."""
         return "files:" + ",".join(f"{file_format(file)}={hashes.of(file)}" for file in self.files)
+
+
+def _is_plain(file: Path) -> bool:
+    return file_format(file) in ("text", None)
 
 
 def column_of(text: str | Mapping[str, str], file: Path | str, source: str = "") -> str:
@@ -171,8 +186,30 @@ def check_columns(text: Any, sources: Sequence[Source]) -> None:
             )
 
 
+def unused_options(
+    sources: Sequence[Source],
+    text: str | Mapping[str, str],
+    separator: str | None,
+    encoding: str | None,
+) -> list[str]:
+    """Return a sentence for each option that was given and that no source is read with."""
+    used = {name for source in sources for name in getattr(source, "used_options", ())}
+    options = (
+        ("text", None if text == "text" else text, "a table or rows, which have columns"),
+        ("separator", separator, "a plain text file"),
+        ("encoding", encoding, "a file of text or a table of text"),
+    )
+    return [
+        f"{option(name, value)} has no effect: no source is {what}"
+        for name, value, what in options
+        if value is not None and name not in used
+    ]
+
+
 class DatasetSource:
     """A ``datasets.Dataset``, which has random access and can therefore be read twice."""
+
+    used_options = frozenset({"text"})
 
     def __init__(self, dataset: Any, text: str = "text", name: str = "dataset") -> None:
         self.name = name
@@ -233,6 +270,8 @@ class HubSource:
 
     Spelling: ``hub:owner/name``, optionally ``@config`` and ``:split`` (default ``train``).
     """
+
+    used_options = frozenset({"text"})
 
     def __init__(self, spec: str, text: str, spool: Path) -> None:
         self.name = f"hub:{spec}"

@@ -22,7 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from pretrain.data.paths import shortened
-from pretrain.data.sources import resolve_sources, sized_pieces
+from pretrain.data.sources import resolve_sources, sized_pieces, unused_options
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
@@ -642,6 +642,8 @@ def train_tokenizer(
 
     sample = Sample(sample_bytes)
     found, _ = resolve_sources(sources, text=text, separator=separator, encoding=encoding)
+    for line in unused_options(found, text, separator, encoding):
+        note(line)
     for source in found:
         for piece, _ in sized_pieces(source.pieces()):
             sample.add(piece, 0, 0)

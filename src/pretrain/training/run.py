@@ -28,6 +28,7 @@ from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import Sections, is_lost
 from pretrain.config.spelling import TRAIN, column, option, using
+from pretrain.data.encodings import check_encoding
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
 from pretrain.data.row_source import SOURCES, RowSource, open_rows
@@ -403,14 +404,14 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
 
 def say_differences(settings: RunConfig, prepared: Prepared) -> None:
     """Print which settings of this run are overruled by prepared data, which are used as they are."""
-    options, defaults = prepared.manifest["options"], DataConfig()
-    keys = ("row_length", "vocab_size", "tokenizer", "valid", "text", "separator")
+    options, defaults = {"encoding": None, **prepared.manifest["options"]}, DataConfig()
+    keys = ("row_length", "vocab_size", "tokenizer", "valid", "text", "separator", "encoding")
     overruled = [
         f"data.{key} {options[key]!r} (not {wanted!r})"
         for key in keys
         if (wanted := getattr(settings.data, key)) != getattr(defaults, key)
         and key in options
-        and options[key] != wanted
+        and options[key] != (check_encoding(wanted) if key == "encoding" else wanted)
     ]
     if overruled:
         note(f"{prepared.path} was prepared with {', '.join(overruled)}; these values are used")
