@@ -199,6 +199,48 @@ def test_pages_of_html(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "encoding", "text"),
+    [
+        ("iso-8859-1 latin1 US-ASCII iso_8859-1:1987 x-cp1252", "cp1252", "It’s “quoted” – 100 €"),
+        ("iso-8859-9 latin5", "cp1254", "İğüş – €"),
+        ("tis-620 iso-8859-11 windows-874", "cp874", "สวัสดี…"),
+        ("gb2312 GBK gb_2312-80 gb18030", "gb18030", "你好 鎔基 朱镕基 㐀"),
+        ("big5 cn-big5", "big5hkscs", "你好 ① 嘅"),
+        ("shift_jis x-sjis windows-31j", "cp932", "①株式会社 ～髙橋"),
+        ("euc-kr ks_c_5601-1987 windows-949", "cp949", "똠방각하"),
+        ("utf-8 utf-16 UTF-16LE utf-32 cp037 no-such", "utf-8", "Héllo"),
+        ("koi8-r koi8", "koi8-r", "Привет"),
+    ],
+)
+def test_pages_are_read_in_the_encodings_of_browsers(
+    tmp_path: Path, labels: str, encoding: str, text: str
+) -> None:
+    place = tmp_path / "a.html"
+    for label in labels.split():
+        for tag in (
+            f'<meta charset="{label}">',
+            f'<meta http-equiv="Content-Type" content="text/html; charset={label}">',
+            f"<!-- <meta charset=cp037> --><script>'<meta charset=cp866>'</script>\n<META CHARSET = {label} >",
+        ):
+            place.write_bytes(f"<html><head>{tag}</head><p>{text}</p>".encode(encoding))
+            assert texts(place) == [text], (label, tag)
+
+
+def test_what_browsers_do_with_marks_and_undefined_bytes_of_pages(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_bytes(b"<meta charset=latin1><p>a\x81\x8d\x8f\x90\x9d\xe9")
+    assert texts(tmp_path / "a.html") == ["a\x81\x8d\x8f\x90\x9dé"]
+    (tmp_path / "a.txt").write_bytes(b"a\x81")
+    with pytest.raises(DataError, match="is not cp1252"):
+        texts(tmp_path / "a.txt", encoding="cp1252")
+    (tmp_path / "b.html").write_bytes(b"<meta charset=windows-1253><p>\xd2")
+    with pytest.raises(DataError, match="is not cp1253"):
+        texts(tmp_path / "b.html")
+    for mark in ("utf-8-sig", "utf-16"):
+        (tmp_path / "c.html").write_bytes("<meta charset=cp1252><p>é€".encode(mark))
+        assert texts(tmp_path / "c.html") == ["é€"]
+
+
+@pytest.mark.parametrize(
     "value",
     [
         [{"text": "a"}, {"text": "b"}],

@@ -16,7 +16,8 @@ from pretrain.config.spelling import option, reads_with
 from pretrain.errors import DataError
 
 __all__ = [
-    "COMPRESSIONS", "check_encoding", "likely_encoding", "not_decodable", "open_packed", "open_text",
+    "COMPRESSIONS", "check_encoding", "encoding_of_pages", "likely_encoding", "not_decodable", "open_packed",
+    "open_text",
 ]  # fmt: skip
 
 COMPRESSIONS = (".gz", ".zst")
@@ -31,7 +32,16 @@ _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.B
 # Replaces undecodable bytes; it becomes the byte 0xff, which never occurs in UTF-8, so the readers detect it.
 _UNKNOWN = "\udcff"
 
+
+def _as_in_pages(error: UnicodeError) -> tuple[str, int]:
+    """Return the control character that a browser shows for a byte that an encoding of Windows leaves undefined."""
+    fault = cast(UnicodeDecodeError, error)
+    byte = fault.object[fault.start]
+    return chr(byte) if fault.encoding == "charmap" and 0x80 <= byte < 0xA0 else _UNKNOWN, fault.end
+
+
 codecs.register_error("pretrain-unknown", lambda error: (_UNKNOWN, cast(Any, error).end))
+codecs.register_error("pretrain-page", _as_in_pages)
 
 
 class _Translated(io.RawIOBase):
@@ -129,8 +139,36 @@ def check_encoding(name: str | None) -> str | None:
     return None if found.name in ("utf-8", "utf-8-sig") else found.name
 
 
+# What pages call an encoding, by Python's name of it -> what browsers read: https://encoding.spec.whatwg.org.
+_OF_PAGES = {
+    "ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874",
+    "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "shift_jis": "cp932", "euc_kr": "cp949",
+}  # fmt: skip
+_LABELS = {  # which Python does not know
+    "windows-874": "cp874", "dos-874": "cp874", "windows-31j": "cp932", "windows-949": "cp949", "ksc_5601": "cp949",
+    "ks_c_5601-1989": "cp949", "csgb2312": "gb18030", "gb_2312-80": "gb18030", "cn-big5": "big5hkscs",
+    "iso-8859-8-i": "iso8859-8", "koi8": "koi8-r", "koi8-ru": "koi8-u",
+}  # fmt: skip
+
+
+def encoding_of_pages(label: str) -> str | None:
+    """Return the encoding that browsers read an HTML page in that declares ``label``; None for UTF-8 and unknown ones.
+
+    An encoding without ASCII, such as UTF-16, is none of a page whose declaration was found as ASCII.
+    """
+    label = label.lower().removeprefix("x-")
+    try:
+        name = check_encoding(_LABELS.get(label, label))
+        name = name and _OF_PAGES.get(name, name)
+        return name if name and label.encode().decode(name) == label else None
+    except (DataError, UnicodeError):
+        return None
+
+
 @contextmanager
-def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedReader]:
+def open_text(
+    path: Path, encoding: str | None = None, *, page: bool = False
+) -> Iterator[io.BufferedReader]:
     """Open a text file, decompressed if necessary, as UTF-8 bytes.
 
     Without ``encoding``, a byte order mark of UTF-16 or UTF-32 selects it. If lines end with a carriage return only, as
@@ -140,6 +178,7 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
     Args:
         path: the file.
         encoding: see :func:`check_encoding`.
+        page: whether it is HTML, in which bytes that an encoding of Windows leaves undefined are control characters.
 
     Raises:
         DataError: the file is binary, or cannot be read.
@@ -154,7 +193,9 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
             (name for mark, name in _MARKS.items() if head.startswith(mark)), None
         )
         if encoding is not None:
-            decoder = codecs.getincrementaldecoder(encoding)("pretrain-unknown")
+            decoder = codecs.getincrementaldecoder(encoding)(
+                "pretrain-page" if page else "pretrain-unknown"
+            )
 
             def recode(block: bytes) -> bytes:
                 try:

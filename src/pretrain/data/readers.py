@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html.parser import HTMLParser
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
 from pretrain.data.encodings import (
     COMPRESSIONS,
-    check_encoding,
+    encoding_of_pages,
     not_decodable,
+    open_packed,
     open_text,
 )
 from pretrain.errors import DataError, suggestion
@@ -211,14 +211,16 @@ def _separated(
 # -------------------------------------------------------------------------------------------------------- lines
 
 
-def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line) in UTF-8, with the line end included.
+def lines(
+    path: Path, encoding: str | None = None, *, page: bool = False
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) in UTF-8, with the line end included; see :func:`open_text`.
 
     Raises:
         DataError: a line is longer than 512 MiB, or the file cannot be read.
     """
     number = 0
-    with open_text(path, encoding) as stream:
+    with open_text(path, encoding, page=page) as stream:
         while True:
             line = stream.readline(_MAX_LINE + 1)
             if not line:
@@ -242,10 +244,12 @@ def decode_line(path: Path, number: int, line: bytes, encoding: str | None = Non
         raise not_decodable(path, number, error.start + 1, line[error.start], encoding) from error
 
 
-def text_of(path: Path, encoding: str | None, limit: int | None = MAX_WHOLE) -> str:
+def text_of(
+    path: Path, encoding: str | None, limit: int | None = MAX_WHOLE, *, page: bool = False
+) -> str:
     """Return the whole text of a file whose format cannot be read in pieces."""
     parts, size = [], 0
-    for number, line in lines(path, encoding):
+    for number, line in lines(path, encoding, page=page):
         size += len(line)
         if limit is not None and size > limit:
             raise DataError(
@@ -301,7 +305,7 @@ class _HtmlText(HTMLParser):
 
 def _html(path: Path, how: Reading) -> Iterator[Piece]:
     try:
-        page = text_of(path, how.encoding or _charset(path))
+        page = text_of(path, how.encoding or _charset(path), page=True)
     except DataError as error:
         if how.undecodable is None or not isinstance(error.__cause__, UnicodeDecodeError):
             raise
@@ -317,14 +321,19 @@ def _html(path: Path, how: Reading) -> Iterator[Piece]:
     yield parser.text(), True
 
 
+_HEAD = 1 << 16
+_NO_TAGS = re.compile(rb"<!--.*?(?:-->|\Z)|<script\b.*?(?:</script|\Z)", re.IGNORECASE | re.DOTALL)
+_DECLARED = re.compile(rb"<meta\b[^>]{0,200}charset\s*=\s*[\"']?\s*([\w.:-]{2,40})", re.IGNORECASE)
+
+
 def _charset(path: Path) -> str | None:
-    """Return the encoding that an HTML page declares, or None if it declares none or one unknown to Python."""
-    head = b"".join(line for _, line in islice(lines(path), 40))
-    found = re.search(rb"<meta[^>]{0,200}charset=[\"']?([\w-]{2,40})", head, re.IGNORECASE)
-    try:
-        return check_encoding(found[1].decode()) if found else None
-    except DataError:
+    """Return the encoding that an HTML page declares, or None if it is UTF-8 or that of a byte order mark."""
+    with open_packed(path) as stream:
+        head = stream.read(_HEAD)
+    if head.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return None
+    declared = _DECLARED.search(_NO_TAGS.sub(b"", head))
+    return encoding_of_pages(declared[1].decode()) if declared else None
 
 
 # --------------------------------------------------------------------------------------------------- rows
