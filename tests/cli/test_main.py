@@ -171,6 +171,36 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
             ["finetune", "--columns.label", "a", "--data.columns.label", "b", "--show_config"],
             ["--columns.label and --data.columns.label are both data.columns.label"],
         ),
+        (
+            [
+                "train",
+                "--show_config",
+                "--overrides",
+                "{hidden_size: 64}",
+                "--overrides.hidden_size",
+                "32",
+            ],
+            ["--overrides and --overrides.hidden_size are both model.overrides.hidden_size"],
+        ),
+        (
+            [
+                "train",
+                "--show_config",
+                "--overrides.a.b",
+                "1",
+                "--model.overrides",
+                "{c: 1, a: {b: 2}}",
+            ],
+            ["--overrides.a.b and --model.overrides are both model.overrides.a.b"],
+        ),
+        (
+            ["train", "--show_config", "--overrides.a.b", "1", "--overrides.a", "2"],
+            ["--overrides.a.b and --overrides.a are both model.overrides.a"],
+        ),
+        (
+            ["predict", "x", "y.csv", "--columns.text", "a", "--columns", "{text: b}"],
+            ["--columns.text and --columns are both columns.text"],
+        ),
         (["train", "--gradient_accumulation_steps", "4"], ["train.micro_rows", "divided by 4"]),
         (["train", "--resume", "--out", "runs/x"], ["train.out", "resumes", "model.checkpoint"]),
         (["train", "--devicess", "2"], ["--devicess", "'--devices'"]),
@@ -341,6 +371,49 @@ def test_train_passes_the_file_with_what_was_given(
             "parallel": {"compile": True},
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (["={a: x}", ".b=y"], {"a": "x", "b": "y"}),
+        ([".b=y", "={a: x}"], {"a": "x", "b": "y"}),
+        (["={a: x}", "={b: y}"], {"a": "x", "b": "y"}),
+        (["={a: x, b: y}", "={b: z}"], {"a": "x", "b": "z"}),
+        ([".a=x", ".a=y"], {"a": "y"}),
+        ([".a=x", "={}"], {"a": "x"}),
+        (["={}"], {}),
+        (["={a.csv: x}", "={b.csv: y}"], {"a.csv": "x", "b.csv": "y"}),
+    ],
+)
+def test_items_of_mappings_are_kept_however_they_are_given(
+    given: list[str], value: dict[str, str]
+) -> None:
+    from pretrain.cli.arguments import make_parser
+
+    tried = set()
+    for command, entry in cli.COMMANDS.items():
+        parser = make_parser(command, entry.summary, entry.example, entry.add)
+        places = ["x"] * sum(not e.names[0].startswith("-") and not e.nargs for e in parser.entries)
+        places += [word for e in parser.entries if e.required for word in (e.names[0], "x")]
+        for name in list(parser.mappings):
+            found = vars(parser.parse([*places, *(f"{name}{word}" for word in given)]))
+            assert found[parser.mappings[name][0]] == value, (command, name)
+            tried.add(name)
+    assert {"--overrides", "--data.columns", "--task.options", "--columns"} <= tried
+    usual = make_parser("prepare", "", "", cli.COMMANDS["prepare"].add)
+    words = ["--text", "{a.csv: x}", "--text={b.csv: y}"]
+    assert usual.parse(words).text == {"a.csv": "x", "b.csv": "y"}
+    assert usual.parse(["--text", "{a.csv: x}", "--text", "c"]).text == "c"
+
+
+def test_items_of_mappings_inside_mappings_are_kept() -> None:
+    from pretrain.cli.arguments import make_parser
+
+    parser = make_parser("train", "", "", cli.COMMANDS["train"].add)
+    words = ["--overrides={a: {b: 1}, d: 0}", "--model.overrides.a.c=2", "--overrides={d: {e: 3}}"]
+    found = vars(parser.parse(words))["model.overrides"]
+    assert found == {"a": {"b": 1, "c": 2}, "d": {"e": 3}}
 
 
 @pytest.mark.parametrize(

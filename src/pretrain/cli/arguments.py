@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
@@ -79,6 +79,9 @@ class Parser(argparse.ArgumentParser):
         self.takes_value: dict[str, bool] = {}
         self.switches: set[str] = set()
         self.mappings: dict[str, tuple[str, Any, bool]] = {}
+        self.items: dict[
+            tuple[Any, ...], str
+        ] = {}  # (mapping, key, ...) -> the option that gave it
         super().__init__(prog=f"pretrain {name}", description=summary, allow_abbrev=False)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
@@ -97,6 +100,8 @@ class Parser(argparse.ArgumentParser):
         if hint is not None:
             options["type"] = partial(_checked if check else _value, names[0], hint)
             value = _in_words(names[-1], hint) + _default(shown)
+            if any(get_origin(kind) is dict for kind in _kinds(hint)):
+                options.setdefault("action", _Items)
         action: argparse.Action = super().add_argument(*names, **options)
         if hint is not None and get_origin(hint) is dict:
             self.mappings |= {name: (action.dest, get_args(hint)[1], check) for name in names}
@@ -156,6 +161,7 @@ class Parser(argparse.ArgumentParser):
         end = words.index("--") if "--" in words else len(words)
         glued, place = [], 0
         named: dict[str, str] = {}  # setting, or another option -> the name by which it was given
+        self.items = {}
         while place < end:
             word = words[place]
             place += 1
@@ -163,9 +169,9 @@ class Parser(argparse.ArgumentParser):
             if option.startswith("--"):
                 value = given if equals else words[place] if place < end else None
                 self._know(option, value)
-                meant = self._meant(option)
-                if (other := named.setdefault(meant, option)) != option:
-                    raise ConfigError(f"{other} and {option} are both {meant}; give one.")
+                action = self._option_string_actions[option]
+                if not isinstance(action, _Items):
+                    _check_one_name(named.setdefault(action.dest, option), option, action.dest)
                 # argparse takes a separate value that starts with a dash, such as -1e-3, for an option.
                 if self.takes_value[option] and not equals:
                     missing = value is None or value.partition("=")[0] in self.takes_value
@@ -186,12 +192,6 @@ class Parser(argparse.ArgumentParser):
         """Raise an error of argparse as a `ConfigError`."""
         raise ConfigError(f"{self.prog}: {message}. See {self.prog} --help.")
 
-    def _meant(self, option: str) -> str:
-        """Return what an option sets, which several names may do: a setting, or an item of one."""
-        action = self._option_string_actions[option]
-        item = f".{option.removeprefix(action.const)}" if isinstance(action, _Item) else ""
-        return f"{action.dest}{item}"
-
     def _know(self, option: str, value: str | None) -> None:
         """Declare an item of a mapping or another name of a setting on first use; raise for unknown options."""
         if option in self.takes_value:
@@ -199,7 +199,7 @@ class Parser(argparse.ArgumentParser):
         for name, (dest, hint, check) in self.mappings.items():
             if option.startswith(f"{name}."):
                 self.add_argument(
-                    option, dest=dest, type=hint, check=check, default=argparse.SUPPRESS, action=_Item,
+                    option, dest=dest, type=hint, check=check, default=argparse.SUPPRESS, action=_Items,
                     const=f"{name}.",
                 )  # fmt: skip
                 return
@@ -231,19 +231,48 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(option, dest=word, type=hint, check=False, default=argparse.SUPPRESS)
 
 
-class _Item(argparse.Action):
-    """Set one item of a mapping; further dots name items of mappings inside it."""
+class _Items(argparse.Action):
+    """Set items of a mapping: one, where further dots name those of mappings inside it, or all of a mapping.
+
+    Those given before stay. An option given again replaces its own items; another option for them is an error.
+    """
 
     def __call__(self, parser: Any, space: Any, value: Any, option: str | None = None) -> None:
-        *path, last = str(option).removeprefix(self.const).split(".")
-        known = getattr(space, self.dest, None)
-        whole = place = dict(known) if isinstance(known, Mapping) else {}
-        for part in path:
-            inner = place.get(part)
-            place[part] = dict(inner) if isinstance(inner, Mapping) else {}
-            place = place[part]
-        place[last] = value
-        setattr(space, self.dest, whole)
+        name, dest = str(option), self.dest
+        path = name.removeprefix(self.const).split(".") if self.const else []
+        whole = getattr(space, dest, None)
+        for keys, item in _leaves(value, tuple(path)):
+            for other, by in parser.items.items():
+                size = min(len(other), len(keys) + 1)
+                if other[:size] == (dest, *keys)[:size]:
+                    _check_one_name(by, name, ".".join(map(str, (dest, *keys)[:size])))
+            parser.items[(dest, *keys)] = name
+            whole = _with_item(whole, keys, item)
+        is_empty = isinstance(value, Mapping) and not isinstance(whole, Mapping)
+        setattr(space, dest, {} if is_empty else whole)
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the items of a mapping, and of those inside it, with the keys that lead to each."""
+    if not isinstance(value, Mapping) or (path and not value):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, (*path, key))
+
+
+def _with_item(known: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """Return a mapping with the item at a path; what is no mapping on the way is replaced by one."""
+    if not path:
+        return value
+    items = dict(known) if isinstance(known, Mapping) else {}
+    items[path[0]] = _with_item(items.get(path[0]), path[1:], value)
+    return items
+
+
+def _check_one_name(other: str, option: str, meant: str) -> None:
+    if other != option:
+        raise ConfigError(f"{other} and {option} are both {meant}; give one.")
 
 
 def make_parser(
@@ -445,12 +474,16 @@ def settings_class(name: str) -> Any:
     return TuneConfig
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def _value(name: str, hint: Any, text: str) -> Any:
     """Read a value as YAML, or keep it as it was typed where ``hint`` allows text and no other type fits."""
     from pretrain.config.check import check_value
     from pretrain.config.strict_yaml import parse
 
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = _kinds(hint)
     as_text = str in kinds or hint is Any
     if bool in kinds and text in ("yes", "no"):
         return text == "yes"
