@@ -148,13 +148,21 @@ class Plan:
             return float(recorded)
         if tokens := getattr(data, "num_tokens", 0):
             return float(tokens / len(data))
+        # Rows that are compared with each other are counted by whole batches, because fewer may be no batch.
+        size = min(self._batch_rows, len(data)) if objective.couples_examples else 1
         order, counts = Order(len(data)), list[int]()
         for most in _COUNTED:
             if len(set(counts)) != 1:
-                rows = order.indices(0, min(most, len(data))).tolist()
-                batches = (objective.collate([data[i]], row_rngs(0, "collate", i, 1)) for i in rows)
+                rows = order.indices(0, min(max(most, size), len(data))).tolist()
+                groups = (rows[i : i + size] for i in range(0, len(rows) - size + 1, size))
+                batches = (
+                    objective.collate(
+                        [data[i] for i in group], row_rngs(0, "collate", group[0], size)
+                    )
+                    for group in groups
+                )
                 counts = [objective.units(batch) for batch in batches]
-        return max(1.0, sum(counts) / len(counts))
+        return max(1.0, sum(counts) / len(counts) / size)
 
     def keep(self, state: RunState) -> None:
         """Keep the steps of a run that goes on with its limit, by whichever rule they were counted."""

@@ -246,8 +246,11 @@ def describe(
     """Return the lines that are printed before the first step; ``micro`` says how the micro-batch was chosen."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
     steps = trainer.plan.total_steps(seconds)
-    tokens = getattr(data, "num_tokens", 0)
-    in_all = f"{tokens:,}" if tokens else f"about {len(data) * trainer.plan.units_per_row:,.0f}"
+    in_all = f"{getattr(data, 'num_tokens', 0):,}"
+    if in_all == "0":  # counting rows takes time, so only a limit that needs it does
+        counted = trainer.plan.limit.kind == "tokens"
+        each = trainer.plan.units_per_row if counted else row_length(data, trainer.objective)
+        in_all = f"about {len(data) * each:,.0f}"
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
     choice = trainer.strategy.choice
     sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)

@@ -207,10 +207,8 @@ def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
     """Return the directory of a run that names none: by model, settings that cannot change on resuming, and data."""
     model, free = settings.model, resumable(settings)
     plain = {k: v for k, v in _flat(settings.to_dict()).items() if k not in free}
-    # In earlier versions the one could not change, and the other was a number by default: their runs keep their names.
+    # Could not change in earlier versions, whose runs keep their names.
     plain["train.micro_rows"] = 0
-    if plain["optim.lr"] == "auto":
-        plain["optim.lr"] = 1e-3
     start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(start))).lower()
     return f"runs/{name}-{run_key(plain, data.about()['fingerprint'])}"
