@@ -42,6 +42,26 @@ def test_a_limit_in_tokens_counts_no_padding(count: int) -> None:
     assert abs(plan.total_steps() - count) <= (0 if count < 512 else 0.05 * count)
 
 
+def test_rows_that_are_compared_are_counted_by_whole_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row alone is no batch of such an objective."""
+    rows = [
+        {"input_ids": np.ones(6, int), "attention_mask": np.arange(6) < 4 + i % 3}
+        for i in range(60)
+    ]
+    seen = set[int]()
+    whole = type(GOAL).collate
+    monkeypatch.setattr(type(GOAL), "couples_examples", True)
+    monkeypatch.setattr(
+        type(GOAL),
+        "collate",
+        lambda self, batch, rngs: seen.add(len(batch)) or whole(self, batch, rngs),
+    )
+    plan = Plan(TrainConfig(limit="300 tokens", batch_rows=6), rows, GOAL, len(rows))
+    assert plan.total_steps() == 10 and seen == {6}
+
+
 def test_a_limit_in_tokens_of_a_mixture_counts_its_sources_by_their_shares(tmp_path: Path) -> None:
     """The rows of one source are full; those of the other are half empty, and come three times of four."""
     for name, length, count in (("full", 640, 10), ("empty", 35, 30)):

@@ -183,9 +183,11 @@ def test_a_run_names_itself(
     again = pretrain.train(given, limit=8)  # what may change in a run does not change its name
     assert again.path == first.path and again.step == 8
     assert "are few" not in capsys.readouterr().err
-    assert run_name(
-        RunConfig.load(given, {"lr": 2e-3}), Prepared.open(prepared_in(tmp_path))
-    ) != str(first.path)
+    names = {
+        run_name(RunConfig.load(given, {"lr": lr}), Prepared.open(prepared_in(tmp_path)))
+        for lr in ("auto", 1e-3, 2e-3)
+    }
+    assert len(names) == 3 and str(first.path) in names
     prepared, other = Prepared.open(prepared_in(tmp_path)), RunConfig.load(given, {"micro_rows": 2})
     assert run_name(other, prepared) == str(first.path)
     with patch.object(running, "run_key", lambda kept, _: kept["train.micro_rows"]):
