@@ -760,7 +760,7 @@ def test_thin_commands_call_one_function(
     assert seen["report"][0] == ("runs/x",)
     assert cli.main(["evaluate", "runs/x", "--data", "data/y"]) == 0
     given = {"data": "data/y", "columns": {}, "base": None, "objective": None, "batch_rows": None}
-    given |= {"device": "auto", "task": None}
+    given |= {"device": "auto", "task": None, "separator": None, "encoding": None}
     assert seen["evaluate"] == (("runs/x",), given)
     assert "1.2500" in capsys.readouterr().out
     assert cli.main(["evaluate", "runs/x", "--json"]) == 0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import OptimConfig
-from pretrain.errors import CheckpointError
+from pretrain.errors import TrainingError
 from pretrain.models import build
 from pretrain.objectives import Objective
 from pretrain.training.layers import Layers
@@ -250,7 +250,7 @@ def test_interrupted_is_uninterrupted(tmp_path: Path, optim: dict[str, Any], cra
 
 def test_anchors_cannot_be_made_up_later(tmp_path: Path) -> None:
     trainer(tmp_path, objective(), Rows(8), limit="2 steps").fit()
-    with pytest.raises(CheckpointError, match=r"started, which optim.l2_sp needs"):
+    with pytest.raises(TrainingError, match=r"optim.l2_sp 0.0 and this run has 0.1"):
         trainer(tmp_path, objective(), Rows(8), optim={"l2_sp": 0.1}, limit="4 steps").fit()
 
 
