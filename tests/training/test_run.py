@@ -551,6 +551,77 @@ def test_a_text_is_read_as_that_of_training_was(tmp_path: Path, text: Path, read
                 pretrain.evaluate(copy, source, **{key: value})
 
 
+def test_the_encoding_of_training_is_for_files_that_are_not_utf8(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of UTF-8, or with a mark or declaration, are read in their own encoding, whatever form names them."""
+    reading = {"separator": "\n", "encoding": "cp1252"}
+    chosen = settings(tmp_path, text)
+    run = pretrain.train(chosen | {"data": chosen["data"] | reading})
+    rows = [{"text": "mât tide gull"}, {"text": "café wind"}]
+    utf8, lines = (
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "mât tide gull\ncafé wind",
+    )
+    page = "<meta charset=koi8-r><p>\u043c\u043e\u0440\u0435"
+    folder = tmp_path / "held"
+    folder.mkdir()
+    for name, content, encoding in (
+        ("a.jsonl", utf8, "utf-8"), ("b.jsonl", utf8, "cp1252"), ("c.txt", lines, "utf-8"), ("d.txt", lines, "cp1252"),
+        ("e.txt", lines, "utf-16"), ("f.html", page, "koi8-r"), ("g.txt", "\u043c\u043e\u0440\u0435", "utf-8"),
+    ):  # fmt: skip
+        (folder / name).write_bytes(content.encode(encoding))
+    whole = pretrain.evaluate(run.path, [*rows * 5, *[{"text": "\u043c\u043e\u0440\u0435"}] * 2])
+    told = capsys.readouterr().err
+    assert "read as that of training" not in told and "no effect" not in told
+    for data in (str(folder), str(folder / "*"), sorted(folder.iterdir())):
+        figures = pretrain.evaluate(run.path, data)
+        assert figures["targets"] == whole["targets"]
+        assert figures["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        told = capsys.readouterr().err
+        assert "read as that of training was, with separator='\\n', encoding='cp1252'" in told
+        assert "do not say their encoding: 2\n" in told
+    pretrain.evaluate(run.path, folder / "a.jsonl")
+    told = capsys.readouterr().err
+    assert "encoding: none" in told and "separator" not in told
+    as_told = pretrain.evaluate(run.path, folder / "c.txt", encoding="cp1252")
+    assert as_told["targets"] > pretrain.evaluate(run.path, folder / "c.txt")["targets"]
+    (run.path / "run.yaml").write_text(
+        (run.path / "run.yaml").read_text().replace("cp1252", "iso2022_jp")
+    )
+    (folder / "h.txt").write_bytes("\u6d77\n\u6ce2".encode("iso2022_jp"))
+    japanese = pretrain.evaluate(run.path, folder / "h.txt")
+    assert (
+        japanese["targets"]
+        == pretrain.evaluate(run.path, [{"text": c} for c in "\u6d77\u6ce2"])["targets"]
+    )
+
+
+@pytest.mark.parametrize("fate", ["moved", "damaged"])
+def test_another_text_is_measured_without_the_prepared_text_of_the_run(
+    tmp_path: Path, text: Path, fate: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = pretrain.prepare(
+        text, tmp_path / "made", vocab_size=300, row_length=32, separator="\n"
+    ).path
+    run = pretrain.train(settings(tmp_path, text) | {"data": {"train": str(made)}})
+    held = tmp_path / "held.txt"
+    held.write_text("\n".join(WORDS))
+    figures = pretrain.evaluate(run.path, held)
+    if fate == "moved":
+        made.rename(tmp_path / "elsewhere")
+    else:
+        (made / "manifest.json").write_text("{")
+    capsys.readouterr()
+    other = pretrain.evaluate(run.path, held)
+    told = capsys.readouterr().err
+    assert str(made) in told and "give the encoding and separator of this text" in told
+    assert other["targets"] != figures["targets"]
+    assert pretrain.evaluate(run.path, held, separator="\n", encoding="utf-8") == figures
+    pretrain.evaluate(run.path, [{"text": "gull tide"}])
+    assert "prepared text" not in capsys.readouterr().err
+
+
 OWN = """
 from pretrain.objectives import Loss
 from pretrain.objectives.next_token import NextToken

@@ -624,7 +624,7 @@ def _add_evaluate(parser: Any) -> None:
     add(
         "--encoding",
         type=str | None,
-        help="encoding of the data, e.g. cp1252; not given, that of the run",
+        help="encoding of the data, e.g. cp1252; not given, that of the run, for text that is not UTF-8",
     )
     add("--batch_rows", type=int | None, help="rows in one forward pass")
     add_device(parser)

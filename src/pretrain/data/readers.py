@@ -30,7 +30,7 @@ from pretrain.errors import DataError, suggestion
 __all__ = [
     "COMPRESSIONS", "ESCAPED", "FORMATS", "MAX_WHOLE", "TABLE_FORMATS", "Fault", "Piece", "Reading", "cell_text",
     "decode_line", "file_format", "found_in_folders", "has_transform", "lines", "no_column", "read_file", "table_kind",
-    "text_of", "whole_characters",
+    "tells_encoding", "text_of", "whole_characters",
 ]  # fmt: skip
 
 Piece = tuple[str, bool]
@@ -334,6 +334,23 @@ def _charset(path: Path) -> str | None:
         return None
     declared = _DECLARED.search(_NO_TAGS.sub(b"", head))
     return encoding_of_pages(declared[1].decode()) if declared else None
+
+
+def tells_encoding(path: Path) -> bool:
+    """Whether a file of text is read rightly without naming an encoding: it is UTF-8, has a byte order mark, or is HTML
+    that declares its encoding.
+    """
+    if file_format(path) == "html" and _charset(path):
+        return True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open_text(path) as stream:
+            while block := stream.read(_BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, DataError):  # such as the NUL bytes of UTF-16 without a mark
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------- rows

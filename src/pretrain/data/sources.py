@@ -7,6 +7,7 @@ of text in memory, and has a fingerprint that changes with its content.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -28,13 +29,14 @@ from pretrain.data.readers import (
     has_transform,
     no_column,
     read_file,
+    tells_encoding,
 )
 from pretrain.errors import DataError
 from pretrain.utils.files import replacing
 
 __all__ = [
     "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "documents",
-    "resolve_sources", "sized_pieces", "unused_options",
+    "options_read", "resolve_sources", "sized_pieces", "unused_options",
 ]  # fmt: skip
 
 PIECE_CHARS = 32_768
@@ -69,6 +71,7 @@ class FileSource:
         text: column of the text in tables, or columns by file; see :func:`column_of`.
         separator, encoding: see :class:`pretrain.data.readers.Reading`.
         remark: a sentence about files that were skipped, kept in ``notes``.
+        legacy: without ``encoding``, that of ``legacy_files``, which are those that are not UTF-8.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class FileSource:
         separator: str | None = None,
         encoding: str | None = None,
         remark: str = "",
+        legacy: str | None = None,
     ) -> None:
         self.name = name
         self.files = list(files)
         self.text = text
         self.separator = separator
         self.encoding = check_encoding(encoding)
+        self.legacy = check_encoding(legacy) if encoding is None else None
         self._remark = remark
         self.notes: list[str] = []
 
@@ -99,8 +104,8 @@ class FileSource:
         count = undivided = 0
         for file in self.files:
             how = Reading(
-                column_of(self.text, file, self.name), self.separator, self.encoding, self.notes.append,
-                left_out.append,
+                column_of(self.text, file, self.name), self.separator,
+                self.legacy if file in self.legacy_files else self.encoding, self.notes.append, left_out.append,
             )  # fmt: skip
             before = count
             for piece, end in read_file(file, how):
@@ -124,6 +129,15 @@ class FileSource:
                 )
             )
 
+    @functools.cached_property
+    def legacy_files(self) -> frozenset[Path]:
+        """The files that are read in ``legacy``: all if it writes text in ASCII bytes, which are UTF-8 as well."""
+        if self.legacy is None:
+            return frozenset()
+        every = self.legacy.startswith(("iso2022", "hz", "utf-7"))
+        texts = (file for file in self.files if file_format(file) != "parquet")
+        return frozenset(file for file in texts if every or not tells_encoding(file))
+
     @property
     def used_options(self) -> set[str]:
         """The options that change how one of the files is read."""
@@ -137,7 +151,11 @@ class FileSource:
 
     def fingerprint(self, hashes: FileHashes) -> str:
         """Hash the contents and formats of the files in their order; names and locations do not matter."""
-        return "files:" + ",".join(f"{file_format(file)}={hashes.of(file)}" for file in self.files)
+        return "files:" + ",".join(
+            f"{file_format(file)}={hashes.of(file)}"
+            + f"@{self.legacy}" * (file in self.legacy_files)
+            for file in self.files
+        )
 
 
 def _is_plain(file: Path) -> bool:
@@ -186,6 +204,11 @@ def check_columns(text: Any, sources: Sequence[Source]) -> None:
             )
 
 
+def options_read(sources: Sequence[Source]) -> set[str]:
+    """Return the names of the options (text, separator, encoding) that at least one of the sources is read with."""
+    return {name for source in sources for name in getattr(source, "used_options", ())}
+
+
 def unused_options(
     sources: Sequence[Source],
     text: str | Mapping[str, str],
@@ -193,7 +216,7 @@ def unused_options(
     encoding: str | None,
 ) -> list[str]:
     """Return a sentence for each option that was given and that no source is read with."""
-    used = {name for source in sources for name in getattr(source, "used_options", ())}
+    used = options_read(sources)
     options = (
         ("text", None if text == "text" else text, "a table or rows, which have columns"),
         ("separator", separator, "a plain text file"),
@@ -437,6 +460,7 @@ def resolve_sources(
     separator: str | None = None,
     encoding: str | None = None,
     spool: Path | None = None,
+    legacy: str | None = None,
 ) -> tuple[list[Source], list[float] | None]:
     """Turn the ``sources`` argument of a user into source objects and, for a mapping, their shares.
 
@@ -447,6 +471,7 @@ def resolve_sources(
         separator: text between documents in plain text files.
         encoding: encoding of text files and tables; None is UTF-8.
         spool: directory for local copies of hub data sets.
+        legacy: without ``encoding``, that of the files that are not UTF-8.
 
     Raises:
         DataError: nothing was found (the nearest name is suggested), or a column or type is wrong.
@@ -484,7 +509,7 @@ def resolve_sources(
         items = [sources]
     if not items:
         raise DataError("no source given; name files, a folder, a data set or 'python'.")
-    return [_resolve(item, text, separator, encoding, spool) for item in items], weights
+    return [_resolve(item, text, separator, encoding, spool, legacy) for item in items], weights
 
 
 def _resolve(
@@ -493,6 +518,7 @@ def _resolve(
     separator: str | None,
     encoding: str | None,
     spool: Path,
+    legacy: str | None,
 ) -> Source:
     if isinstance(item, str | Path):
         name = str(item)
@@ -501,7 +527,9 @@ def _resolve(
             return PythonSource()
         if name.startswith("hub:"):
             return HubSource(name.removeprefix("hub:"), column_of(text, name), spool)
-        return FileSource(name, find_files(name), text, separator, encoding, passed_over(name))
+        return FileSource(
+            name, find_files(name), text, separator, encoding, passed_over(name), legacy
+        )
     if hasattr(item, "column_names") and hasattr(item, "select_columns"):
         if hasattr(item, "__len__"):
             return DatasetSource(item, column_of(text, "dataset"))

@@ -86,7 +86,8 @@ def evaluate(
         objective: name of the objective of a language model, or the import path of your own; None chooses it by the
             head. It gets the arguments that it had in the run.
         separator: text between the documents of text files, for a language model; None is that of the run.
-        encoding: encoding of the data, such as cp1252; None is that of the run.
+        encoding: encoding of the data, such as cp1252; None is that of the run, which text for a language model is read
+            in only where a file is not UTF-8.
         batch_rows: rows in one forward pass.
         limit: maximum number of rows, spread evenly over the data; 0 uses all.
         precision: compute type: bf16, fp16, fp32, or auto for that of the run's evaluations, which is fp32 unless

@@ -27,11 +27,14 @@ from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import Sections, is_lost
-from pretrain.config.spelling import TRAIN, column, option, using
+from pretrain.config.spelling import TRAIN, column, option, option_name, using
 from pretrain.data.encodings import check_encoding
 from pretrain.data.loader import Examples
 from pretrain.data.prepare import Prepared, prepare
+from pretrain.data.readers import file_format
 from pretrain.data.row_source import SOURCES, RowSource, open_rows
+from pretrain.data.shards import read_manifest
+from pretrain.data.sources import options_read, resolve_sources
 from pretrain.data.tokenizer import HUB_FILES, Tokenizer
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, PretrainError, TokenizerError
@@ -611,8 +614,9 @@ def evaluate(
         precision: compute type; auto is ``train.eval_precision`` of the run, or fp32 if the checkpoint is in no run.
         device: device to run on.
         model: model of the checkpoint, if it is already open.
-        reading: how text is read: ``text`` (its column in a table), ``separator`` and ``encoding``; the latter two are
-            those of the run that contains the checkpoint where they are not given.
+        reading: how text is read: ``text`` (its column in a table), ``separator`` and ``encoding``; where the latter
+            two are not given, the separator is that of the run that contains the checkpoint, and its encoding is that
+            of the files that are not UTF-8.
 
     Returns:
         ``loss`` (nats per target), ``perplexity``, ``accuracy``, ``targets`` and, for next-token models,
@@ -748,26 +752,7 @@ def _held_out(path: Path, data: Any, model: Model, reading: Mapping[str, str]) -
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
-        before = _reading_of(home, model)
-        length = min(before.pop("row_length"), model.backbone.max_length or 1 << 20)
-        source = str(opened(_place(path)))
-        if taken := {key: value for key, value in before.items() if key not in reading}:
-            spelt = ", ".join(option(key, value) for key, value in taken.items())
-            note(f"the text is read as that of training was, with {spelt}")
-        # All text is evaluated, so notes on training data (no validation rows) would be misleading.
-        prepared = prepare(
-            data,
-            source="text",
-            tokenizer=source,
-            row_length=length,
-            valid=0.0,
-            quiet=True,
-            keep_duplicates=True,
-            **{**before, **reading},
-        )
-        for line in prepared.manifest.get("notes", ()):
-            if not line.startswith("no validation rows"):
-                note(line)
+        prepared = _read_as_training(path, home, data, model, reading)
         rows = prepared.train
     mine = model.tokenizer
     if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:
@@ -776,6 +761,53 @@ def _held_out(path: Path, data: Any, model: Model, reading: Mapping[str, str]) -
             f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
         )
     return rows
+
+
+def _read_as_training(
+    path: Path, home: Path | None, data: Any, model: Model, reading: Mapping[str, str]
+) -> Prepared:
+    """Return all of a text as training rows, read as ``reading`` says and else as the text of the run was."""
+    before = _reading_of(home, model)
+    text, encoding = reading.get("text", "text"), reading.get("encoding")
+    separator = reading.get("separator", before.get("separator"))
+    legacy = check_encoding(before.get("encoding")) if encoding is None else None
+    found, weights = resolve_sources(
+        data, text=text, separator=separator, encoding=encoding, legacy=legacy
+    )
+    unsaid, taken = options_read(found) - {"text", *reading}, []
+    if "separator" in unsaid and separator is not None:
+        taken.append(option("separator", separator))
+    elif "separator" not in reading:
+        separator = None
+    if "encoding" in unsaid and legacy is not None:
+        files = sum(len(getattr(source, "legacy_files", ())) for source in found)
+        which = "for those files alone that are not UTF-8 and do not say their encoding"
+        taken.append(f"{option('encoding', legacy)} {which}: {files or 'none'}")
+    if taken:
+        note(f"the text is read as that of training was, with {', '.join(taken)}")
+    if unsaid and "lost" in before:
+        note(
+            f"{before['lost']} If prepared text was there, it alone says how it was read; give the "
+            f"{' and '.join(map(option_name, sorted(unsaid)))} of this text if it is not "
+            f"{'read so' if taken else 'in UTF-8, one document in a file'}"
+        )
+    prepared: Prepared = prepare(
+        found if weights is None else dict(zip(found, weights, strict=True)),
+        source="text",
+        tokenizer=str(opened(_place(path))),
+        row_length=min(before["row_length"], model.backbone.max_length or 1 << 20),
+        valid=0.0,
+        quiet=True,
+        keep_duplicates=True,
+        text=text,
+        separator=separator,
+        encoding=encoding,
+    )
+    # All text is evaluated, so notes on training data (no validation rows) would be misleading.
+    for line in prepared.manifest.get("notes", ()):
+        if not line.startswith("no validation rows"):
+            note(line)
+    return prepared
 
 
 @contextlib.contextmanager
@@ -842,13 +874,22 @@ def _reading_of(home: Path | None, model: Model) -> dict[str, Any]:
 
     Returns:
         ``row_length`` (tokens), by its config.json or the settings of its run, and by the latter ``separator`` and
-        ``encoding`` where they were set.
+        ``encoding`` where they were set; ``lost`` is an error, if the prepared text that may say so cannot be read.
     """
     data, block = _settings_of(home).data, model.extra_config.get("pretrain")
-    prepared = prepared_in(data)
-    options = vars(data) if prepared is None else prepared.manifest["options"]
+    options, lost = vars(data), {}
+    if home is not None and isinstance(data.train, str):
+        try:
+            if manifest := read_manifest(Path(data.train)):
+                options = manifest["options"]
+            elif file_format(Path(data.train)) is None:
+                resolve_sources(data.train)  # a prepared directory may have stood there
+        except DataError as error:
+            lost = {"lost": str(error)}
     length = block.get("row_length") if isinstance(block, Mapping) else None
     if type(length) is not int or length < 2:
         length = options["row_length"]
     set_there = {key: options.get(key) for key in ("separator", "encoding")}
-    return {"row_length": length} | {k: v for k, v in set_there.items() if isinstance(v, str)}
+    return (
+        {"row_length": length} | {k: v for k, v in set_there.items() if isinstance(v, str)} | lost
+    )
