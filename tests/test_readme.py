@@ -159,6 +159,7 @@ def test_the_task_of_the_guide_trains(place):
             out="runs/loud",
         )
         answer = tuned.predict("AHAHAH sea")
+        wrong = [row["score"] for row in tuned.errors(100)]
         # A directory never names code: who opens it names the class.
         objectives._OWN_TASKS.clear()
         loud = pretrain.load("runs/loud", quiet=True)
@@ -184,6 +185,7 @@ def test_the_task_of_the_guide_trains(place):
         sys.modules.pop("shouting_of_the_guide", None)
     assert set(answer) == {"loudness"} and np.isfinite(answer["loudness"])
     assert np.isfinite(tuned.metrics["loss"])
+    assert len(wrong) == 8 and wrong == sorted(wrong, reverse=True) and wrong[0] > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

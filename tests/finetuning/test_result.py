@@ -11,6 +11,8 @@ from sklearn.metrics import confusion_matrix
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, rows_of
 from pretrain.errors import DataError
+from pretrain.objectives.regression import Regression
+from pretrain.objectives.tasks import Task
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,20 @@ def test_numbers_have_no_confusion(checkpoint: str, tmp_path: Path) -> None:
         found.confusion()
     weights = [abs(row["label"] - row["predicted"]) for row in found.errors(4)]
     assert weights == sorted(weights, reverse=True)
+
+
+def test_a_task_whose_answers_have_another_key(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are not compared with the truth, unless it says how; then they are shown whole."""
+    rows = [{"text": r["text"], "label": len(r["text"]) / 20} for r in rows_of(48)]
+    monkeypatch.setattr(Regression, "answer_key", "label")
+    own = Regression.mistake
+    monkeypatch.setattr(Regression, "mistake", Task.mistake)
+    found = pretrain.finetune(checkpoint, rows, "regression", **(QUICK | {"out": tmp_path}))
+    assert found.answers and not list(found.errors())
+    monkeypatch.setattr(Regression, "mistake", own)
+    assert all(list(row["predicted"]) == ["score"] for row in found.errors())
 
 
 def test_mistakes_in_answers_are_those_that_the_figures_count(

@@ -212,7 +212,7 @@ class Finetuned:
         for i, (truth, found) in enumerate(self.answers):
             weight = self.task.mistake(truth, found) if found and truth is not None else None
             if weight is not None:
-                wrong.append((weight, i, truth, found[self.task.answer_key]))
+                wrong.append((weight, i, truth, found.get(self.task.answer_key, found)))
         wrong.sort(key=lambda item: (-item[0], item[1]))
         judged, mistakes = self.judged, []
         for weight, i, truth, answer in wrong[:count]:

@@ -419,13 +419,13 @@ class Task(Objective):
         return None
 
     def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
-        """How wrong an answer is, to sort mistakes by: its highest score; None if it is right.
+        """How wrong an answer is, to sort mistakes by: its highest score; None if it is right or has no `answer_key`.
 
         Args:
             truth: the correct answer, as `truth` returns it.
             answer: what `decode` returned.
         """
-        if answer[self.answer_key] == truth:
+        if self.answer_key not in answer or answer[self.answer_key] == truth:
             return None
         return float(np.max(answer.get("score", 0.0), initial=0.0))
 
