@@ -146,6 +146,8 @@ def test_retrieval(directory, model, tmp_path, capsys):
         "targets": 4.0,
         "documents": float(len(tiny.TEXTS)),
     }
+    again = [{**row, "score": 0} for row in parts["relevance"]]
+    assert retrieval(model, {**parts, "relevance": parts["relevance"] + again}, {}, 8, 0) == found
     floats = [{**row, "corpus-id": float(row["corpus-id"])} for row in parts["relevance"]]
     assert retrieval(model, {**parts, "relevance": floats}, {}, 8, 0) == found
     capsys.readouterr()
@@ -157,7 +159,7 @@ def test_retrieval(directory, model, tmp_path, capsys):
     assert "has no corpus.jsonl" in capsys.readouterr().err
 
 
-def test_retrieval_of_pairs(model):
+def test_retrieval_of_pairs(model, capsys):
     rows = [{"query": text, "document": text} for text in tiny.TEXTS[:6]]
     rows += [{"query": tiny.TEXTS[0], "document": tiny.TEXTS[9]}]
     found = retrieval(model, rows, {}, 8, 0)
@@ -168,12 +170,20 @@ def test_retrieval_of_pairs(model):
     for name in ("relevance", "label"):  # those of 0 are searched, and answer nothing
         wrong = [{"query": r["query"], "document": tiny.TEXTS[8], name: 0} for r in rows[:6]]
         graded = [{**row, name: 1 + (i == 6)} for i, row in enumerate(rows)] + wrong
-        gained = retrieval(model, graded, {}, 8, 0)
+        gained = retrieval(model, graded, {"relevance": name}, 8, 0)
         assert {k: gained[k] for k in ("recall@10", "mrr@10", "targets")} == {
             k: found[k] for k in ("recall@10", "mrr@10", "targets")
         } and gained["ndcg@10"] < found["ndcg@10"] and gained["documents"] == 8  # fmt: skip
-        with pytest.raises(DataError, match="No query has a relevant document"):
-            retrieval(model, wrong, {}, 8, 0)
+        with pytest.raises(DataError, match="all relevances of .* are 0 or less"):
+            retrieval(model, wrong, {"relevance": name}, 8, 0)
+        marked = [{**row, name: "true"} for row in rows] + [{**row, name: "false"} for row in wrong]
+        assert retrieval(model, marked, {}, 8, 0)["ndcg@10"] == pytest.approx(found["ndcg@10"])
+    for name, value in (("label", "animal"), ("Score", None), ("label", 0), ("score", 0.7)):
+        capsys.readouterr()
+        assert retrieval(model, [{**row, name: value} for row in rows], {}, 8, 0) == found
+        assert f"columns not used: {name!r}" in capsys.readouterr().err
+    again = [{**row, "relevance": n} for n in (0, 1, 0) for row in rows]
+    assert retrieval(model, again, {}, 8, 0) == found
     twice = {"queries": [{"id": 1, "text": "a"}] * 2, "corpus": [], "relevance": []}
     with pytest.raises(DataError, match="occurs twice"):
         retrieval(model, twice, {}, 8, 0)

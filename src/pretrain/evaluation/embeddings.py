@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from pretrain import metrics
 from pretrain.data.labelled import Role, choose_columns, roles_table
-from pretrain.data.labels import finite_numbers, spelled
+from pretrain.data.labels import finite_numbers, is_on, spelled
 from pretrain.data.tables import Table, read_table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError
@@ -57,7 +58,7 @@ _RELEVANCE = (
 _FOUND = (
     Role("query", ("query", "question", "anchor", "sentence1"), help="a query"),
     Role("document", ("document", "passage", "answer", "positive", "context", "text"), help="a text that answers it"),
-    Role("relevance", ("relevance", "label", "score"), False, "0 or more; not given, 1"),
+    Role("relevance", ("relevance",), False, "0 or more; not given, 1"),
 )  # fmt: skip
 
 
@@ -142,7 +143,8 @@ def retrieval(
         data: a folder or a dict with ``queries``, ``corpus`` and ``relevance`` (in a folder ``queries.jsonl``,
             ``corpus.jsonl`` and ``qrels.tsv`` or ``qrels/test.tsv``, as in BEIR); or rows of pairs, ``query`` and
             ``document``, where the corpus is all documents and those that stand beside a query are its relevant ones,
-            as far as ``relevance`` (or ``label`` or ``score``) says if it is there.
+            as far as ``relevance`` says if it is there, or ``label`` or ``score`` if it holds both 0 and 1 and nothing
+            else. Of relevances that are given for the same query and document the highest counts.
         columns: role -> column of pairs.
         batch_rows: texts in one forward pass.
         limit: maximum number of queries, spread evenly; 0 takes all. The corpus is always searched whole.
@@ -154,6 +156,10 @@ def retrieval(
         ``passage`` and ``corpus``; a line names them. Without such a prompt they get none, not the default one.
         Queries and documents without a text, and queries without a relevant document, are left out and counted in a
         printed line; of documents with equal scores the earlier one comes first.
+
+    Raises:
+        DataError: a part or a column is missing, a relevance is no finite number, a name occurs twice, or no query has
+            a relevant document.
     """
     queries, documents, relevant = _read(data, columns)
     asked = [query for query in queries if any(value > 0 for value in relevant[query].values())]
@@ -213,11 +219,18 @@ def _read(
     """Return the texts of queries and documents by name, and query -> document -> relevance."""
     parts = _parts(data)
     if parts is None:
-        table = rows_with_texts(data, _FOUND, columns, ("query", "document"))
+        table = read_table(data)
+        roles = [*_FOUND[:-1], replace(_FOUND[-1], known=("relevance", *_marks(table)))]
+        table = rows_with_texts(table, roles, columns, ("query", "document"))
         pairs = list(zip(table.columns["query"], table.columns["document"], strict=True))
         relevant: dict[str, dict[str, float]] = {query: {} for query, _ in pairs}
         for (query, document), number in zip(pairs, _relevances(table), strict=True):
-            relevant[query][document] = number
+            _add(relevant[query], document, number)
+        if not any(number > 0 for found in relevant.values() for number in found.values()):
+            raise DataError(
+                f"No query has a relevant document: all relevances of {table.name} are 0 or less. Give 1 or more where "
+                "the document answers the query, or rename the column if it says something else."
+            )
         return {q: q for q, _ in pairs}, {d: d for _, d in pairs}, relevant
     if columns:
         raise DataError(
@@ -232,7 +245,7 @@ def _read(
     unknown = 0
     for query, document, number in rows:
         if (name := spelled(query)) in queries and spelled(document) in documents:
-            relevant[name][spelled(document)] = number
+            _add(relevant[name], spelled(document), number)
         else:
             unknown += 1
     if unknown:
@@ -240,11 +253,25 @@ def _read(
     return queries, documents, relevant
 
 
+def _add(found: dict[str, float], document: str, relevance: float) -> None:
+    found[document] = max(relevance, found.get(document, relevance))
+
+
+def _marks(table: Table) -> list[str]:
+    """Columns whose name alone does not say that they hold relevances, but that mark some of the rows with 1."""
+    return [
+        name
+        for name, cells in table.columns.items()
+        if name.strip().casefold() in ("label", "score") and {*map(is_on, cells)} == {False, True}
+    ]
+
+
 def _relevances(table: Table) -> list[float]:
     """How relevant the document of each row is to its query; 1 without a column that says so."""
     values = table.columns.get("relevance", [1.0] * len(table))
     cure = "Correct or remove these rows, or rename the column if it says something else."
-    return finite_numbers(values, table.where, what="relevances", cure=cure, bools=True)
+    values = [value if (on := is_on(value)) is None else float(on) for value in values]
+    return finite_numbers(values, table.where, what="relevances", cure=cure)
 
 
 def _parts(data: Any) -> dict[str, Any] | None:
