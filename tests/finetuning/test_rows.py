@@ -251,18 +251,22 @@ def test_a_test_split_without_labels_is_left(capsys: pytest.CaptureFixture[str])
         ("question-answering", "answers", "cat", "{'text': array([], dtype=object), 'answer_start': []}"),
         ("classification", "labels", ["cat", "dog"], []),
         ("regression", "label", 2.5, -1),
+        ("token-classification", "label", [1, 0], [-1, -1]),
+        ("token-classification", "label", [1, 0], "[-100, -100]"),
     ],
 )  # fmt: skip
 def test_a_test_split_whose_answers_are_held_back_is_left(
     task: str, name: str, known: Any, hidden: Any
 ) -> None:
-    """What is empty or -1 in all rows would be measured as if it were meant; one row of another kind means it."""
+    """What is empty, -1 or -100 in all rows would be measured as if it were meant; one row of another kind means it."""
     cls = task_class(task)
 
     def rows(seed: int, target: Any) -> list[dict[str, Any]]:
         texts = [row["text"] for row in rows_of(12, seed)]
         if name == "answers":
             return [{"question": "who", "context": f"the cat {t}", name: target} for t in texts]
+        if task == "token-classification":
+            return [{"tokens": t.split()[:2], name: target} for t in texts]
         return [{"text": text, name: target} for text in texts]
 
     others = {"regression": 1.0, "classification": ["dog"]}.get(task, known)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -198,33 +198,41 @@ def _labelled(test: Table, train: Table, task: type[Task]) -> Table:
     """Return the rows of a test split.
 
     Raises:
-        DataError: a column of targets is empty in all rows, or holds the -1 that marks hidden labels and that no
-            training row has.
+        DataError: a column of targets is empty in all rows, or holds only the -1 or -100 that marks hidden labels, as
+            no training row does.
     """
     for role in task.roles:
         if not role.target or role.name not in set(test.names) & set(train.names):
             continue
-        cells, known = (table.columns[role.name] for table in (test, train))
-        empty = role.required and all(map(_is_empty, cells)) and not all(map(_is_empty, known))
-        if empty or (all(map(_is_hidden, cells)) and not any(map(_is_hidden, known))):
+        cells, known = (
+            [cell for cell in table.columns[role.name] if not _holds_only(is_missing, cell)]
+            for table in (test, train)
+        )
+        hidden, meant = ([_holds_only(_is_hidden, c) for c in found] for found in (cells, known))
+        empty = role.required and not cells and bool(known)
+        if empty or (cells and all(hidden) and not any(meant)):
             raise DataError(
-                f"{role.name} is {'empty' if empty else '-1'} in all {len(test):,} rows of {test.name}, as in public "
-                "test splits whose answers are held back"
+                f"{role.name} {'is empty' if empty else 'holds only -1 or -100'} in all {len(test):,} rows of "
+                f"{test.name}, as in public test splits whose answers are held back"
             )
     return test
 
 
-def _is_hidden(cell: Any) -> bool:
-    return isinstance(cell, int | float | str) and cell in (-1, "-1", "-1.0")
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, int | float | str) and exact_number(spelled(value)) in (-1, -100)
 
 
-def _is_empty(cell: Any) -> bool:
-    """Whether a target holds nothing: a missing value, or a list or mapping of such values, also a printed one."""
+def _holds_only(kind: Callable[[Any], bool], cell: Any) -> bool:
+    """Whether a target is of a kind, or a list or mapping that holds nothing else, also a printed one."""
     if isinstance(cell, str) and (items := printed_mapping(cell) or printed_list(cell)) is not None:
         cell = items
     if isinstance(cell, Mapping):
         cell = list(cell.values())
-    return all(map(_is_empty, cell)) if isinstance(cell, list | tuple) else is_missing(cell)
+    return (
+        all(_holds_only(kind, item) for item in cell)
+        if isinstance(cell, list | tuple)
+        else kind(cell)
+    )
 
 
 def _groups(
