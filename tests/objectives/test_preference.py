@@ -187,6 +187,7 @@ def test_conversations_of_any_form() -> None:
     asked = [{"role": "user", "content": "q"}]
     good, bad = ([{"role": "assistant", "content": c}] for c in "ab")
     given_both = {"chosen": good, "rejected": bad}
+    parts = [{"type": "text", "text": "q"}]
     forms = [
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": asked, "chosen": good, "rejected": bad},
@@ -194,6 +195,7 @@ def test_conversations_of_any_form() -> None:
         {"prompt": "q", "chosen": asked + good, "rejected": asked + bad},
         {"chosen": asked + good, "rejected": asked + bad},
         {"prompt": " q\n", "chosen": asked + good, "rejected": asked + bad},
+        {"prompt": "q", **{k: [asked[0] | {"content": parts}, *v] for k, v in given_both.items()}},
         {"prompt": "", "chosen": asked + good, "rejected": asked + bad},
         {"prompt": "q", **{k: [asked[0] | {"id": "1"}, *v] for k, v in given_both.items()}},
     ]
@@ -223,6 +225,7 @@ def test_a_prompt_within_a_conversation_is_not_given_twice() -> None:
         (turns("ux ay uq"), "ux ay uq", "ux ay uq"),
         (turns("sbrief"), "uq", "sbrief uq"),
         ("q", "ay ux", "uq ay ux"),
+        (turns("uq ay"), "ux", "uq ay ux"),
     ):
         given, wanted = (rows(p, b) for p, b in ((prompt, before), (None, whole)))
         found, right = (task.encode(read_table([row]))[0]["input_ids"] for row in (given, wanted))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.data.chat import TOOLS, Message, as_messages, as_tools, typed_specials
+from pretrain.data.chat import TOOLS, Message, as_messages, as_tools, content_text, typed_specials
 from pretrain.data.chat_spans import Unplaced, readable
 from pretrain.data.labelled import Role
 from pretrain.data.tables import shortened
@@ -234,11 +234,11 @@ class Preference(Task):
 def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message]:
     """The prompt and one of the answers, as messages of which the last is the assistant's.
 
-    An answer of messages that holds all turns of the prompt is the whole conversation.
+    An answer of messages that holds all turns of the prompt is the whole conversation; any other continues it.
 
     Raises:
-        DataError: a side is neither a text nor messages, there is no prompt, or it is none of the turns of a
-            conversation that begins with another question.
+        DataError: a side is neither a text nor messages, there is no prompt, or it ends with a question and is none of
+            the turns of a conversation that begins with another one.
     """
     prompt, answer = row.get("prompt"), row[side]
     start: list[Message] = []
@@ -253,7 +253,7 @@ def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message
         spoken = [*map(_spoken, end), ("user", "")]
         if all(_spoken(turn) in spoken for turn in start):
             start = []
-        elif _asks(start) and _asks(end) and end[0]["role"] != "assistant":
+        elif start[-1]["role"] == "user" and _asks(end) and end[0]["role"] != "assistant":
             raise DataError(
                 f"{where}: {side} is a conversation of its own, of which not every turn of the prompt "
                 f"{shortened(prompt)} is one, so it would have two questions. Give whole conversations with the same "
@@ -269,8 +269,8 @@ def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message
 
 
 def _spoken(turn: Message) -> tuple[str, Any]:
-    """The role and the content of a turn, whatever its white space and other keys."""
-    content = turn["content"]
+    """The role and the content of a turn, whatever its white space, its parts and other keys."""
+    content = content_text(turn["content"])
     return turn["role"], " ".join(content.split()) if isinstance(content, str) else content
 
 
