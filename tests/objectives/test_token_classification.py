@@ -623,9 +623,19 @@ def test_rows_with_one_word_are_gathered_into_sentences(capsys: pytest.CaptureFi
     assert gathered(whole).columns["words"] == ["Bob runs", "EU"]
     with pytest.raises(DataError, match=r"row 6 .*'sentence_id' holds 1 again, .*row 1 "):
         gathered([*ids, (1, "yes", "O")])
-    two = table([{"sentence": 1, "sent_id": 1, "word": "a", "tag": "O"}] * 2)
-    with pytest.raises(DataError, match="'sentence' and 'sent_id' may both"):
+    two = table([{"sentence": k, "sent_id": 1, "word": "a", "tag": "O"} for k in "aab"])
+    with pytest.raises(DataError, match="'sentence' and 'sent_id' may both .* differently"):
         TokenClassification.gathered(two, {})
+    texts = [(t, k, w) for k, t in enumerate(("a b", "c d", "a b")) for w in t.split()]
+    both = table([{"sentence": t, "sent_id": k, "word": w, "tag": "O"} for t, k, w in texts])
+    found = TokenClassification.gathered(both, {})
+    assert found.columns["word"] == [["a", "b"], ["c", "d"], ["a", "b"]]
+    restart = [(1, 0, "a"), ("", 0, "b"), (2, 0, "c"), (2, 1, "d"), (2, 1, "e")]
+    for name in ("doc", "Document ID"):
+        of = table([{name: d, "sent_id": k, "word": w, "tag": "O"} for d, k, w in restart])
+        found = TokenClassification.gathered(of, {})
+        assert found.columns["word"] == [["a", "b"], ["c"], ["d", "e"]]
+        assert f"by {name!r} and 'sent_id'" in capsys.readouterr().err
     words = table([{"sent_id": k, "word": w} for k, w, _ in ids])
     assert TokenClassification.gathered(words, {}).columns["word"][1] == ["[", "EU"]
     lone = table([{"tokens": w, "label": t} for _, w, t in ids])

@@ -16,6 +16,7 @@ __all__ = ["Answers", "find_answers", "gathered_words", "read_tags", "read_words
 Given = tuple[str, int | None]
 # Names of the column that numbers the sentences of rows with one word each, without case and what is no letter.
 _SENTENCE = {"sentence", "sentenceid", "sentenceidx", "sentencenumber", "sentid", "sentidx"}
+_DOCUMENT = {"doc", "docid", "document", "documentid"}  # likewise, of what a sentence is from
 
 
 def read_words(table: Table) -> list[list[str]]:
@@ -40,7 +41,8 @@ def read_words(table: Table) -> list[list[str]]:
 def gathered_words(table: Table, words: str | None, tags: str | None) -> Table:
     """Return a table with one row for each sentence, from one with one word in a row; any other as it is.
 
-    A sentence is a run of rows with one value in the column that numbers them; an empty cell goes on with that above.
+    A sentence is a run of rows with one value in the column that numbers them, and in those that name its document; an
+    empty cell goes on with that above.
 
     Args:
         table: the rows as they were read.
@@ -48,37 +50,40 @@ def gathered_words(table: Table, words: str | None, tags: str | None) -> Table:
         tags: the column of tags, if there is one.
 
     Raises:
-        DataError: two columns may number the sentences, or a number comes back after another one.
+        DataError: two columns may number the sentences and part them differently, or a number comes back after another
+            one, in the same document.
     """
     if words is None or not all(map(_is_word, table.columns[tags or words])):
         return table
     found = ["".join(c for c in name.casefold() if c.isalpha()) for name in table.names]
-    columns = [name for name, short in zip(table.names, found, strict=True) if short in _SENTENCE]
-    columns = [name for name in columns if name not in (words, tags)]
+    free = [pair for pair in zip(table.names, found, strict=True) if pair[0] not in (words, tags)]
+    columns, documents = ([n for n, short in free if short in of] for of in (_SENTENCE, _DOCUMENT))
     if not columns or not all(isinstance(word, str) for word in table.columns[words]):
         return table
-    if len(columns) > 1:
+    of = [_filled(table.columns[name]) for name in documents]
+    keys = {name: list(zip(*of, _filled(table.columns[name]), strict=True)) for name in columns}
+    # A sentence's text may come back where its number does not.
+    column = max(columns, key=lambda name: len(set(keys[name])))
+    numbers = keys[column]
+    starts = _starts(numbers)
+    if any(_starts(keys[name]) != starts for name in columns):
         raise DataError(
             f"{table.name} has one word in a row, and {' and '.join(map(repr, columns))} may both number its "
-            "sentences. Rename or remove all but one."
+            "sentences, but part them differently. Rename or remove all but one."
         )
-    numbers: list[Any] = []
-    for number in table.columns[columns[0]]:
-        numbers.append(numbers[-1] if numbers and is_missing(number) else number)
-    starts = [i for i, number in enumerate(numbers) if not i or number != numbers[i - 1]]
     if len(starts) == len(table):
         return table
-    first: dict[Any, int] = {}
+    first: dict[tuple[str, ...], int] = {}
     for i in starts:
         if (before := first.setdefault(numbers[i], i)) != i:
             raise DataError(
-                f"{table.where(i)}: the column {columns[0]!r} holds {numbers[i]!r} again, after other sentences "
+                f"{table.where(i)}: the column {column!r} holds {numbers[i][-1]} again, after other sentences "
                 f"({table.where(before)}). Put the words of each sentence behind each other, and give every sentence a "
                 "number of its own."
             )
     note(
         f"{table.name}: {len(table):,} rows with one word each are gathered into {len(starts):,} sentences by "
-        f"{columns[0]!r}"
+        f"{' and '.join(map(repr, [*documents, column]))}"
     )
     ends = [*starts[1:], len(table)]
     lists = {
@@ -88,6 +93,19 @@ def gathered_words(table: Table, words: str | None, tags: str | None) -> Table:
     }
     firsts = table.take(starts)
     return firsts.with_columns({**firsts.columns, **lists}, table.label_names)
+
+
+def _filled(cells: Sequence[Any]) -> list[str]:
+    """Return the cells of a column as Python prints them, with that above in place of an empty one."""
+    found: list[str] = []
+    for cell in cells:
+        found.append(found[-1] if found and is_missing(cell) else repr(cell))
+    return found
+
+
+def _starts(keys: Sequence[tuple[str, ...]]) -> list[int]:
+    """Return where a run of equal keys begins."""
+    return [i for i, key in enumerate(keys) if not i or key != keys[i - 1]]
 
 
 def _is_word(value: Any) -> bool:
