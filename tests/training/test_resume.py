@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from pretrain.checkpoint import latest, read_training
 from pretrain.errors import CheckpointError, TrainingError
+from pretrain.models.base import Model
+from pretrain.objectives import build_objective
+from pretrain.objectives.next_token import NextToken
 from pretrain.training import restore as restoring
 from pretrain.training.plan import Plan
 from pretrain.training.trainer import Hook
@@ -169,6 +175,69 @@ def test_an_objective_goes_on_with_its_arguments(tmp_path: Path, changed: dict[s
         with pytest.raises(TrainingError, match=rf"MaskedLM with {next(iter(changed))} "):
             _run(tmp_path / name, "MaskedLM", limit="4 steps", goal=after)
         assert _run(tmp_path / name, "MaskedLM", limit="4 steps", goal=before).state.step == 4
+
+
+class Scaled(NextToken):
+    """Without a method ``describe``, and with a frozen module and an argument that it changes."""
+
+    frozen = ("teacher",)
+
+    def __init__(
+        self, model: Model, scale: float = 1.0, other: Any = 2, teacher: str | Path = "a"
+    ) -> None:
+        super().__init__(model)
+        self.scale, self.teacher = scale, nn.Linear(2, 2)
+        nn.init.zeros_(self.teacher.weight), nn.init.zeros_(self.teacher.bias)
+        if isinstance(other, dict):
+            other["touched"] = True
+
+
+def _own(out: Path, steps: int, options: dict[str, Any] | None, **by_hand: Any) -> Any:
+    model = objective("NextToken").model
+    path = f"{__name__}:Scaled"
+    goal = Scaled(model, **by_hand) if options is None else build_objective(path, options, model)
+    task = trainer(out, goal, Rows(10), limit=f"{steps} steps")
+    task.fit()
+    return task.state.step
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({}, {"scale": 3.0}), ({"scale": 3.0}, {}), ({"scale": 3.0}, {"scale": 3.0, "other": 3})],
+)
+def test_an_objective_without_a_description_is_told_by_its_arguments(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    _own(tmp_path, 2, before)
+    with pytest.raises(TrainingError, match=r"Scaled with (scale|other) "):
+        _own(tmp_path, 4, after)
+    assert _own(tmp_path, 4, before | {"other": 2}) == 4
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"scale": 3.0}, {"scale": 3.0, "other": 2}),
+        ({"teacher": "a"}, {"teacher": "b"}),  # told by its weights
+        ({"scale": 3.0}, None),  # by hand: not known
+        (None, {"scale": 3.0}),
+    ],
+)
+def test_an_objective_goes_on_where_nothing_is_known_to_differ(
+    tmp_path: Path, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> None:
+    for steps, options in ((2, before), (4, after)):
+        by_hand = {"scale": 3.0} if options is None else {}
+        assert _own(tmp_path, steps, options, **by_hand) == steps
+
+
+def test_a_checkpoint_keeps_arguments_of_any_kind_as_they_were_given(tmp_path: Path) -> None:
+    for steps in (2, 4):
+        odd: dict[Any, Any] = {1: Path("b"), "worst": math.inf, "few": (1, None)}
+        assert _own(tmp_path, steps, {"teacher": Path("a"), "other": odd}) == steps
+        block = json.loads((tmp_path / f"checkpoint-{steps}/config.json").read_text())["pretrain"]
+        kept = {"1": "b", "worst": "inf", "few": [1, None]}
+        assert block["objective"]["init_args"] == {"teacher": "a", "other": kept}
 
 
 def test_another_precision_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

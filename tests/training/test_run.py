@@ -655,8 +655,50 @@ def test_an_own_objective_is_evaluated_with_the_arguments_of_its_run(
     assert scaled == pytest.approx(3 * plain, rel=1e-5)
     del model.extra_config["pretrain"]["objective"]["init_args"]  # as earlier versions
     assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
-    with pytest.raises(ConfigError, match=r"argument: 'scale'.*Neither config.json.*describe\(\)"):
+    with pytest.raises(ConfigError, match=r"needs scale, and neither config.json.*describe\(\)"):
         running.evaluate(copy, str(held), objective=path, model=model)
+
+
+FACTS = """
+from pretrain.errors import ConfigError
+from pretrain.objectives.next_token import NextToken
+
+class Facts(NextToken):
+    def __init__(self, model, scale: float = 1.0, shares: dict | None = None):
+        super().__init__(model)
+        if shares:
+            shares["rest"] = 0.0
+
+    def describe(self):
+        return {"name": "Facts", "layers": len(self.model.backbone.blocks())}
+
+class Deep(NextToken):
+    def __init__(self, model, depth: int = 3):
+        raise ConfigError("Deep wants a deeper model.")
+"""
+
+
+@pytest.mark.parametrize("given", [{}, {"scale": 2.0, "shares": {"a": 1.0}}])
+def test_an_own_objective_may_describe_facts_that_are_no_arguments(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    (tmp_path / "own_facts.py").write_text(FACTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = "own_facts:Facts"
+    objective = {"class_path": path, "init_args": given}
+    for steps in (2, 3):
+        chosen = settings(tmp_path, text, limit=f"{steps} steps") | {"objective": objective}
+        run = pretrain.train(chosen)
+        assert run.step == steps
+    want = pytest.approx(run.metrics["loss"], rel=1e-5)
+    model = pretrain.load(run.path, quiet=True)
+    record = model.extra_config["pretrain"]["objective"]
+    assert record == {"name": "Facts", "layers": record["layers"], "init_args": given}
+    assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
+    del record["init_args"]  # as earlier versions
+    assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
+    with pytest.raises(ConfigError, match=r"^Deep wants a deeper model\.$"):
+        running.evaluate(run.path, objective="own_facts:Deep", model=model)
 
 
 def test_the_loss_on_all_rows_is_not_compared_with_that_of_a_sample(

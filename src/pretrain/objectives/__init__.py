@@ -20,6 +20,7 @@ from pretrain.config.spelling import either, option, option_name
 from pretrain.errors import ConfigError, did_you_mean, suggestion
 from pretrain.objectives.base import Loss, Objective
 from pretrain.utils.imports import import_named
+from pretrain.utils.strict_json import as_json
 
 if TYPE_CHECKING:
     from pretrain.objectives.tasks import Task
@@ -29,6 +30,7 @@ __all__ = [
     "TASKS",
     "Loss",
     "Objective",
+    "arguments",
     "build_objective",
     "check_arguments",
     "check_monitor",
@@ -190,11 +192,27 @@ def build_objective(
         ConfigError: there is no such objective, or an argument is unknown, missing or of the wrong type.
     """
     cls = check_objective(class_path, init_args)
+    given = as_json(init_args)  # a class may change what it is given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = cls(model, **init_args)
-    built.init_args = init_args
+    # config.json of those that are built in has only what their description lacks.
+    if class_path not in OBJECTIVES or not given.keys() <= built.describe().keys():
+        built.init_args = given
     return built
+
+
+def arguments(cls: type[Objective]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Return the named arguments of an objective, beside the model, and whether it accepts any others."""
+    parameters = inspect.signature(cls.__init__).parameters
+    kinds = {p.kind for p in parameters.values()}
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {
+        name: p
+        for name, p in parameters.items()
+        if name not in ("self", "model") and p.kind not in rest
+    }
+    return named, inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
@@ -227,18 +245,12 @@ def check_arguments(
     Raises:
         ConfigError: an unknown argument, or a value that does not match a plain annotation.
     """
-    parameters = inspect.signature(cls.__init__).parameters
-    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    known = [
-        name
-        for name, parameter in parameters.items()
-        if name not in ("self", "model") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+    known, anything = arguments(cls)
     for key, value in given.items():
         if key in others:
             check_value(spell(key), value, others[key])
         elif key in known:
-            check_value(spell(key), value, _annotation(cls, parameters[key].annotation))
+            check_value(spell(key), value, _annotation(cls, known[key].annotation))
         elif not anything:
             near = did_you_mean(key, [*known, *others])
             raise ConfigError(f"{spell(key)}: {cls.__name__} has no such argument.{near}")

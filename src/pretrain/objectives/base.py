@@ -21,6 +21,7 @@ from pretrain.data.loader import Example, Examples
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
 from pretrain.nn.tensor_parallel import Group, gather_from_tensor_parallel
+from pretrain.utils.strict_json import as_json
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -114,7 +115,8 @@ class Objective(nn.Module):
             a run. Set for training.
         fixed_statistics: normalisations use their running statistics in training too, and leave them as they are. Set
             for training.
-        init_args: arguments by name, beside the model, where it was built from a configuration.
+        init_args: arguments by name, beside the model, that ``build_objective`` gave it, as JSON keeps them; None if
+            they are unknown, or ``describe`` tells them.
     """
 
     couples_examples: ClassVar[bool] = False
@@ -131,7 +133,7 @@ class Objective(nn.Module):
         self.progress: float | None = None
         self.train_rows: Examples | None = None
         self.fixed_statistics = False
-        self.init_args: Mapping[str, Any] = {}
+        self.init_args: Mapping[str, Any] | None = None
 
     def train(self, mode: bool = True) -> Objective:
         """Set the training mode of all modules but those that are to stay in evaluation mode: the frozen ones, and
@@ -260,10 +262,10 @@ class Objective(nn.Module):
         return {"name": type(self).__name__}
 
     def record(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: ``describe``, and ``init_args`` where that lacks any of them."""
-        described = self.describe()
-        whole = self.init_args.keys() <= described.keys()
-        return described | ({} if whole else {"init_args": dict(self.init_args)})
+        """Return what a checkpoint keeps, as JSON keeps it: ``describe``, and ``init_args`` if there are any known."""
+        known = {} if self.init_args is None else {"init_args": self.init_args}
+        record: dict[str, Any] = as_json(self.describe() | known)
+        return record
 
 
 class TokenObjective(Objective):

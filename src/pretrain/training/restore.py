@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +17,9 @@ from pretrain.checkpoint.peers import ALONE, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.nn.layout import ShardLayout, local
-from pretrain.objectives.base import Objective
+from pretrain.objectives import Objective, arguments
 from pretrain.training.state import RunState
+from pretrain.utils.strict_json import as_json
 from pretrain.utils.tensors import hash_tensors
 
 if TYPE_CHECKING:
@@ -52,7 +51,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
 
 def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
     """Return the settings of the optimizer, which a run keeps to its end."""
-    return _plain(asdict(trainer.optim))
+    settings: dict[str, Any] = as_json(asdict(trainer.optim))
+    return settings
 
 
 def origin(objective: Objective, base: str | None) -> dict[str, Any]:
@@ -64,10 +64,10 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.processor is None else model.processor.fingerprint
-    found = {"tokenizer": tokenizer, **config, **frozen_modules(objective)}
+    found = {"tokenizer": tokenizer, **as_json(config), **frozen_modules(objective)}
     if base is not None:
         found["base weights"] = base
-    return _plain(found)
+    return found
 
 
 def frozen_modules(objective: Objective) -> dict[str, str]:
@@ -204,10 +204,7 @@ def check_objective(objective: Objective, checkpoint: Path) -> None:
     before, now = block.get("objective"), objective.record()
     if not isinstance(before, Mapping) or "name" not in before:
         return
-    # Descriptions leave defaults out; of an objective that no configuration built, some arguments are not known.
-    parameters = inspect.signature(type(objective).__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    then, now = (_plain(defaults | dict(record)) for record in (before, now))
+    then, now = _values(objective, before, now), _values(objective, now, before)
     known = (then.keys() & now.keys()).difference(objective.frozen)
     for key in sorted(known, key=lambda key: (key != "name", key)):
         if then[key] != now[key]:
@@ -218,10 +215,22 @@ def check_objective(objective: Objective, checkpoint: Path) -> None:
             )
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as they are after they were saved."""
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
-    return plain
+def _values(
+    objective: Objective, record: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments and facts of a record of an objective, with the defaults that it leaves out.
+
+    With ``init_args`` it leaves out nothing else; without them, only what ``describe`` tells in the ``other`` record
+    is known to be a default.
+    """
+    given = record.get("init_args")
+    told = {key: value for key, value in record.items() if key != "init_args"}
+    defaults = {
+        key: as_json(p.default)
+        for key, p in arguments(type(objective))[0].items()
+        if p.default is not p.empty and (given is not None or key in other)
+    }
+    return defaults | dict(given or {}) | told
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ function of the configuration, and the trainer continues from the newest checkpo
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -44,6 +45,7 @@ from pretrain.models.base import Model
 from pretrain.objectives import (
     OBJECTIVES,
     Objective,
+    arguments,
     build_objective,
     objective_class,
     objective_for,
@@ -138,7 +140,9 @@ def train(
         out = Path(settings.train.out)
         model = make_model(settings, data)
         chosen, seed = settings.objective, settings.train.seed
-        objective = build_objective(chosen.class_path, chosen.init_args, model, seed)
+        # The class gets a copy, so that run.yaml has what the user gave, whatever the class does with it.
+        given = copy.deepcopy(chosen.init_args)
+        objective = build_objective(chosen.class_path, given, model, seed)
         trainer = Trainer(
             objective,
             data.train,
@@ -678,22 +682,24 @@ def _objective_of(path: Path, name: str, recorded: Mapping[str, Any], model: Mod
     """
     options: dict[str, Any] = {}
     cls = objective_class(name)
+    accepted, anything = arguments(cls)
     if recorded.get("name") == cls.__name__:
-        options = {k: v for k, v in recorded.items() if k not in ("name", "task", "init_args")}
         kept, chosen = recorded.get("init_args"), _settings_of(run_of(path)).objective
         if isinstance(kept, Mapping):
             options = dict(kept)
-        elif re.split("[.:]", chosen.class_path)[-1] == cls.__name__:
-            options |= chosen.init_args
-    try:
-        return build_objective(name, options, model)
-    except ConfigError as error:
-        if options:
-            raise
+        else:  # a description may hold facts that are no arguments
+            known = (recorded if anything else accepted).keys() - {"name", "task"}
+            options = {key: value for key, value in recorded.items() if key in known}
+            if re.split("[.:]", chosen.class_path)[-1] == cls.__name__:
+                options |= chosen.init_args
+    lacking = [k for k, p in accepted.items() if p.default is p.empty and k not in options]
+    if lacking:
         raise ConfigError(
-            f"{error} Neither config.json in {path} nor the run.yaml of its run has arguments of {cls.__name__}. Give "
-            "it defaults, or let its method describe() return the arguments with its name before training."
-        ) from error
+            f"{cls.__name__} needs {', '.join(lacking)}, and neither config.json in {path} nor the run.yaml of its run "
+            "has a value. Give the arguments defaults, or let its method describe() return them with its name before "
+            "training."
+        )
+    return build_objective(name, options, model)
 
 
 def _settings_of(home: Path | None) -> RunConfig:

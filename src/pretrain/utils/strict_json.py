@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from pretrain.errors import CheckpointCorrupt
 
-__all__ = ["names_only", "parse_json", "sealed", "to_json", "unsealed", "without_nan"]
+__all__ = ["as_json", "names_only", "parse_json", "sealed", "to_json", "unsealed", "without_nan"]
 
 JSON_LIMIT = 64 << 20  # bytes
 JSON_DEPTH = 64
@@ -74,6 +74,16 @@ def to_json(value: Any) -> bytes:
     """Encode JSON in the format of all checkpoint files: sorted keys, two spaces of indentation, no NaN or Infinity."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
+
+
+def as_json(value: Any) -> Any:
+    """Copy a value as JSON can express it: keys, and what JSON has no form of (a path, NaN), become text."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    finite = isinstance(value, float) and math.isfinite(value)
+    return value if finite or value is None or isinstance(value, str | int) else str(value)
 
 
 def without_nan(value: Any) -> Any:
