@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,17 @@ def test_names_that_are_not_known_are_refused_unless_the_caller_gave_them() -> N
         assert made.labels == ("bad", "good") and made.ids([1, 0]) == [1, 0]
         for names in (["pos", "neg"], ["good", "bad"], ["Pos", "Neg"]):
             assert made.ids([1, 0], names=names) == [0, 1], (labels, names)
+    for codes, known in (({"0": 0, "1": 1}, False), ({"0": 0, "1": 1, "bad": 0, "good": 1}, True)):
+        made = LabelMap(("bad", "good"), codes)
+        given = replace(made, chosen=known)
+        assert given.ids([1, 0, 1], names=["neg", "pos"]) == [1, 0, 1]
+        assert given.ids([1, 0], names=["Good", "Bad"]) == [0, 1]
+        if known:
+            refused(lambda made=made: made.ids([1], names=["neg", "pos"]), "'pos' is not among")
+    # Numbers that count from 1 say nothing of classes that are counted from 0, and known names are read by name.
+    refused(
+        lambda: LabelMap(("bad", "good"), {"1": 0, "2": 1}).ids([1], names=["neg", "pos"]), "'pos'"
+    )
     for nameless in (("LABEL_0", "LABEL_1"), ("0", "1"), ("0.0", "1.0")):
         made = LabelMap(nameless, {label: k for k, label in enumerate(nameless)})
         assert made.ids([1, 0], names=["neg", "pos"]) == [1, 0]

@@ -119,3 +119,33 @@ def test_mistakes_in_answers_are_those_that_the_figures_count(
     assert all(
         isinstance(row["predicted"], str) and row["label"][0][4:] in ANIMALS for row in errors
     )
+
+
+def test_rows_whose_classes_the_labels_of_the_run_renamed(checkpoint: str, tmp_path: Path) -> None:
+    """Earlier versions recorded no names of the source beside numbers and labels; the settings tell who named them."""
+    datasets = pytest.importorskip("datasets")
+
+    def named(names: Any, count: int, seed: int) -> Any:
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))}
+        )
+        rows = [r | {"label": ANIMALS.index(r["label"])} for r in rows_of(count, seed)]
+        return datasets.Dataset.from_list(rows, features=features)
+
+    labels, options = [*ANIMALS[::-1]], QUICK | {"limit": "1 steps"}
+    found = {}
+    for name, more in (("given", {"labels": labels}), ("plain", {})):
+        out, rows = tmp_path / name, named(ANIMALS, 24, 0)
+        found[name] = pretrain.finetune(
+            checkpoint, rows, "classification", out=out, **more, **options
+        )
+    further = named(["Katze", "Hund", "Fuchs"], 15, 3)
+    wanted = found["given"].evaluate(named(ANIMALS, 15, 3))
+    assert found["given"].evaluate(further) == wanted
+    assert pretrain.evaluate(tmp_path / "given", further)["accuracy"] == wanted["accuracy"]
+    for evaluate in (
+        found["plain"].evaluate,
+        lambda rows: pretrain.evaluate(tmp_path / "plain", rows),
+    ):
+        with pytest.raises(DataError, match="classes Katze, Hund, Fuchs, which are recognised by"):
+            evaluate(further)

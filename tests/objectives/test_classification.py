@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from contract import check_objective
 from finetuning.conftest import ANIMALS, model_of, rows_of
 from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table, read_table
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, TrainingError
 from pretrain.inference import predict
 from pretrain.objectives.classification import Classification
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import choose_precision
+from pretrain.training.restore import check_objective as check_recorded
 
 CPU = torch.device("cpu")
 
@@ -297,3 +299,38 @@ def test_a_threshold_is_a_probability_of_several_classes() -> None:
         with pytest.raises(ConfigError, match="between 0 and 1"):
             Classification(model, problem="multi_label", threshold=wrong)
     assert Classification(model, threshold=0.7).single  # recorded by earlier versions
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "same"),
+    [
+        ({"0": 0, "1": 1, "bad": 0}, {"0": 0, "1": 1, "neg": 0, "pos": 1}, True),
+        ({"bad": 0, "BAD": 0, "good": 1}, None, True),
+        (None, {"bad": 0, "good": 1, "neg": 0}, True),
+        ({"0": 0, "1": 1}, {"1": 0, "0": 1}, False),
+        (None, {"0": 0, "bad": 1, "good": 0}, False),
+    ],
+)
+def test_a_run_goes_on_with_codes_that_mean_the_same(
+    tmp_path: Path, then: Any, now: Any, same: bool
+) -> None:
+    """Versions differ in the spellings that they record."""
+    labels = ("bad", "good")
+    block = {"objective": task_of(labels=labels, codes=then).record()}
+    config = {"id2label": dict(enumerate(labels)), "pretrain": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    task = task_of(labels=labels, codes=now)
+    if same:
+        check_recorded(task, tmp_path)
+    else:
+        with pytest.raises(TrainingError, match="with codes "):
+            check_recorded(task, tmp_path)
+
+
+def test_names_that_were_numbers_in_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    labels = ("1", "2", "3")
+    block = {"objective": task_of(labels=labels, codes={"0": 0, "1": 1, "2": 2}).record()}
+    config = {"id2label": dict(enumerate(labels)), "pretrain": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingError, match="with codes "):
+        check_recorded(task_of(labels=labels), tmp_path)

@@ -21,6 +21,7 @@ from contract import check_objective
 from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.masks import Mask, pixel_features
+from pretrain.data.labels import LabelMap
 from pretrain.data.tables import Table
 from pretrain.errors import DataError, ModelError
 from pretrain.metrics import confusion_matrix, iou, mean_iou
@@ -235,6 +236,23 @@ def test_a_class_of_a_mask_is_its_name_and_not_its_number(tmp_path: Path) -> Non
     assert np.array_equal(goal.encode(made["turned"])[0]["mask"].values, masks[0])
     with pytest.raises(DataError, match=r"image 0 .*mask 'land' is not among.*classes land, box"):
         goal.tidy(made["other"], learned, {})
+    # Earlier versions recorded the numbers alone; who named the classes is known from the settings.
+    for name, codes in (("other", {"0": 0, "1": 1}), ("black", {"0": 0, "255": 1})):
+        old = Segmentation(goal.model, codes=codes)
+        with pytest.raises(DataError, match="is not among"):
+            old.encode(made[name])
+        old.labels_given = True
+        assert np.array_equal(old.encode(made[name])[0]["mask"].values, masks[0]), name
+
+
+def test_a_number_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, masks = squares(6)
+    np.savez(tmp_path / "some.npz", images=images, masks=masks, class_names=NAMES)
+    goal, asked = task(), list[int]()
+    ids = LabelMap.ids
+    monkeypatch.setattr(LabelMap, "ids", lambda *a, **b: asked.extend(a[1]) or ids(*a, **b))
+    goal.encode(goal.read(tmp_path / "some.npz", name="data"))
+    assert sorted(asked) == [0, 1]
 
 
 def test_what_cannot_be_a_mask_is_named(place: Path, tmp_path: Path) -> None:

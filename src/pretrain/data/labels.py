@@ -64,10 +64,13 @@ class LabelMap:
         labels: names of the classes; the index of a name is the id of its class.
         codes: the class id of every value (as text) that a column may contain. A name without a code is accepted too,
             unless it is a number.
+        chosen: whether the caller is known to have named the classes. Where that is so, by this or by codes without a
+            label, and the codes tell no name of a source, the numbers of a source with other names count.
     """
 
     labels: tuple[str, ...]
     codes: Mapping[str, int]
+    chosen: bool = False
 
     @classmethod
     def learn(
@@ -165,6 +168,15 @@ class LabelMap:
     def _spellings(self) -> dict[str, int]:
         return {t: k for t, k in self._own.items() if number_in(t) is None} | dict(self.codes)
 
+    @property
+    def _numbered(self) -> bool:
+        """Whether the caller named classes that the source of the training rows had by their numbers alone."""
+        names = {text for text in self.codes if number_in(text) is None}
+        given = self.chosen or not any(
+            t in self.codes or number_in(t) is not None for t in self._own
+        )
+        return len(names) < len(self.codes) and names <= self._own.keys() and given
+
     def _ids(
         self,
         values: Sequence[Any],
@@ -181,9 +193,17 @@ class LabelMap:
             own = [str(name).strip() for name in names]
             pairs = list(zip(own, self.named(own), strict=True))
             # Where one side has numbers in place of names, there is nothing to compare, and numbers count.
-            if any(k is not None for _, k in pairs) or not any(map(_nameless, (own, self.labels))):
+            nameless = any(map(_nameless, (own, self.labels)))
+            counted = self._numbered and all(str(i) in self.codes for i in range(len(own)))
+            if any(k is not None for _, k in pairs) or not (nameless or counted):
                 of_names = {str(i): pair for i, pair in enumerate(pairs)}
                 of_names |= {} if numeric else dict(zip(own, pairs, strict=True))
+            elif not nameless:
+                note(
+                    f"{column}: none of the classes {_listed(own)} is called as the labels that were given, so their "
+                    f"numbers count: {_listed(self.labels)}",
+                    once=True,
+                )
 
         def read(text: str) -> tuple[str, int | None]:
             if text in of_names:

@@ -221,6 +221,7 @@ def _evaluate_task(
         )
     home = language.run_of(path)
     settings = _settings_of(home)
+    trained.labels_given = settings is not None and bool(settings.task.options.get("labels"))
     if data is None:
         table = _held_out(path, home, settings, trained)
     else:

@@ -181,6 +181,7 @@ class Job:
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         task = self.task(model, max_length=settings.data.max_length, **options)
+        task.labels_given = bool(settings.task.options.get("labels"))
         if touched_early(task, before):
             return self.build(**new)
         self.metric, self.unit = task.metric, task.unit_name

@@ -261,6 +261,17 @@ class Objective(nn.Module):
         """
         return {"name": type(self).__name__}
 
+    def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
+        """Whether an argument that ``record`` gave for a checkpoint means what it gives now.
+
+        Args:
+            key: name of the argument.
+            then: its value in the checkpoint.
+            now: its value in this run.
+            labels: the class names of the checkpoint.
+        """
+        return bool(then == now)
+
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON keeps it: ``describe``, and ``init_args`` if there are any known."""
         known = {} if self.init_args is None else {"init_args": self.init_args}

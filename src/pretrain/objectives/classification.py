@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -235,7 +236,8 @@ class Classification(ClassTask):
             DataError: a label is not among those of the model.
         """
         separator = self.label_separator
-        rows = _class_numbers(table, self._map, single=self.single, separator=separator)
+        known = replace(self._map, chosen=self.labels_given)
+        rows = _class_numbers(table, known, single=self.single, separator=separator)
         if self.single:
             return [np.asarray(row[0], dtype=np.int64) for row in rows]
         targets = np.zeros((len(rows), len(self.labels)), dtype=np.float32)

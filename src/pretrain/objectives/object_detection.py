@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -112,8 +113,13 @@ class ObjectDetection(ImageTask):
         self.box_format = box_format
         self.codes = dict(codes or {label: k for k, label in enumerate(self.labels)})
         own = {label: k for k, label in enumerate(self.labels)}
-        self.known = LabelMap(self.labels, {**own, **self.codes})
+        self._map = LabelMap(self.labels, {**own, **self.codes})
         self.check_whole()
+
+    @property
+    def known(self) -> LabelMap:
+        """The classes, and whether the caller is known to have named them."""
+        return replace(self._map, chosen=self.labels_given)
 
     # ------------------------------------------------------------------ rows
 
@@ -159,7 +165,8 @@ class ObjectDetection(ImageTask):
         if {"boxes", "label"} <= set(table.names):
             labels = learned.labels or ()
             own = {label: k for k, label in enumerate(labels)}
-            known = LabelMap(labels, {**own, **learned.options["codes"]})
+            chosen = bool(options.get("labels"))
+            known = LabelMap(labels, {**own, **learned.options["codes"]}, chosen)
             found, numbers = _boxes_of(table, known, options.get("box_format", _FORMATS[0]))
             columns["boxes"] = [[Corners(box) for box in row] for row in found]
             columns["label"] = [[labels[k] for k in row] for row in numbers]

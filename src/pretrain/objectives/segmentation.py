@@ -34,7 +34,7 @@ from pretrain.data.images.masks import (
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata
-from pretrain.data.labels import LabelMap
+from pretrain.data.labels import LabelMap, number_in
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE
@@ -163,7 +163,9 @@ class Segmentation(ImageTask, ClassTask):
         """Replace every image by a ``Picture``, and every mask by a ``Mask`` of class numbers."""
         columns = {**table.columns, "image": pictures(table)}
         if "mask" in table.names:
-            columns["mask"] = _classes(table, learned.labels or (), learned.options["codes"])
+            columns["mask"] = _classes(
+                table, learned.labels or (), learned.options["codes"], bool(options.get("labels"))
+            )
         return table.with_columns(columns, {})
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
@@ -192,7 +194,7 @@ class Segmentation(ImageTask, ClassTask):
         """Return the masks of a table, whether it has been tidied or not."""
         held = table.columns["mask"]
         tidied = all(isinstance(value, Mask | BrokenImage | None) for value in held)
-        return held if tidied else _classes(table, self.labels, self.codes)
+        return held if tidied else _classes(table, self.labels, self.codes, self.labels_given)
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Majority baseline: every pixel has the class of most pixels of the training rows."""
@@ -391,30 +393,37 @@ def _numbers(found: Any) -> list[int]:
     return [int(n) for n in np.unique(values)]
 
 
-def _classes(table: Table, labels: Sequence[str], codes: Mapping[str, int]) -> list[Any]:
+def _classes(
+    table: Table, labels: Sequence[str], codes: Mapping[str, int], chosen: bool
+) -> list[Any]:
     """Return the masks of a table as ``Mask``; None, or a ``BrokenImage``, where there is none.
 
-    Where the table names the classes of its numbers, their names count, and else the codes.
+    Where the table names the classes of its numbers, their names count, and else the codes; see ``LabelMap`` for
+    ``chosen``.
 
     Raises:
         DataError: a mask has a number that is not among the codes, or whose name is no label; names the row.
     """
-    masks: list[Any] = []
-    known_as, names = LabelMap(tuple(labels), codes), table.label_names.get("mask")
-    binary = str(UNLABELLED) in codes
+    masks = list[Any]()
+    known = dict[int, int | None]()  # the classes of the numbers that occurred so far
+    own_names = {label: k for k, label in enumerate(labels) if number_in(label) is None}
+    names, binary = table.label_names.get("mask"), str(UNLABELLED) in codes
+    second = {"1": codes[str(UNLABELLED)]} if binary else {}
+    known_as = LabelMap(tuple(labels), {**own_names, **codes, **second}, chosen)
     for i, found in read_numbers(table):
         if isinstance(found, Mask | BrokenImage | None):
             masks.append(found)
             continue
         numbers = _numbers(found)
-        known = {n: codes.get(str(n), UNLABELLED if n == UNLABELLED else None) for n in numbers}
-        if names is not None:
-            own = [n for n in numbers if binary or n != UNLABELLED]
+        new = [n for n in numbers if n not in known]
+        known |= {n: codes.get(str(n), UNLABELLED if n == UNLABELLED else None) for n in new}
+        own = [] if names is None else [n for n in new if binary or n != UNLABELLED]
+        if own:
             cells = [1 if n == UNLABELLED else n for n in own]
             where = ([table.where(i)] * len(own)).__getitem__
             ids = known_as.ids(cells, names=names, where=where, column="class of the mask")
             known |= dict(zip(own, ids, strict=True))
-        if wrong := [n for n, k in known.items() if k is None]:
+        if wrong := [n for n in new if known[n] is None]:
             without = ", and 255 for pixels without a class" * (str(UNLABELLED) not in codes)
             raise DataError(
                 f"{table.where(i)}: the mask has pixels of the number {wrong[0]}, which stands for no class; the "

@@ -203,6 +203,7 @@ class Task(Objective):
         beyond_chosen: whether the user chose this, so that it is not an error.
         unanswered: reason -> number of inputs of ``predict`` that got no answer because of it.
         shortened: number of inputs of ``predict`` of which the beginning alone was read.
+        labels_given: whether the settings of the run are known to list the labels.
 
     Raises:
         ModelError: the model has another head, or no tokenizer.
@@ -236,6 +237,7 @@ class Task(Objective):
         self.beyond, self.beyond_chosen = "cut", False
         self.unanswered: Counter[str] = Counter()
         self.shortened = 0
+        self.labels_given = False
 
     def check_processor(self) -> None:
         """Check that the model has what turns the inputs of this task into batches: a tokenizer.
@@ -294,6 +296,16 @@ class Task(Objective):
         names = (*["max_length"] * bool(self.max_length), *self.recorded)
         options = {name: getattr(self, name) for name in names}
         return super().describe() | {"task": self.name} | options
+
+    def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
+        """Compare ``codes``, the class of every spelling of a label, in the spellings that both have.
+
+        Versions differ in the spellings that they record, and the labels alone stand for codes that are left out.
+        """
+        if key != "codes":
+            return super().same_argument(key, then, now, labels)
+        before, after = _class_ids(then, labels), _class_ids(now, self.model.labels or ())
+        return all(before[text] == after[text] for text in before.keys() & after.keys())
 
     # ------------------------------------------------------------------ what a task implements
 
@@ -613,6 +625,16 @@ class Task(Objective):
             rngs = [np.random.default_rng(0) for _ in chosen]
             batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)
             yield chosen, {key: value.to(device) for key, value in batch.items()}
+
+
+def _class_ids(codes: Mapping[str, Any] | None, labels: Sequence[str]) -> dict[str, int]:
+    """Return spelling -> class number of recorded codes, which are numbers or labels; None counts the labels."""
+    places = {label.strip(): k for k, label in enumerate(labels)}
+    if codes is None:
+        return places
+    return {
+        text: k if isinstance(k, int) else places.get(k.strip(), -1) for text, k in codes.items()
+    }
 
 
 def _is_text(cell: Any) -> bool:

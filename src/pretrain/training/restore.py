@@ -16,6 +16,7 @@ from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import ALONE, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
+from pretrain.models.heads import labels_named_by
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.objectives import Objective, arguments
 from pretrain.training.state import RunState
@@ -200,14 +201,15 @@ def check_objective(objective: Objective, checkpoint: Path) -> None:
     Raises:
         TrainingError: it is not, or has not. Frozen modules are told by their weights, not by where they came from.
     """
-    block = ModelDirectory(checkpoint, verify=False).json("config.json").get("pretrain", {})
+    config = ModelDirectory(checkpoint, verify=False).json("config.json")
+    block, labels = config.get("pretrain", {}), labels_named_by(config)
     before, now = block.get("objective"), objective.record()
     if not isinstance(before, Mapping) or "name" not in before:
         return
     then, now = _values(objective, before, now), _values(objective, now, before)
     known = (then.keys() & now.keys()).difference(objective.frozen)
     for key in sorted(known, key=lambda key: (key != "name", key)):
-        if then[key] != now[key]:
+        if not objective.same_argument(key, then[key], now[key], labels):
             raise TrainingError(
                 f"{checkpoint} was trained by {then['name']} with {key} {_short(then[key])} and this run has "
                 f"{_short(now[key])}, so it would go on with another loss. Restore the objective, or use a new "
