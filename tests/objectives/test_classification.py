@@ -334,3 +334,10 @@ def test_names_that_were_numbers_in_an_earlier_version_are_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TrainingError, match="with codes "):
         check_recorded(task_of(labels=labels), tmp_path)
+
+
+def test_names_that_change_places_are_recorded() -> None:
+    """Spellings that are the labels say nothing only where each is its own label."""
+    assert "codes" not in task_of(labels=("x", "y"), codes={"y": 1, "x": 0}).describe()
+    exchanged = {"x": 1, "y": 0}
+    assert task_of(labels=("x", "y"), codes=exchanged).describe()["codes"] == exchanged

@@ -355,7 +355,8 @@ class Classification(ClassTask):
 
     def describe(self) -> dict[str, Any]:
         codes = dict(self._map.codes)
-        own: dict[str, Any] = {"codes": codes} if codes.keys() != set(self.labels) else {}
+        plain = {label: k for k, label in enumerate(self.labels)}
+        own: dict[str, Any] = {"codes": codes} if codes != plain else {}
         # The default is left out, as in the descriptions of earlier runs.
         if self.label_separator is not None:
             own["label_separator"] = self.label_separator
