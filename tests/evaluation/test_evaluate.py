@@ -399,3 +399,22 @@ def test_a_finished_run_with_an_idle_setting_is_still_read(tmp_path: Path) -> No
         pretrain.finetune(
             model_of(), rows_of(24), "classification", out=tmp_path / "new", alpha=16.0, **QUICK
         )
+
+
+def test_rows_in_utf8_are_not_read_in_the_encoding_of_training(tmp_path: Path) -> None:
+    """Of one of Windows nearly all bytes are characters, so that no error tells."""
+    lines = "text,label\n" + "".join(
+        f"le {'mât' if i % 2 else 'chat'} {i},{'é' if i % 2 else 'a'}\n" for i in range(20)
+    )
+    for encoding in ("cp1252", "utf-8"):
+        (tmp_path / f"{encoding}.csv").write_bytes(lines.encode(encoding))
+    result = pretrain.finetune(
+        model_of(),
+        tmp_path / "cp1252.csv",
+        "classification",
+        encoding="cp1252",
+        **QUICK | {"out": tmp_path / "run"},
+    )
+    assert set(result.task.labels) == {"a", "é"}
+    for evaluate in (result.evaluate, lambda rows: pretrain.evaluate(tmp_path / "run", rows)):
+        same(evaluate(tmp_path / "utf-8.csv"), evaluate(tmp_path / "cp1252.csv"))

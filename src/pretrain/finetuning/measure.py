@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.labelled import choose_columns, roles_table
+from pretrain.data.readers import tells_encoding
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
 from pretrain.inference.predict import (
@@ -70,14 +73,19 @@ def labelled(
         columns: role -> column, named by the caller; other columns are those of the training rows, if present, or
             recognised by name.
         section: settings of the run, which may define how its files are read.
-        encoding: encoding of the source; None is that of the settings.
+        encoding: encoding of the source; None is that of the settings, unless the file is UTF-8.
 
     Raises:
         DataError: as for ``read_table``, or a column that the task needs is missing.
     """
     given = dict(columns)
     options = {} if section is None else section.reading(source)
-    options |= {} if encoding is None else {"encoding": encoding}
+    if encoding is not None:
+        options["encoding"] = encoding
+    elif options.get("encoding") and os.path.isfile(source) and tells_encoding(Path(source)):
+        options["encoding"] = (
+            None  # UTF-8, which that of the training rows would misread without an error
+        )
     table = task.read(source, name="data", **options)
     table = task.gathered(table, {**(section.columns if section is not None else {}), **given})
     if section is not None:
