@@ -401,20 +401,26 @@ def test_a_finished_run_with_an_idle_setting_is_still_read(tmp_path: Path) -> No
         )
 
 
-def test_rows_in_utf8_are_not_read_in_the_encoding_of_training(tmp_path: Path) -> None:
-    """Of one of Windows nearly all bytes are characters, so that no error tells."""
+@pytest.mark.parametrize("encoding", ["cp1252", "iso-2022-jp"])
+def test_rows_are_read_in_the_encoding_of_training_unless_they_are_utf8(
+    encoding: str, tmp_path: Path
+) -> None:
+    """Of one of Windows nearly all bytes are characters, so that no error tells; ISO-2022-JP is ASCII, as is UTF-8."""
+    odd = "é" if encoding == "cp1252" else "犬"
     lines = "text,label\n" + "".join(
-        f"le {'mât' if i % 2 else 'chat'} {i},{'é' if i % 2 else 'a'}\n" for i in range(20)
+        f"the {odd if i % 2 else 'cat'} {i},{odd if i % 2 else 'a'}\n" for i in range(20)
     )
-    for encoding in ("cp1252", "utf-8"):
-        (tmp_path / f"{encoding}.csv").write_bytes(lines.encode(encoding))
+    for name in (encoding, "utf-8"):
+        (tmp_path / f"{name}.csv").write_bytes(lines.encode(name))
+    first, other = tmp_path / f"{encoding}.csv", tmp_path / "utf-8.csv"
     result = pretrain.finetune(
-        model_of(),
-        tmp_path / "cp1252.csv",
-        "classification",
-        encoding="cp1252",
-        **QUICK | {"out": tmp_path / "run"},
+        model_of(), first, "classification", encoding=encoding, **QUICK | {"out": tmp_path / "run"}
     )
-    assert set(result.task.labels) == {"a", "é"}
+    assert set(result.task.labels) == {"a", odd}
     for evaluate in (result.evaluate, lambda rows: pretrain.evaluate(tmp_path / "run", rows)):
-        same(evaluate(tmp_path / "utf-8.csv"), evaluate(tmp_path / "cp1252.csv"))
+        wanted = evaluate(first)
+        if encoding == "cp1252":
+            same(evaluate(other), wanted)
+        else:  # no byte of the file tells, so it is read as the rows of training and refused
+            with pytest.raises(DataError):
+                evaluate(other)

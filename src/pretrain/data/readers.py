@@ -29,8 +29,8 @@ from pretrain.errors import DataError, suggestion
 
 __all__ = [
     "COMPRESSIONS", "ESCAPED", "FORMATS", "MAX_WHOLE", "TABLE_FORMATS", "Fault", "Piece", "Reading", "cell_text",
-    "decode_line", "file_format", "found_in_folders", "has_transform", "lines", "no_column", "read_file", "table_kind",
-    "tells_encoding", "text_of", "whole_characters",
+    "decode_line", "file_format", "found_in_folders", "has_transform", "lines", "needs_encoding", "no_column",
+    "read_file", "table_kind", "text_of", "whole_characters",
 ]  # fmt: skip
 
 Piece = tuple[str, bool]
@@ -336,12 +336,20 @@ def _charset(path: Path) -> str | None:
     return encoding_of_pages(declared[1].decode()) if declared else None
 
 
-def tells_encoding(path: Path) -> bool:
-    """Whether a file of text is read rightly without naming an encoding: it is UTF-8, has a byte order mark, or is HTML
-    that declares its encoding.
+def needs_encoding(path: Path, encoding: str) -> bool:
+    """Whether a file of text is read in ``encoding``, which is that of other files, and not as UTF-8.
+
+    So are files that are not UTF-8, have no byte order mark and, as HTML, declare nothing; and all files if the
+    encoding writes text in ASCII bytes, which are UTF-8 as well.
+
+    Args:
+        path: the file.
+        encoding: its name by :func:`check_encoding`.
     """
-    if file_format(path) == "html" and _charset(path):
+    if encoding.startswith(("iso2022", "hz", "utf-7")):
         return True
+    if file_format(path) == "html" and _charset(path):
+        return False
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with open_text(path) as stream:
@@ -349,8 +357,8 @@ def tells_encoding(path: Path) -> bool:
                 decoder.decode(block)
             decoder.decode(b"", final=True)
     except (UnicodeDecodeError, DataError):  # such as the NUL bytes of UTF-16 without a mark
-        return False
-    return True
+        return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------- rows

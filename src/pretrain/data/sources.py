@@ -27,9 +27,9 @@ from pretrain.data.readers import (
     cell_text,
     file_format,
     has_transform,
+    needs_encoding,
     no_column,
     read_file,
-    tells_encoding,
 )
 from pretrain.errors import DataError
 from pretrain.utils.files import replacing
@@ -131,12 +131,11 @@ class FileSource:
 
     @functools.cached_property
     def legacy_files(self) -> frozenset[Path]:
-        """The files that are read in ``legacy``: all if it writes text in ASCII bytes, which are UTF-8 as well."""
-        if self.legacy is None:
+        """The files that are read in ``legacy``; see :func:`pretrain.data.readers.needs_encoding`."""
+        if (legacy := self.legacy) is None:
             return frozenset()
-        every = self.legacy.startswith(("iso2022", "hz", "utf-7"))
         texts = (file for file in self.files if file_format(file) != "parquet")
-        return frozenset(file for file in texts if every or not tells_encoding(file))
+        return frozenset(file for file in texts if needs_encoding(file, legacy))
 
     @property
     def used_options(self) -> set[str]:

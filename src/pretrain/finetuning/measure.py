@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.data.encodings import check_encoding
 from pretrain.data.labelled import choose_columns, roles_table
-from pretrain.data.readers import tells_encoding
+from pretrain.data.readers import needs_encoding
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
 from pretrain.inference.predict import (
@@ -82,10 +83,9 @@ def labelled(
     options = {} if section is None else section.reading(source)
     if encoding is not None:
         options["encoding"] = encoding
-    elif options.get("encoding") and os.path.isfile(source) and tells_encoding(Path(source)):
-        options["encoding"] = (
-            None  # UTF-8, which that of the training rows would misread without an error
-        )
+    elif (of_run := check_encoding(options.get("encoding"))) and os.path.isfile(source):
+        # Nearly any bytes are text in an encoding of Windows, so UTF-8 would be misread without an error.
+        options["encoding"] = of_run if needs_encoding(Path(source), of_run) else None
     table = task.read(source, name="data", **options)
     table = task.gathered(table, {**(section.columns if section is not None else {}), **given})
     if section is not None:
