@@ -79,9 +79,8 @@ class Parser(argparse.ArgumentParser):
         self.takes_value: dict[str, bool] = {}
         self.switches: set[str] = set()
         self.mappings: dict[str, tuple[str, Any, bool]] = {}
-        self.items: dict[
-            tuple[Any, ...], str
-        ] = {}  # (mapping, key, ...) -> the option that gave it
+        # (mapping, key, ...) -> the option that gave it.
+        self.items: dict[tuple[Any, ...], str] = {}
         super().__init__(prog=f"pretrain {name}", description=summary, allow_abbrev=False)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:

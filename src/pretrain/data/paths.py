@@ -20,7 +20,7 @@ from pretrain.errors import DataError, nearest
 from pretrain.utils.files import replace_file
 
 __all__ = [
-    "FileHashes", "cache_home", "find_files", "hidden", "passed_over", "shortened", "tar_files", "walk",
+    "FileHashes", "cache_home", "find_files", "hidden", "passed_over", "shortened_path", "tar_files", "walk",
 ]  # fmt: skip
 
 _GLOB = "*?["
@@ -94,7 +94,7 @@ def find_files(name: str) -> list[Path]:
         # The name contains NUL or "~" with an unknown user, or a folder is not readable.
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         place = getattr(error, "filename", None) or name
-        raise DataError(f"{shortened(place)!r} cannot be read: {reason}.") from error
+        raise DataError(f"{shortened_path(place)!r} cannot be read: {reason}.") from error
 
 
 def walk(
@@ -113,7 +113,7 @@ def walk(
     """
 
     def refuse(error: OSError) -> None:
-        place = shortened(error.filename)
+        place = shortened_path(error.filename)
         raise DataError(f"{place!r} cannot be read: {error.strerror or error}.") from error
 
     visited = set() if visited is None else visited
@@ -131,7 +131,7 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def shortened(name: Any) -> str:
+def shortened_path(name: Any) -> str:
     """Return a path as messages show it, of which a user may have given a whole text for one."""
     return str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
 

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from pretrain.data.paths import shortened
+from pretrain.data.paths import shortened_path
 from pretrain.data.sources import resolve_sources, sized_pieces, unused_options
 from pretrain.data.tokenizer_build import (
     KINDS,
@@ -110,9 +110,8 @@ class Tokenizer:
         self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
-        self._guessed: dict[
-            str, str
-        ] = {}  # what transformers would not take for the token of the role
+        # Role -> token that transformers would not take for it.
+        self._guessed: dict[str, str] = {}
         for role, names in KNOWN.items():
             found = next((name for name in names if name in self.vocab), None)
             if role not in self.roles and found and found not in self.roles.values():
@@ -529,7 +528,9 @@ class Tokenizer:
             folder, inner, file = place.is_dir(), nested.is_dir(), place.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL inside
             reason = (error.strerror if isinstance(error, OSError) else None) or error
-            raise TokenizerError(f"{shortened(path)!r} names no tokenizer: {reason}.") from error
+            raise TokenizerError(
+                f"{shortened_path(path)!r} names no tokenizer: {reason}."
+            ) from error
         if folder:
             return cls.from_directory(nested if inner else place)
         if file:
