@@ -684,10 +684,10 @@ def _objective_of(path: Path, name: str, recorded: Mapping[str, Any], model: Mod
     cls = objective_class(name)
     accepted, anything = arguments(cls)
     if recorded.get("name") == cls.__name__:
-        kept, chosen = recorded.get("init_args"), _settings_of(run_of(path)).objective
-        if isinstance(kept, Mapping):
+        if isinstance(kept := recorded.get("init_args"), Mapping):
             options = dict(kept)
         else:  # a description may hold facts that are no arguments
+            chosen = _settings_of(run_of(path)).objective
             known = (recorded if anything else accepted).keys() - {"name", "task"}
             options = {key: value for key, value in recorded.items() if key in known}
             if re.split("[.:]", chosen.class_path)[-1] == cls.__name__:
