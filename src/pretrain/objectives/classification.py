@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -236,7 +235,7 @@ class Classification(ClassTask):
             DataError: a label is not among those of the model.
         """
         separator = self.label_separator
-        known = replace(self._map, chosen=self.labels_given)
+        known = self.label_map
         rows = _class_numbers(table, known, single=self.single, separator=separator)
         if self.single:
             return [np.asarray(row[0], dtype=np.int64) for row in rows]

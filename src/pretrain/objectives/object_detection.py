@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -116,11 +115,6 @@ class ObjectDetection(ImageTask):
         self._map = LabelMap(self.labels, {**own, **self.codes})
         self.check_whole()
 
-    @property
-    def known(self) -> LabelMap:
-        """The classes, and whether the caller is known to have named them."""
-        return replace(self._map, chosen=self.labels_given)
-
     # ------------------------------------------------------------------ rows
 
     @classmethod
@@ -175,7 +169,7 @@ class ObjectDetection(ImageTask):
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         if not targets:
             return self.encode_inputs(table, targets=False)[0]
-        boxes, numbers = _boxes_of(table, self.known, self.box_format)
+        boxes, numbers = _boxes_of(table, self.label_map, self.box_format)
         remarks: list[tuple[int, str]] = []
 
         def target(i: int, image: Stored) -> Any:
@@ -217,7 +211,7 @@ class ObjectDetection(ImageTask):
         parts = [
             [
                 np.column_stack([np.asarray(b, np.float64).reshape(-1, 4), np.asarray(k)])
-                for b, k in zip(*_boxes_of(table, self.known, self.box_format), strict=True)
+                for b, k in zip(*_boxes_of(table, self.label_map, self.box_format), strict=True)
             ]
             for table in (train, held_out)
         ]
@@ -419,7 +413,7 @@ class ObjectDetection(ImageTask):
 
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Boxes and predicted boxes over their images; the score is the mean overlap of an object with its best box."""
-        boxes, numbers = _boxes_of(table, self.known, self.box_format)
+        boxes, numbers = _boxes_of(table, self.label_map, self.box_format)
         rows = []
         for i, answer in shown_answers(self, table):
             if answer:

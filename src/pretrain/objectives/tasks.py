@@ -16,7 +16,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -218,6 +218,7 @@ class Task(Objective):
     row_options: ClassVar[Mapping[str, Any]] = {"labels": list | dict}
     recorded: ClassVar[tuple[str, ...]] = ()
     answer_key: ClassVar[str] = "label"
+    _map: LabelMap
     reads_files: ClassVar[bool] = False
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
@@ -238,6 +239,11 @@ class Task(Objective):
         self.unanswered: Counter[str] = Counter()
         self.shortened = 0
         self.labels_given = False
+
+    @property
+    def label_map(self) -> LabelMap:
+        """The classes of a task that has them, as ``_map``, and whether the caller is known to have named them."""
+        return replace(self._map, chosen=self.labels_given)
 
     def check_processor(self) -> None:
         """Check that the model has what turns the inputs of this task into batches: a tokenizer.

@@ -286,8 +286,7 @@ class TokenClassification(ClassTask):
         tags = read_tags(table, read_words(table))
         flat, inside = flattened(tags, table.where)
         names = table.label_names.get("label")
-        known = replace(self._map, chosen=self.labels_given)
-        ids = iter(known.ids(flat, names=names, where=inside, column="tags"))
+        ids = iter(self.label_map.ids(flat, names=names, where=inside, column="tags"))
         return [np.asarray([next(ids) for _ in row], dtype=np.int64) for row in tags]
 
     def truth(self, table: Table) -> list[Any]:
