@@ -47,11 +47,11 @@ OUT, TOKENIZER, TEXTS = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 step = set()
 if {profile}:
     import threading
-    from pretrain.training.trainer import Trainer
+    from pretrain.training import trainer
     def seen(frame, event, _):
         if event == "call":
             step.add(frame.f_code.co_filename)
-    plain = Trainer._step
+    plain = trainer.take_step
     def profiled(*args, **options):
         sys.setprofile(seen)
         threading.setprofile(seen)
@@ -60,7 +60,7 @@ if {profile}:
         finally:
             sys.setprofile(None)
             threading.setprofile(None)
-    Trainer._step = profiled
+    trainer.take_step = profiled
 {code}
 files = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "pretrain" and getattr(m, "__file__", None)]
 print("RESULT" + json.dumps([files, sorted(step)]))

@@ -445,7 +445,6 @@ def test_a_run_of_one_process_loads_only_what_it_uses(tmp_path: Path):
         "handshake",
         "store",
         "launch",
-        "ddp",
     )
     unused = {"data/table_readers", "data/tables", "checkpoint/adapter_files", "metrics"}
     unused |= {f"distributed/{name}" for name in several}

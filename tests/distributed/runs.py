@@ -101,15 +101,15 @@ def train(
     )
     ledger: dict[int, list[int]] = {}
     trainer.hooks = []
-    before = trainer._step
+    before = trainer._fetch
 
-    def step(batches: Any, *rest: Any) -> dict[str, Any]:
+    def fetch(steps: Any) -> Any:
         state, share = trainer.state, trainer.feed.share_rows
         place = state.rows + trainer.feed._first
         ledger[state.step] = [int(i) for i in trainer.feed._loader.indices(place, share)]
-        return before(batches, *rest)
+        return before(steps)
 
-    trainer._step = step  # type: ignore[method-assign]
+    trainer._fetch = fetch  # type: ignore[method-assign]
     run = trainer.fit()
     parts = WORLD.all_gather_object([WORLD.tp_rank, {str(k): v for k, v in ledger.items()}])
     rows: dict[str, list[int]] = {}

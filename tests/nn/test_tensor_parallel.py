@@ -88,7 +88,6 @@ def test_slices_put_together_are_the_model(family: str, meta: bool) -> None:
         next(model.parameters()).requires_grad_(False)
         tp = shard_model(model, Group(HANDLE, rank, 2))
         assert model.tp is tp and tp.cuts == cuts and tp.partial == partial
-        assert tp.shapes == {name: tuple(p.shape) for name, p in full.items()}
         found = dict(model.named_parameters())
         assert all(found[name] is p and p.is_contiguous() for name, p in kept.items())
         assert [p.requires_grad for p in found.values()] == [False] + [True] * (len(found) - 1)
@@ -168,14 +167,7 @@ def test_possible_sizes() -> None:
     assert sizes(vocab_size=8, pad_id=None, bos_id=None, eos_id=None) == [1, 2, 4]
 
 
-def test_errors_name_what_is_possible() -> None:
-    with pytest.raises(ConfigError, match=r"num_kv_heads 2 is not .* can have tp 1, 2:"):
-        shard_model(made(num_kv_heads=2), Group(HANDLE, 0, 4))
-    with pytest.raises(ConfigError, match="num_heads 4 .* intermediate_size 64 "):
-        shard_model(made(), Group(HANDLE, 0, 3))
-    tiny = {"vocab_size": 9, "pad_id": None, "bos_id": None, "eos_id": None}
-    with pytest.raises(ConfigError, match="leaves the last process nothing"):
-        shard_model(made(**tiny), Group(HANDLE, 0, 4))
+def test_a_sharded_model_is_not_sharded_again() -> None:
     model = made()
     shard_model(model, Group(HANDLE, 0, 2))
     with pytest.raises(ModelError, match="already sharded over 2 processes"):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pretrain.errors import TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
-from pretrain.training.monitor import LOWER_IS_BETTER, improves, score
 from pretrain.training.state import RunState
+from pretrain.training.validation import LOWER_IS_BETTER, improves, score
 from tiny import Rows, objective, trainer
 
 

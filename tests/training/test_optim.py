@@ -10,8 +10,9 @@ from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.models import build, family_class
 from pretrain.objectives import Objective
-from pretrain.training import optim
-from pretrain.training.optim import Muon, build_optimizers, orthogonalize, settled_lr
+from pretrain.training import optim, update_rules
+from pretrain.training.optim import build_optimizers, settled_lr
+from pretrain.training.update_rules import Muon, orthogonalize
 
 CPU = torch.device("cpu")
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al., 2024, and of torch.optim.Muon
@@ -141,8 +142,8 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
 
 def test_muon_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its coefficients the same as torch.optim.Muon (whose iteration always runs in bf16)."""
-    monkeypatch.setattr(optim, "_POLAR_EXPRESS", (QUINTIC,) * 5)
-    monkeypatch.setattr(optim, "_MARGIN", 1.0)
+    monkeypatch.setattr(update_rules, "_POLAR_EXPRESS", (QUINTIC,) * 5)
+    monkeypatch.setattr(update_rules, "_MARGIN", 1.0)
     torch.manual_seed(0)
     a = [
         nn.Parameter(torch.randn(16, 8)),
@@ -204,8 +205,8 @@ def test_orthogonalize_is_nearer_to_orthogonal_than_the_quintic(
         return (torch.linalg.svdvals(orthogonalize(matrices)) - 1).square().mean(-1).sqrt()
 
     ours = gaps()
-    monkeypatch.setattr(optim, "_POLAR_EXPRESS", (QUINTIC,) * 5)
-    monkeypatch.setattr(optim, "_MARGIN", 1.0)
+    monkeypatch.setattr(update_rules, "_POLAR_EXPRESS", (QUINTIC,) * 5)
+    monkeypatch.setattr(update_rules, "_MARGIN", 1.0)
     assert (ours < 0.7 * gaps()).all() and ours.max() < 0.3
 
 

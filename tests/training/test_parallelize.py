@@ -18,11 +18,12 @@ from pretrain.finetuning.start import freeze
 from pretrain.lora import LoraConfig, apply_lora
 from pretrain.training import parallelize as spreading
 from pretrain.training import preflight
-from pretrain.training.optim import Muon, build_optimizers
+from pretrain.training.optim import build_optimizers
 from pretrain.training.parallelize import common_ground, needs_of
 from pretrain.training.precision import Precision
 from pretrain.training.preflight import describe
 from pretrain.training.trainer import Trainer
+from pretrain.training.update_rules import Muon
 from tiny import Rows, losses, objective, trainer
 
 CPU = torch.device("cpu")

@@ -235,7 +235,7 @@ def test_all_targets_masked(tmp_path: Path) -> None:
     rows = Rows(8)
     for row in rows:
         row["document_ids"] = np.arange(1, 17)
-    with pytest.raises(TrainingError, match="no row of the first batch has a target|No row"):
+    with pytest.raises(TrainingError, match="have no target at all"):
         trainer(tmp_path, objective(), rows).fit()
     assert not list(tmp_path.glob("checkpoint-*"))
 

@@ -404,7 +404,7 @@ def _finetune(args: Any) -> int:
 
 def _slurm(args: Any) -> None:
     from pretrain.config import RunConfig
-    from pretrain.distributed.slurm import is_task, write
+    from pretrain.distributed.slurm import is_task, script
     from pretrain.finetuning.settings import TuneConfig
 
     config, *more = args.config
@@ -416,7 +416,7 @@ def _slurm(args: Any) -> None:
             f"them one: pretrain {command} {files} --show_config > together.yaml"
         )
     (TuneConfig if is_task(config) else RunConfig).load(config)
-    print(write(**vars(args) | {"config": config}), end="")
+    print(script(**vars(args) | {"config": config}), end="")
 
 
 def _add_predict(parser: Any) -> None:

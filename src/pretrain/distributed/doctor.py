@@ -6,11 +6,15 @@ measures the links between them, as a training run does before its first step.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import shutil
+import socket
 import statistics
+import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -23,12 +27,11 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.distributed.handshake import check_links, differences, handshake, introduce
 from pretrain.distributed.launched import cores, launched
-from pretrain.distributed.network import interfaces
-from pretrain.distributed.store import get, put, wait
+from pretrain.distributed.store import absent, get, put, ranks, wait
 from pretrain.distributed.world import World
 from pretrain.errors import ConfigError, DistributedError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
-from pretrain.utils.files import printable
+from pretrain.printing import aligned, printable
 from pretrain.utils.memory_info import free_memory, total_memory
 from pretrain.utils.strict_json import without_nan
 
@@ -39,6 +42,7 @@ Facts = dict[str, Any]
 _STRAGGLER = 0.7  # of the median speed
 _MEASURED = 0.3  # seconds for each dtype; on a busy machine even the best run is too slow
 _LITTLE = 1 << 30  # bytes of free memory or disk; less is reported as a problem
+_SIOCGIFADDR = 0x8915  # Linux ioctl: get the address of an interface
 _LITTLE_SHARED = 256 << 20  # bytes of /dev/shm: NCCL and data workers fail with less
 
 
@@ -125,6 +129,34 @@ def _backends() -> list[str]:
     return [name for name in names if getattr(dist, f"is_{name}_available")()]
 
 
+def interfaces() -> list[Facts]:
+    """Return the network interfaces with an IPv4 address: name, address, state, mtu, and speed in Mbit/s where known.
+
+    On other systems than Linux the addresses of the host name are returned.
+    """
+    if not sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError):
+            found = socket.gethostbyname_ex(socket.gethostname())[2]
+            return [{"name": "", "address": address, "state": "up"} for address in found]
+        return []
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, request)
+            except OSError:  # the interface has no address
+                continue
+            one: Facts = {"name": name, "address": socket.inet_ntoa(answer[20:24])}
+            folder = Path("/sys/class/net") / name
+            for key, file in (("state", "operstate"), ("mtu", "mtu"), ("speed", "speed")):
+                with contextlib.suppress(OSError, ValueError):
+                    text = (folder / file).read_text().strip()
+                    one[key] = text if key == "state" else int(text)
+            found.append(one)
+    return found
+
+
 def multiplication_speed(device: torch.device) -> dict[str, float]:
     """Return the FLOP/s of a product of two square matrices in fp32 and in bf16, the best of several runs."""
     size = 4096 if device.type == "cuda" else 512
@@ -203,7 +235,7 @@ def describe(facts: Facts) -> list[str]:
     ]
     if facts["shared_memory"] is not None:
         rows.insert(-3, ("shared memory", f"{_gib(facts['shared_memory'])} free in /dev/shm"))
-    return _aligned(rows, "<<")
+    return aligned(rows, left=2)
 
 
 # ------------------------------------------------------------------------------------------- several processes
@@ -225,11 +257,9 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
         world.init_process_group(where, within=seconds)
         links = check_links(dist.all_reduce, where, world.rank, world.size, timeout=seconds)
         put(store, f"links/{world.rank}", links)
-        keys = [f"links/{rank}" for rank in range(world.size)]
-        if not wait(store, keys, seconds):
-            late = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+        if late := absent(store, "links", range(world.size), seconds):
             raise DistributedError(
-                f"The all-reduce ended on rank {world.rank}, but not on rank {late} within {seconds:g} seconds. "
+                f"The all-reduce ended on rank {world.rank}, but not on rank {ranks(late)} within {seconds:g} seconds. "
                 "Look there for a problem of its device or network."
             )
     except DistributedError as error:
@@ -241,8 +271,8 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
         sys.stderr.flush()
         os._exit(1)  # the teardown of a process group would wait for missing processes
     if world.is_rank_zero:
-        for facts, key in zip(everybody, keys, strict=True):
-            facts["links"] = get(store, key)
+        for rank, facts in enumerate(everybody):
+            facts["links"] = get(store, f"links/{rank}")
         notes = [*differences(everybody), *_stragglers(everybody)]
         lines = [*table(everybody), "", *(f"note: {n}" for n in notes), *_verdict([])]
         _show({"ranks": everybody, "notes": notes, "problems": []}, lines, as_json)
@@ -297,7 +327,7 @@ def table(everybody: Sequence[Facts]) -> list[str]:
     megabytes = everybody[0]["links"]["megabytes"]
     versions = ", ".join(f"{name} {number}" for name, number in everybody[0]["versions"].items())
     return [
-        *_aligned(rows, "><<>>>>>"),
+        *aligned(rows, left=3),
         "",
         f"all ranks have {versions}; GB/s is the bus bandwidth of an all-reduce of {megabytes:.0f} MiB",
     ]
@@ -315,15 +345,6 @@ def _show(report: Facts, lines: Sequence[str], as_json: bool) -> None:
         json.dumps(without_nan(report), indent=2) if as_json else "\n".join(map(printable, lines))
     )
     print(text, flush=True)
-
-
-def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """Return rows of cells as lines, with columns aligned to the ``sides``, < or > for each."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _gpu(gpu: Facts) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pretrain import __version__
-from pretrain.distributed.store import get, put, wait
+from pretrain.distributed.store import absent, get, put, ranks, wait
 from pretrain.errors import DistributedError
 from pretrain.utils.files import write_file
 
@@ -38,7 +38,6 @@ __all__ = [
     "handshake",
     "introduce",
     "misfit",
-    "ranks",
 ]
 
 Hello = dict[str, Any]
@@ -145,7 +144,7 @@ def handshake(
             put(store, "verdict", _compare(store, size, mine, timeout, folder))
         else:
             put(store, f"hello/{rank}", mine)
-            if not wait(store, ["hello/0"], timeout):
+            if absent(store, "hello", [0], timeout):
                 raise DistributedError(_missing([0], size, timeout))
             nonce = get(store, "hello/0")["nonce"]
             put(store, f"sees/{rank}", "yes" if nonce is None else _sees(folder, nonce))
@@ -176,15 +175,13 @@ def _compare(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, b"rank 0 was here; safe to delete\n")
         put(store, "hello/0", mine | {"nonce": path and path.name})
-        if not wait(store, [f"hello/{rank}" for rank in others], timeout):
-            missing = [rank for rank in others if not store.check([f"hello/{rank}"])]
+        if missing := absent(store, "hello", others, timeout):
             return _missing(missing, size, timeout)
         everybody = [mine, *(get(store, f"hello/{rank}") for rank in others)]
         if path is not None:
-            wait(store, [f"sees/{rank}" for rank in others], timeout)
+            late = absent(store, "sees", others, timeout)
             for rank in others:
-                key = f"sees/{rank}"
-                everybody[rank]["sees"] = get(store, key) if store.check([key]) else "nothing"
+                everybody[rank]["sees"] = "nothing" if rank in late else get(store, f"sees/{rank}")
         twice = get(store, "twice") if store.check(["twice"]) else ""
         return twice or misfit(everybody, str(folder)) or everybody
     except OSError as failure:
@@ -248,18 +245,6 @@ def differences(everybody: Sequence[Hello]) -> list[str]:
             each = "; ".join(f"{_at(everybody[r[0]], path)} on rank {ranks(r)}" for r in groups)
             lines.append(f"{path} differs ({each}): {why}")
     return lines
-
-
-def ranks(found: Sequence[int]) -> str:
-    """Return rank numbers as text, with ranges (``0-7, 9``)."""
-    parts: list[list[int]] = []
-    for rank in sorted(found):
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
-    return ", ".join(shown[:12]) + ", ..." * (len(shown) > 12)
 
 
 def _unequal(everybody: Sequence[Hello]) -> str:

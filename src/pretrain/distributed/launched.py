@@ -95,17 +95,16 @@ def prints_error(error: PretrainError) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     said = rank > 0 and error.everywhere
-    from pretrain.distributed.store import get, put, wait
+    from pretrain.distributed.store import absent, get, put
     from pretrain.distributed.world import current_world, found
 
     if not found() and isinstance(error, DistributedError):
         return not said  # the error is that the others cannot be reached
     with contextlib.suppress(PretrainError, RuntimeError):
         world: Any = current_world(_REACH)  # several processes
-        keys = [f"error/{one}" for one in range(world.size)]
-        put(world.store, keys[rank], str(error))
-        wait(world.store, keys, _SECONDS)
-        lower = [get(world.store, key) for key in keys[:rank] if world.store.check([key])]
+        put(world.store, f"error/{rank}", str(error))
+        late = absent(world.store, "error", range(world.size), _SECONDS)
+        lower = [get(world.store, f"error/{one}") for one in range(rank) if one not in late]
         said = said or str(error) in lower
     return not said
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import ParallelConfig
-from pretrain.distributed.ddp import wrap_ddp
 from pretrain.distributed.mesh import ParallelPlan
 from pretrain.distributed.reproducible import add_across, tree_sum
 from pretrain.distributed.strategy import Strategy
@@ -37,6 +38,10 @@ from pretrain.objectives.base import Batch, Loss, Objective
 
 __all__ = ["ParallelStrategy"]
 
+# The name of the option since torch 2.13, and its earlier name.
+_KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
+
 
 class _Root(nn.Module):
     """Root module for FSDP2, which renames the class of what it wraps; the class name of an objective must stay."""
@@ -47,7 +52,7 @@ class _Root(nn.Module):
 
     def forward(self, batch: Batch | None) -> tuple[Tensor, Loss]:
         """Return the loss, preceded by its total: not every version of torch finds tensors inside a dataclass."""
-        if batch is None:  # see `pretrain.distributed.ddp`
+        if batch is None:  # see `_order_buckets`
             total = torch.stack(
                 [0.0 * p.sum() for p in self.objective.parameters() if p.requires_grad]
             ).sum()
@@ -175,7 +180,7 @@ class ParallelStrategy(Strategy):
             self._ddp = None
             gc.collect()  # frees the buckets, because automatic garbage collection is off during training
         unused = self.uneven or bool(self.untouched & trained.keys())
-        self._ddp = wrap_ddp(self._root, self.world.group("dp_replicate"), unused=unused)
+        self._ddp = _wrap_ddp(self._root, self.world.group("dp_replicate"), unused=unused)
 
     def parts(self) -> Parts | None:
         # The last bits of a matrix product may depend on its batch, which changes with the number of ranks.
@@ -351,3 +356,44 @@ class ParallelStrategy(Strategy):
     def release(self) -> None:
         self._ddp = None
         super().release()
+
+
+def _wrap_ddp(root: nn.Module, group: Any, *, unused: bool) -> DistributedDataParallel:
+    """Wrap a module that is replicated on every rank of a group; gradients of trainable parameters are summed.
+
+    Args:
+        root: called with None it returns a tuple whose first element is a loss that depends on every trainable
+            parameter.
+        group: process group of the replicas.
+        unused: some parameters get no gradient in some passes.
+    """
+    options: dict[str, Any] = {_SYNC_BUFFERS: False}
+    ddp = DistributedDataParallel(
+        root,
+        process_group=group,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=unused,
+        **options,
+    )
+    ddp.register_comm_hook(group, _sum_bucket)
+    if not unused:
+        _order_buckets(ddp)
+    return ddp
+
+
+def _order_buckets(ddp: DistributedDataParallel) -> None:
+    """Run one backward pass, after which DDP rebuilds its buckets once, in the order in which gradients arrive.
+
+    Otherwise a resumed run would have other buckets in its first step than an uninterrupted one. With more than two
+    ranks, the position in a bucket determines the order of summation, and so the last bits of a sum.
+    """
+    torch.autograd.backward(ddp(None)[0])
+    for p in ddp.parameters():
+        p.grad = None
+
+
+def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def] # torch holds annotations against its own classes
+    """Sum a bucket without averaging: the loss has been divided by the targets of the global batch already."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])

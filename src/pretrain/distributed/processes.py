@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +17,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
-from pretrain.distributed.comm import Callers, Peers, connect, gather_json
 from pretrain.distributed.estimates import MeshShape
-from pretrain.distributed.handshake import check_links, fingerprint, handshake, introduce
-from pretrain.distributed.store import all_here, put, store_of_this_start, wait
+from pretrain.distributed.handshake import bounded, check_links, fingerprint, handshake, introduce
+from pretrain.distributed.store import absent, all_here, get, put, store_of_this_start
 from pretrain.distributed.watchdog import SLOW, Watchdog
 from pretrain.distributed.world import World
 from pretrain.errors import DistributedError, PretrainError
@@ -233,7 +234,9 @@ class Processes(World):
                 # A launcher may send SIGTERM to the other processes when the first one exits: all wait for each other.
                 self.all_reduce_sum([0.0])
             except PretrainError as error:
-                error.everywhere |= self._all_failed(store)
+                # All other ranks fail as well for a setting that is wrong on all of them.
+                put(store, f"failed/{self.rank}", True)
+                error.everywhere |= not absent(store, "failed", range(self.size), _ALL_FAIL)
                 if not error.everywhere:
                     # The caller may catch the error and continue, so this process must not be ended.
                     watchdog.fail(error, end_within=None)
@@ -241,11 +244,6 @@ class Processes(World):
                 raise
             finally:
                 self._watchdog = None
-
-    def _all_failed(self, store: Any) -> bool:
-        """Return whether all other ranks fail as well, as they do for a setting that is wrong on all ranks."""
-        put(store, f"failed/{self.rank}", True)
-        return wait(store, [f"failed/{rank}" for rank in range(self.size)], _ALL_FAIL)
 
     def mark(self, phase: str, step: int) -> None:
         super().mark(phase, step)
@@ -297,3 +295,119 @@ class Processes(World):
     def peers(self) -> Peers:
         group = self._control or dist.group.WORLD
         return Peers(self.rank, self.size, group, self.replica, self.heartbeat)
+
+
+def connect(
+    store: Any,
+    rank: int,
+    size: int,
+    device: torch.device,
+    limit: datetime.timedelta,
+    within: float = 60.0,
+) -> None:
+    """Initialise the default process group, with gloo for CPU tensors and JSON values, and NCCL for CUDA tensors.
+
+    Args:
+        store: key-value store for the rendezvous.
+        rank: of this process.
+        size: world size.
+        device: device that this process computes on.
+        limit: timeout of every collective.
+        within: seconds within which all processes must connect.
+
+    Raises:
+        DistributedError: they did not connect; the message says what to check.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bounded(
+        lambda: dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=limit
+        ),
+        f"The connection of rank {rank} of {size} to the others",
+        device,
+        within,
+    )
+
+
+class Peers:
+    """Exchange of tensors and JSON values between processes; implements the protocol of `pretrain.checkpoint`.
+
+    Args:
+        rank: of this process.
+        size: world size.
+        group: process group of `torch.distributed` for JSON values.
+        replica: process group of the ranks that hold one copy of the weights between them; None for all ranks.
+        heartbeat: called on every transfer, as a sign of progress.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        group: Any,
+        replica: Any = None,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rank, self.size, self.heartbeat = rank, size, heartbeat
+        self._group, self._replica = group, replica
+
+    def gather(
+        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.Peers`."""
+        found, works = [], []
+        for shard, owner in zip(shards, owners, strict=True):
+            group = self._group if shard.device.type == "cpu" else dist.group.WORLD
+            group = group if len(ranks) == self.size else self._replica
+            room = [torch.empty_like(shard) for _ in ranks] if owner == self.rank else []
+            works.append(dist.gather(shard, room or None, owner, group=group, async_op=True))
+            found.append(room)
+        for work in works:
+            if work is not None:
+                work.wait()
+        self.heartbeat()
+        return found
+
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
+        """Return the JSON values of all ranks, in rank order; ``progress`` says whether it is a heartbeat."""
+        if progress:
+            self.heartbeat()
+        return [value] if self.size == 1 else gather_json(value, self.size, self._group)
+
+
+class Callers(Peers):
+    """Peers without a process group, which exchange JSON values through a store.
+
+    Args:
+        rank: of this process.
+        size: world size.
+        store: a key-value store, or the part of one that is used by these peers only.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        super().__init__(rank, size, None)
+        self._store, self._calls = store, 0
+
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
+        """Return the JSON values of all ranks, in rank order; waits without a time limit."""
+        self._calls += 1
+        put(self._store, f"{self._calls}/{self.rank}", value)
+        while absent(self._store, str(self._calls), range(self.size), 60.0):
+            pass
+        return [get(self._store, f"{self._calls}/{rank}") for rank in range(self.size)]
+
+
+def gather_json(value: Any, size: int, group: Any) -> list[Any]:
+    """All-gather a JSON value, sent as bytes."""
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(data)] = data
+    found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(found, padded, group=group)
+    return [
+        json.loads(part[: int(length)].numpy().tobytes())
+        for part, length in zip(found, lengths, strict=True)
+    ]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import linecache
 import os
 import re
 import sys
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,25 +58,17 @@ def main_stack() -> str:
 
 def stack_of(innermost: FrameType | TracebackType | None) -> str:
     """Return a stack or a traceback as text: ``module/file.py:line function: source``, innermost frame last."""
-    lines: list[str] = []
+    if innermost is None:
+        return ""
     if isinstance(innermost, TracebackType):
-        way: TracebackType | None = innermost
-        while way is not None:
-            lines.append(_line(way.tb_frame, way.tb_lineno))
-            way = way.tb_next
+        frames = traceback.extract_tb(innermost)
     else:
-        frame = innermost
-        while frame is not None and len(lines) < _FRAMES:
-            lines.append(_line(frame, frame.f_lineno))
-            frame = frame.f_back
-        lines.reverse()
-    return "\n".join(lines[-_FRAMES:])[-_TEXT:]
-
-
-def _line(frame: FrameType, number: int) -> str:
-    file = frame.f_code.co_filename
-    source = linecache.getline(file, number, frame.f_globals).strip()[:160]
-    return f"{_module_path(file)}:{number} {frame.f_code.co_name}: {source}"
+        frames = traceback.extract_stack(innermost)
+    lines = [
+        f"{_module_path(frame.filename)}:{frame.lineno} {frame.name}: {(frame.line or '')[:160]}"
+        for frame in frames[-_FRAMES:]
+    ]
+    return "\n".join(lines)[-_TEXT:]
 
 
 def _module_path(file: str) -> str:

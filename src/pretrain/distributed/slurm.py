@@ -20,7 +20,7 @@ from pretrain.config.run import DataConfig, ParallelConfig, TrainConfig
 from pretrain.distributed.mesh import check_batch
 from pretrain.errors import ConfigError
 
-__all__ = ["add_slurm", "is_task", "script", "write"]
+__all__ = ["add_slurm", "is_task", "script"]
 
 _PREPARE = """
 # The data are prepared before there is a group of processes, whose patience ends; what is there already is kept.
@@ -49,21 +49,6 @@ def add_slurm(parser: Any) -> None:
     add("--grace", type=int, default=300, help="seconds before --time ends in which the run saves")
     add("--restarts", type=int, default=3, help="number of restarts of all after a failure")
     add("--out", type=str | None, default=None, help="file to write; not given, it is printed")
-
-
-def write(config: str | os.PathLike[str], *, out: str | None = None, **options: Any) -> str:
-    """Write the script to ``out`` and return its path, or return the script itself; either ends with a line feed.
-
-    Args:
-        config: see `script`.
-        out: file to write, or None.
-        **options: of `script`.
-
-    Raises:
-        ConfigError: see `script`; or the file cannot be written.
-    """
-    text = script(config, name=out or "job.sbatch", **options)
-    return text if out is None else f"{write_text(Path(out), text)}\n"
 
 
 def is_task(config: str | os.PathLike[str]) -> bool:
@@ -95,9 +80,9 @@ def script(
     job_name: str | None = None,
     grace: int = 300,
     restarts: int = 3,
-    name: str = "job.sbatch",
+    out: str | None = None,
 ) -> str:
-    """Return the batch script that runs a config file of ``pretrain train`` or ``pretrain finetune``.
+    """Return the batch script that runs a config file, or write it to ``out`` and return that path with a line feed.
 
     SLURM itself checks what it is given, when the script is submitted.
 
@@ -111,11 +96,11 @@ def script(
         job_name: name of the job; by default that of the config file.
         grace: seconds before the time limit at which the run is asked to save.
         restarts: how often torchrun restarts all processes after one of them has failed.
-        name: name of the script, for the comment on how to submit it.
+        out: file to write, or None; its name is in the comment on how to submit it.
 
     Raises:
-        ConfigError: the config cannot be read, its batch cannot be shared by so many processes, or a number is too
-            small.
+        ConfigError: the config cannot be read, its batch cannot be shared by so many processes, a number is too
+            small, or the file cannot be written.
     """
     least = {"nodes": (nodes, 1), "gpus_per_node": (gpus_per_node, 0)}
     least |= {"grace": (grace, 30), "restarts": (restarts, 0)}
@@ -153,11 +138,12 @@ def script(
         "grace": grace,
         "shutdown": grace - 20,  # the rest is for a step that has just started and for requeueing
         "restarts": restarts,
-        "name": shlex.quote(name),
+        "name": shlex.quote(out or "job.sbatch"),
         "config": shlex.quote(os.fspath(path)),
         "processes": processes,
         "command": command,
         "prepare": _PREPARE if command == "train" and not _reads_own_rows(sections) else "",
     }
     template = Path(__file__).with_name("slurm.sh.in").read_text(encoding="utf-8")
-    return re.sub(r"@(\w+)@", lambda match: str(values[match[1]]), template)
+    text = re.sub(r"@(\w+)@", lambda match: str(values[match[1]]), template)
+    return text if out is None else f"{write_text(Path(out), text)}\n"

@@ -1,4 +1,4 @@
-"""Key-value store of the rendezvous: JSON values before the process group exists, and a part for each start."""
+"""Key-value store of the rendezvous: JSON values, waiting for the keys of ranks, and a part for each start."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.errors import DistributedError
 
-__all__ = ["all_here", "get", "put", "store_of_this_start", "wait"]
+__all__ = ["absent", "all_here", "get", "put", "ranks", "store_of_this_start", "wait"]
 
 _PATIENT = 60.0  # seconds between messages that name the ranks that are waited for
 _LARGEST = 64 << 20  # maximum bytes of a value
@@ -40,14 +40,32 @@ def wait(store: Any, keys: Sequence[str], seconds: float) -> bool:
     return True
 
 
+def absent(store: Any, name: str, among: Iterable[int], seconds: float) -> list[int]:
+    """Wait for the keys ``name/RANK`` of some ranks; return the ranks whose key has not come in time."""
+    keys = {rank: f"{name}/{rank}" for rank in among}
+    if wait(store, list(keys.values()), seconds):
+        return []
+    return [rank for rank, key in keys.items() if not store.check([key])]
+
+
+def ranks(found: Sequence[int]) -> str:
+    """Return rank numbers as text, with ranges (``0-7, 9``)."""
+    parts: list[list[int]] = []
+    for rank in sorted(found):
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in parts]
+    return ", ".join(shown[:12]) + ", ..." * (len(shown) > 12)
+
+
 def all_here(store: Any, rank: int, size: int, say: Callable[[str], object]) -> None:
     """Wait until all ranks have prepared data and model, without a time limit; rank 0 reports the missing ranks."""
     put(store, f"here/{rank}", True)
-    keys = [f"here/{one}" for one in range(size)]
-    while not wait(store, keys, _PATIENT):
-        late = [str(one) for one, key in enumerate(keys) if not store.check([key])]
-        if rank == 0 and late:
-            say(f"waiting for rank {', '.join(late)}, still preparing data or model")
+    while late := absent(store, "here", range(size), _PATIENT):
+        if rank == 0:
+            say(f"waiting for rank {ranks(late)}, still preparing data or model")
 
 
 def store_of_this_start(store: Any, rank: int, size: int, patience: float = 300.0) -> Any:
@@ -85,7 +103,7 @@ def store_of_this_start(store: Any, rank: int, size: int, patience: float = 300.
         time.sleep(0.02 if missing else 0)
     if missing:
         raise DistributedError(
-            f"Rank {', '.join(map(str, sorted(missing)))} of {size} did not connect within {patience:g} seconds; "
+            f"Rank {ranks(list(missing))} of {size} did not connect within {patience:g} seconds; "
             f"rank {rank} waited for it. Check on its host that the process was started, and what it printed."
         )
     return PrefixStore(f"start/{name}", store)

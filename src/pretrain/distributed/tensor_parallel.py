@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
-from pretrain.models.config import BackboneConfig
 from pretrain.models.heads import LanguageHead
-from pretrain.nn.layout import fills_all, piece
+from pretrain.nn.layout import piece
 from pretrain.nn.tensor_parallel import Group, VocabShard, all_reduce
 
 __all__ = [
     "TensorParallel",
-    "check_tp",
     "cuts_of",
     "reduce_partial_gradients",
     "shard_model",
@@ -46,59 +44,18 @@ class TensorParallel:
         group: the ranks that share each matrix.
         cuts: name of a cut parameter -> its dimension; the others are whole on every rank.
         partial: names of whole parameters of which each rank has a part of the gradient.
-        shapes: full shape of every parameter.
     """
 
     group: Group
     cuts: Mapping[str, int] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process within the group."""
-        return self.group.rank
-
-    @property
-    def size(self) -> int:
-        """Number of ranks that share each matrix."""
-        return self.group.size
-
-    def local(self, name: str, full_shape: tuple[int, ...] | None = None) -> tuple[int, int]:
-        """Return start and length of this rank's slice of a cut parameter, along its dimension."""
-        shape = self.shapes[name] if full_shape is None else full_shape
-        return piece(shape[self.cuts[name]], self.size, self.rank)
 
     def take(self, name: str, full: Tensor) -> Tensor:
         """Return this rank's slice of a full tensor: a view, or the tensor itself if it is not cut."""
         if name not in self.cuts:
             return full
-        return full.narrow(self.cuts[name], *self.local(name, tuple(full.shape)))
-
-
-def check_tp(config: BackboneConfig, size: int) -> None:
-    """Raise if the model cannot be sharded over a group of that size.
-
-    Raises:
-        ConfigError: the message lists the possible sizes.
-    """
-    possible = config.possible_tp()
-    if size in possible:
-        return
-    wrong = [
-        f"{name} {count} is not a multiple of it"
-        for name, count in config.divisible().items()
-        if count % size
-    ]
-    if not fills_all(config.vocab_size, size):
-        rows = piece(config.vocab_size, size, 0)[1]
-        wrong.append(
-            f"vocab_size {config.vocab_size} in pieces of {rows} leaves the last process nothing"
-        )
-    raise ConfigError(
-        f"parallel.tp is {size}, but {'; '.join(wrong)}. This model can have tp {', '.join(map(str, possible))}: take "
-        "one of these, or share the work by dp_shard instead."
-    )
+        dim = self.cuts[name]
+        return full.narrow(dim, *piece(full.shape[dim], self.group.size, self.group.rank))
 
 
 def cuts_of(model: Model) -> tuple[dict[str, int], frozenset[str]]:
@@ -195,18 +152,17 @@ def shard_model(model: Model, group: Group) -> TensorParallel:
         group: the ranks that share it; all of them call this with equal models.
 
     Raises:
-        ConfigError: the model cannot be sharded over so many ranks, or its blocks have no plan.
+        ConfigError: its blocks have no plan. `choose_mesh` has refused sizes that the model cannot have.
         ModelError: the model is sharded already.
     """
     if model.tp is not None:
         raise ModelError(
-            f"The model is already sharded over {model.tp.size} processes. Build it again to shard it over others."
+            f"The model is already sharded over {model.tp.group.size} processes. Build it again to shard it over "
+            "others."
         )
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if group.size == 1:
-        return TensorParallel(group, shapes=shapes)
-    check_tp(model.backbone.config, group.size)
-    tp = TensorParallel(group, *cuts_of(model), shapes)
+        return TensorParallel(group)
+    tp = TensorParallel(group, *cuts_of(model))
     for name, parameter in model.named_parameters():
         if name in tp.cuts:
             parameter.data = tp.take(name, parameter.data).clone(

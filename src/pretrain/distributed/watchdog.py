@@ -36,7 +36,7 @@ from typing import Any
 
 from pretrain.distributed import record
 from pretrain.distributed.record import Record
-from pretrain.distributed.store import wait
+from pretrain.distributed.store import absent, ranks
 from pretrain.errors import DistributedError, PretrainError
 
 __all__ = ["EXIT_LOST", "SLOW", "Watchdog"]
@@ -264,15 +264,14 @@ class Watchdog:
 
     def _meet(self, patience: float) -> dict[int, int]:
         """Wait until all ranks are there, and return the process ids of the other ranks on this host."""
-        store, beats = self._store, [f"beat/{rank}" for rank in range(self.size)]
+        store = self._store
         try:
             store.compare_set("notice", "", json.dumps({"run": secrets.token_hex(6)}))
             self._beat()
-            if not wait(store, beats, patience):
-                late = [str(rank) for rank, key in enumerate(beats) if not store.check([key])]
+            if late := absent(store, "beat", range(self.size), patience):
                 raise DistributedError(
                     f"The watchdog of rank {self.rank} of {self.size} waited {patience:g} seconds for rank "
-                    f"{', '.join(late[:16])}{', ...' * (len(late) > 16)}. Look at what these ranks printed."
+                    f"{ranks(late)}. Look at what these ranks printed."
                 )
             self._read()
             everybody = [member.beat for member in self._everybody()]
@@ -440,10 +439,10 @@ class Watchdog:
                 gone[rank] = "it is silent"
         named = None if found is None else found["rank"]
         asked = [rank for rank in members if rank not in (named, self.rank, *gone)]
-        wait(store, [f"stack/{rank}" for rank in asked], _STACKS)
+        silent = absent(store, "stack", asked, _STACKS)
         stacks = {self.rank: record.main_stack()}
         for rank in asked:
-            if store.check([f"stack/{rank}"]):
+            if rank not in silent:
                 stacks[rank] = store.get(f"stack/{rank}").decode()
         found = found or self._hung(list(members.values()), stacks)
         also = [
@@ -453,7 +452,7 @@ class Watchdog:
         ]
         found |= {"run": self._notice["run"], "also": also[:_OTHERS]}
         store.set("notice", json.dumps(self._notice | {"record": found}))
-        wait(store, [f"left/{rank}" for rank in asked], 0.5)  # this process may host the store
+        absent(store, "left", asked, 0.5)  # this process may host the store
         return self._leave(found, stacks)
 
     def _hung(self, members: Sequence[Member], stacks: dict[int, str]) -> Record:

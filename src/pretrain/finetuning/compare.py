@@ -38,8 +38,8 @@ from pretrain.finetuning.settings import rate_of_muon
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
-from pretrain.training.monitor import LOWER_IS_BETTER
 from pretrain.training.run import resumable, run_key
+from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.files import note
 from pretrain.utils.html import bullets, notebook_view, table
@@ -388,7 +388,7 @@ class Comparison:
     """Scores of all arms at a few label counts, with statistics, verdicts and report.
 
     Args:
-        metric: name of the score. Those of ``training.monitor.LOWER_IS_BETTER`` are reported as they are, all others
+        metric: name of the score. Those of ``training.validation.LOWER_IS_BETTER`` are reported as they are, all others
             are in [0, 1] or a correlation and are reported in points, 100 times the score.
         counts: numbers of labels, ascending.
         arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` are required, with

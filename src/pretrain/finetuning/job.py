@@ -40,21 +40,22 @@ from pretrain.objectives import check_monitor, check_options, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.logging import check_loggers
-from pretrain.training.monitor import LOWER_IS_BETTER
-from pretrain.training.monitor import score as lower_is_better
 from pretrain.training.parallelize import run_lock
 from pretrain.training.precision import choose_device
 from pretrain.training.restore import load_weights
 from pretrain.training.run import (
     check_same_run,
     has_begun,
+    keep_settings,
     record_resume,
     run_key,
     settle_checkpoint,
 )
+from pretrain.training.run_directory import Unbegun
 from pretrain.training.starting_model import hash_weights, origin
 from pretrain.training.trainer import Trainer
-from pretrain.training.unbegun import Unbegun
+from pretrain.training.validation import LOWER_IS_BETTER
+from pretrain.training.validation import score as lower_is_better
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -371,9 +372,7 @@ class Job:
         )
 
         def begin() -> Changed:
-            changed = check_same_run(settings, out)
-            if not has_begun(out):
-                settings.save(out / "run.yaml")
+            changed = keep_settings(settings, out)
             if chosen:
                 write_choice(out / SWEEP, chosen)
             return changed

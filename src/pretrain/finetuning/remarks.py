@@ -15,7 +15,7 @@ from pretrain.config.spelling import option
 from pretrain.errors import DataError
 from pretrain.finetuning.baseline import METRICS, VECTORS, tfidf_baseline, vector_baseline
 from pretrain.report.remarks import curve_of, overfitted, resumed_with
-from pretrain.training.monitor import LOWER_IS_BETTER
+from pretrain.training.validation import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned

@@ -24,7 +24,7 @@ from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, 
 from pretrain.report.run_report import PAGE
 from pretrain.training.launch import read_run
 from pretrain.training.run import has_begun, naming_paths
-from pretrain.training.undisturbed import undisturbed
+from pretrain.training.state import undisturbed
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
 

@@ -53,7 +53,7 @@ def ngram_baseline(trainer: Trainer) -> dict[str, float]:
         model = KneserNey(_batches(rows, seen), rows.vocab_size)
         return model.num_tokens, model.loss(_batches(held_out, np.arange(len(held_out))))
 
-    tokens, loss = trainer.world.broadcast_object(trainer.world.on_rank_zero(count))
+    tokens, loss = trainer.world.broadcast_result(count)
     per_nat = figures["bits_per_byte"] / figures["loss"]
     unigram = trainer.about.get("unigram_nats")
     seen_by = "that the run saw" if tokens < MOST_TOKENS else "of those that the run saw"

@@ -1,18 +1,15 @@
-"""Compilation of the blocks: whether a run is long enough to pay for it, and why it cannot be done."""
+"""Compilation of the blocks: whether a run is long enough to pay for it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pretrain.errors import PretrainError, out_of_memory
 from pretrain.training.precision import peak_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pretrain.training.trainer import Trainer
 
-__all__ = ["compile_fault", "decide_for", "eager_seconds", "should_compile"]
+__all__ = ["decide_for", "eager_seconds", "should_compile"]
 
 # Share of the peak that eager blocks reach, and of the time that compilation saves: torchtitan published 33.7 and
 # 39.0 % of the peak for Llama 3 on H100. Small models reach less, so their runs are longer than the estimate.
@@ -60,23 +57,3 @@ def decide_for(trainer: Trainer) -> tuple[bool, str]:
         setting, device, trainer.world.broadcast_object(seconds)
     )
     return decision
-
-
-def compile_fault(trainer: Trainer, run: Callable[[], object]) -> str:
-    """Run compiled blocks for the first time and return the first line of an error on any rank; "" if there is none.
-
-    Dynamo, the inductor, Triton and the C++ compiler raise errors of many classes. One that is the model's own is
-    raised again by the pass that follows with eager blocks.
-    """
-    fault = ""
-    try:
-        run()
-    except PretrainError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a compiler raises
-        fault = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    trainer.optimizers.zero_grad()
-    return next(filter(None, trainer.world.all_gather_object(fault)), "")

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.errors import ModelError, TrainingError, out_of_memory
+from pretrain.errors import ModelError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Loss
-from pretrain.training.compiling import compile_fault
-from pretrain.training.feed import hash_seed, to_device
+from pretrain.training.feed import check_targets, hash_seed, to_device
 from pretrain.training.plan import row_length
 
 if TYPE_CHECKING:
@@ -38,11 +37,8 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
             gather the rows of all ranks, or compiled blocks compute something else.
     """
     counts = [float(trainer.objective.count(batch)) for batch in batches]
-    if trainer.world.all_reduce_sum([sum(counts)])[0] == 0:
-        raise TrainingError(
-            "No row of the first batch has a target: every label is ignored, so there is nothing to learn. Check "
-            "the masking rate, the label column and that rows are longer than one token."
-        )
+    (count,) = trainer.world.all_reduce_sum([sum(counts)])
+    check_targets(count, trainer.state.step, trainer.state.rows, trainer.train.batch_rows)
     usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
     largest = trainer.feed.largest()
     trainer.objective.train()
@@ -150,8 +146,23 @@ def check_coupling(trainer: Trainer) -> None:
 
 
 def try_compiled(trainer: Trainer, batch: Batch) -> None:
-    """Run compiled blocks for the first time; without a working compiler the run goes on with eager ones."""
-    if fault := compile_fault(trainer, lambda: _forward_backward(trainer, batch)):
+    """Run compiled blocks for the first time; without a working compiler the run goes on with eager ones.
+
+    Dynamo, the inductor, Triton and the C++ compiler raise errors of many classes. One that is the model's own is
+    raised again by the pass that follows with eager blocks.
+    """
+    fault = ""
+    try:
+        _forward_backward(trainer, batch)
+    except PretrainError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a compiler raises
+        fault = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    trainer.optimizers.zero_grad()
+    if fault := next(filter(None, trainer.world.all_gather_object(fault)), ""):
         trainer.strategy.reshard()
         trainer.run_eagerly("compiling failed")
         trainer.say(f"the blocks cannot be compiled, so they run eagerly: {fault}")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.config import DataConfig, RunConfig
 from pretrain.config.aliases import VALUES
 from pretrain.config.spelling import option
@@ -120,7 +121,7 @@ def check_positions(settings: RunConfig, model: Model) -> None:
     if model.backbone.unit_name != "tokens" or not room or length <= room:
         return
     more, shorter = "", "Prepare the data anew with shorter rows"
-    if prepared_in(settings.data) is None:
+    if prepared_in(settings.data.train) is None:
         resolve_sources(settings.data.train)  # one that is not there is the mistake to name
         shorter = "Make the rows shorter"
     if settings.model.checkpoint is None:
@@ -133,16 +134,14 @@ def check_positions(settings: RunConfig, model: Model) -> None:
 
 def tokens_per_row(data: DataConfig) -> int:
     """Return the tokens of a row of text: of prepared data as they were prepared, else as they will be."""
-    prepared = prepared_in(data)
+    prepared = prepared_in(data.train)
     return data.row_length if prepared is None else prepared.manifest["options"]["row_length"]
 
 
-def prepared_in(data: DataConfig) -> Prepared | None:
-    """Open the prepared directory that ``data.train`` names; None if it names something else."""
-    if isinstance(data.train, str | os.PathLike) and os.path.isfile(
-        Path(data.train, "manifest.json")
-    ):
-        return Prepared.open(Path(data.train))
+def prepared_in(data: Any) -> Prepared | None:
+    """Open the directory of prepared text that data are; None if they are something else."""
+    if isinstance(data, str | os.PathLike) and os.path.isfile(Path(data, MANIFEST)):
+        return Prepared.open(Path(data))
     return None
 
 

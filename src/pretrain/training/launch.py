@@ -17,15 +17,16 @@ from typing import Any
 from pretrain import distributed
 from pretrain.checkpoint import latest
 from pretrain.checkpoint.best import RESULT
-from pretrain.distributed.launched import count_devices
+from pretrain.distributed.launched import count_devices, launched
 from pretrain.errors import ConfigError
 from pretrain.training.live import open_screen
-from pretrain.training.logging import Progress
-from pretrain.training.state import Run, RunState, catch_signals
+from pretrain.training.logging import Progress, Silence
+from pretrain.training.relay import replay
+from pretrain.training.state import Run, RunState, catch_signals, last_metrics
 from pretrain.utils.files import printable
 from pretrain.utils.run_log import read_log
 
-__all__ = ["follow", "on_devices", "read_run"]
+__all__ = ["on_devices", "read_run"]
 
 _PAUSE = 0.1  # seconds between two reads of the relayed output
 
@@ -55,8 +56,8 @@ def on_devices(
         PretrainError: the run failed.
     """
     count = count_devices(devices, settings.parallel.device)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and "RANK" in os.environ:
+    if launched():
+        started = int(os.environ["WORLD_SIZE"])
         if count in (1, started) or devices == "auto":
             return None
         raise ConfigError(
@@ -75,74 +76,45 @@ def on_devices(
         path = settings.save(Path(folder) / f"{command}.yaml")
         words = [command, "--config", os.fspath(path)]
         threads = settings.parallel.threads
-        return follow(words, Path(settings.train.out), count, threads=threads, quiet=quiet)
+        return _follow(words, Path(settings.train.out), count, threads, quiet)
 
 
-def follow(
-    words: Sequence[str], out: Path, devices: int, *, threads: int = 0, quiet: bool = False
-) -> Run:
+def _follow(words: Sequence[str], out: Path, devices: int, threads: int, quiet: bool) -> Run:
     """Run ``pretrain`` with these arguments on several processes, show the progress, and return the run.
 
     The first SIGINT or SIGTERM makes the run save and stop; see ``catch_signals`` for a second one.
-
-    Args:
-        words: command-line arguments after ``pretrain``.
-        out: run directory.
-        devices: number of processes.
-        threads: CPU threads of each; 0 is an equal share.
-        quiet: show nothing.
 
     Raises:
         PretrainError: the error or last output of the first process that failed, also if it failed while stopping.
     """
     with catch_signals() as stop, distributed.Launched(words, devices, threads) as group:
-        screen = None if quiet else open_screen()
+        screen = Silence() if quiet else open_screen()
         asked = False
         try:
             while group.running():
                 if stop.name is not None and not asked:
                     asked = True
                     group.stop()
-                    _say(
-                        screen,
-                        f"{stop.name}: the run saves and stops; a second signal after two seconds ends it at once",
+                    screen.write(
+                        f"{stop.name}: the run saves and stops; a second signal after two seconds ends it at once"
                     )
                 _pass_on(group, screen, out)
                 time.sleep(_PAUSE)
             _pass_on(group, screen, out)
         finally:
-            if screen is not None:
-                screen.close()
+            screen.close()
         stopped = stop.name or group.stopped()
         if group.failures and (stopped is None or group.broke()):
             raise group.failure()
     return read_run(out, stopped if group.failures else None)
 
 
-def _say(screen: Progress | None, line: str) -> None:
-    if screen is not None:
-        screen.write(line)
-
-
-def _pass_on(group: distributed.Launched, screen: Progress | None, out: Path) -> None:
+def _pass_on(group: distributed.Launched, screen: Progress, out: Path) -> None:
     """Show what rank zero has relayed or printed since the last call."""
     for told in group.told():
-        if screen is None:
-            continue
-        what = told["what"]
-        if what == "show":
-            screen.show(told["step"], told["figures"], told["total"])
-        elif what == "evaluation":
-            screen.evaluation(told["record"], RunState.from_json(told["state"]), told["note"])
-        elif what == "starting":
-            screen.starting(told["name"], told["taken"])
-        elif what == "write":
-            screen.write(told["line"])
-        elif what == "restore":
-            records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= told["step"]]
-            screen.restore(records)
+        replay(told, screen, out)
     for line in group.said():
-        _say(screen, printable(line))
+        screen.write(printable(line))
 
 
 def read_run(out: Path, stopped: str | None = None) -> Run:
@@ -164,14 +136,13 @@ def read_run(out: Path, stopped: str | None = None) -> Run:
     plain = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
     state = RunState.from_json(plain.get("run", plain))
     history = read_log(out / "log.jsonl")
-    evals = [record["eval"] for record in history if "eval" in record]
     best = out / f"checkpoint-{state.best_step}" if state.best_step else checkpoint
     ended = "limit" if state.step >= state.total_steps else "patience"
     return Run(
         path=out,
         step=state.step,
         stopped=stopped or ended,
-        metrics={key: float(value) for key, value in (evals or [{}])[-1].items()},
+        metrics=last_metrics(history),
         history=history,
         checkpoint=checkpoint,
         best=best if best.exists() else None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pretrain.config import OptimConfig
 from pretrain.objectives.base import Objective
+from pretrain.training.state import RunState
 
 __all__ = ["Layers"]
 
@@ -53,6 +54,16 @@ class Layers:
             d for d in range(self.top + 1) if step >= math.floor(span * (self.top - d) / self.top)
         )
         return min(min(released), max(self._depths.values(), default=0))
+
+    def unfreeze(self, state: RunState) -> bool:
+        """Unfreeze the layers that are due at this step of a run; return True if any was newly unfrozen.
+
+        Layers are never frozen again, even if the run becomes longer.
+        """
+        lowest, before = self.lowest(state.step, state.total_steps), state.lowest
+        state.lowest = lowest if before is None else min(lowest, before)
+        self.release(state.lowest)
+        return state.lowest != before
 
     def release(self, lowest: int) -> None:
         """Unfreeze the layers from depth ``lowest`` upwards, and freeze the others."""

@@ -7,14 +7,17 @@ and if the notebook fails to display it, the plain lines of `pretrain.training.l
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from pretrain.distributed.launched import SCREEN
 from pretrain.printing import aligned, clock, in_notebook, printable
 from pretrain.training.logging import Progress
-from pretrain.training.relay import relay
+from pretrain.training.relay import Relay
 from pretrain.training.state import RunState
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import card, notebook_view, pre, table
@@ -31,9 +34,8 @@ _SAMPLE = 400  # characters of a sample
 
 def open_screen() -> Progress:
     """Return the live view in a notebook, else that of a terminal; in a launched process, the relay to its parent."""
-    relayed = relay()
-    if relayed is not None:
-        return relayed
+    if (path := os.environ.get(SCREEN)) is not None:
+        return Relay(Path(path))
     publish = _publisher()
     return Progress() if publish is None else LiveView(publish)
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.printing import clock, columns, console, in_notebook, printable, wrapped
@@ -186,12 +186,15 @@ class Progress:
         self._drawn = text
 
 
-class Logger(Protocol):
-    """Interface of an external logger: log flat metrics at a step, and close."""
+class Silence(Progress):
+    """The screen of a quiet run, and of ranks that print nothing."""
 
-    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+    def __init__(self) -> None:
+        super().__init__()
+        self._live = False
 
-    def close(self) -> None: ...
+    def write(self, line: str) -> None:
+        """Print nothing."""
 
 
 class _TensorBoard:
@@ -236,14 +239,16 @@ def check_loggers(names: Sequence[str]) -> None:
             )
 
 
-def make_loggers(names: Sequence[str], out: Path, config: Mapping[str, Any]) -> list[Logger]:
+def make_loggers(
+    names: Sequence[str], out: Path, config: Mapping[str, Any]
+) -> list[_TensorBoard | _Tracked]:
     """Start the named loggers.
 
     Raises:
         ConfigError: a logger is unknown, or its package is not installed.
     """
     check_loggers(names)
-    loggers: list[Logger] = []
+    loggers: list[_TensorBoard | _Tracked] = []
     for name in names:
         try:
             tracked = name != "tensorboard"
@@ -286,8 +291,8 @@ class Journal:
         from pretrain.training.live import open_screen
 
         self._out, self._leads, self._unit = out, leads, unit
-        self._loggers: list[Logger] = make_loggers(loggers if leads else (), out, about)
-        self._progress = None if quiet or not leads else open_screen()
+        self._loggers = make_loggers(loggers if leads else (), out, about)
+        self._screen = Silence() if quiet or not leads else open_screen()
         self._log: RunLog | None = None
         self.epoch_rows = 0
         self._taken: dict[str, float] = {}
@@ -296,24 +301,21 @@ class Journal:
     @contextlib.contextmanager
     def starting(self, what: str) -> Iterator[None]:
         """Show a step of the start-up while it runs, and measure its seconds."""
-        if self._progress is not None:
-            self._progress.starting(what, self._taken)
+        self._screen.starting(what, self._taken)
         began = time.monotonic()
         yield
         self._taken[what] = time.monotonic() - began
 
     def started(self) -> None:
         """Print the steps of the start-up with their seconds."""
-        if self._progress is not None:
-            self._progress.starting("", self._taken)
+        self._screen.starting("", self._taken)
 
     def open_log(self, keep_until: int | None, last: str = "") -> None:
         """Start ``log.jsonl``, or continue it after step ``keep_until``; arguments as in ``RunLog``."""
         if not self._leads:
             return
         self._log = RunLog(self._out / "log.jsonl", keep_until, last)
-        if self._progress is not None:
-            self._progress.restore(self._log.records)
+        self._screen.restore(self._log.records)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -327,8 +329,7 @@ class Journal:
 
     def say(self, line: str) -> None:
         """Print a line, unless quiet."""
-        if self._progress is not None:
-            self._progress.write(line)
+        self._screen.write(line)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record to the log; once nothing can be printed any more, also one of that."""
@@ -376,8 +377,7 @@ class Journal:
         shown = {"loss": line["loss"], **speed, "lr": line["lr"]}
         if show_mfu:
             shown["mfu"] = line["mfu"]
-        if self._progress is not None:
-            self._progress.show(state.step, shown, state.total_steps)
+        self._screen.show(state.step, shown, state.total_steps)
         state.window_total = state.window_count = state.window_seconds = 0.0
         state.window_tokens = 0
 
@@ -391,8 +391,7 @@ class Journal:
             record["epoch"] = round(state.rows / self.epoch_rows, 4)
         self.write(record)
         self._send("eval", state.step, figures)
-        if self._progress is not None:
-            self._progress.evaluation(record, state, note)
+        self._screen.evaluation(record, state, note)
 
     def _send(self, group: str, step: int, figures: Mapping[str, float]) -> None:
         for logger in list(self._loggers):
@@ -409,6 +408,6 @@ class Journal:
 
     def close(self) -> None:
         """Close the log, the bar and the loggers."""
-        for sink in (self._progress, self._log, *self._loggers):
+        for sink in (self._screen, self._log, *self._loggers):
             if sink is not None:
                 sink.close()

@@ -20,12 +20,11 @@ from pretrain.config.spelling import TRAIN, option, option_name, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, TrainingError
-from pretrain.objectives import build_objective
 from pretrain.training.early import check_early
 from pretrain.training.optim import settled_lr
-from pretrain.training.run import about, make_model, rows_of
+from pretrain.training.run import about, make_objective, rows_of
+from pretrain.training.state import undisturbed
 from pretrain.training.trainer import Trainer
-from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.directories import temporary_name
 from pretrain.utils.files import note
@@ -96,13 +95,11 @@ class _Rising(Trainer):
 
     def __init__(self, *args: Any, lowest: float, highest: float, **options: Any) -> None:
         super().__init__(*args, quiet=True, **options)
-        self.lowest, self.highest = lowest, highest
+        self.lr_factor = lambda step, total: float(
+            lowest * (highest / lowest) ** (step / max(1, total - 1))
+        )
         self.rates: list[float] = []
         self.losses: list[float] = []
-
-    def lr_factor(self) -> float:
-        share = self.state.step / max(1, self.state.total_steps - 1)
-        return float(self.lowest * (self.highest / self.lowest) ** share)
 
     def _after_step(self, record: dict[str, Any]) -> None:
         super()._after_step(record)
@@ -156,9 +153,7 @@ def lr_range_test(
     check_early(settings, rows)
     data = rows or rows_of(settings, quiet=False)
     folder = temporary_name(Path(f"{settings.train.out}.lr-range"), "new")
-    model = make_model(settings, data)
-    chosen = settings.objective
-    goal = build_objective(chosen.class_path, chosen.init_args, model, settings.train.seed)
+    goal = make_objective(settings, data)
     muon = _muon_beside(settled_lr(settings.optim, goal)[0])
     trainer = _Rising(
         goal,

@@ -1,9 +1,8 @@
 """AdamW and Muon, their parameter groups, and optimizer state keyed by parameter name.
 
-AdamW: arXiv 1711.05101. Muon (momentum, orthogonalised by a Newton-Schulz iteration): Jordan et al., 2024, with
-the coefficients of Polar Express (arXiv 2505.16932). Muon updates the hidden matrices of the blocks; all other
-parameters, in particular embeddings and the vocabulary head, are updated by AdamW. L2-SP (arXiv 1802.01483) is
-decoupled here, like weight decay, but decays towards the loaded weights instead of zero.
+AdamW: arXiv 1711.05101. Muon updates the hidden matrices of the blocks; all other parameters, in particular embeddings
+and the vocabulary head, are updated by AdamW. L2-SP (arXiv 1802.01483) is decoupled here, like weight decay, but decays
+towards the loaded weights instead of zero.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,189 +22,27 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pretrain.checkpoint.best import rates_of_run
 from pretrain.config import OptimConfig
-from pretrain.distributed.estimates import MATRICES_TOGETHER
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
-from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.nn.layout import local
 from pretrain.objectives.base import Objective
+from pretrain.training.update_rules import CautiousAdamW, Muon
+
+if TYPE_CHECKING:
+    from pretrain.distributed.whole_parameters import Parts
 
 __all__ = [
-    "Muon",
     "Optimizers",
     "build_optimizers",
     "lr_of_width",
     "muon_weights",
-    "orthogonalize",
     "settled_lr",
     "weights_of",
 ]
 
 OPTIMIZERS = ("adamw", "muon")
-# Polar Express (arXiv 2505.16932): the odd polynomials of degree 5 that bring singular values from 1e-3 to 1 nearest to
-# 1 after these five steps together; fewer of them end far from 1. The norm is divided out with a margin of 2 %.
-_POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-_MARGIN = 1.02
 # The automatic rate of AdamW: the lower of the first over the root of the width and the second over the width; and the
 # rate of what Muon leaves to it.
 _LR_BY_ROOT, _LR_BY_WIDTH, _LR_BESIDE_MUON = 0.015, 0.4, 3e-3
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Push the singular values of a batch of matrices towards 1, (n, r, c) -> (n, r, c).
-
-    Runs in bf16 where the hardware has fast bf16 products; the iteration corrects its own rounding errors.
-    """
-    fast = multiplies_bf16_fast(matrices.device)
-    x = matrices.to(torch.bfloat16 if fast else torch.float32)
-    wide = x.shape[-2] <= x.shape[-1]
-    if not wide:
-        x = x.mT
-    x = x / (_MARGIN * x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for a, b, c in _POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).to(matrices.dtype)
-
-
-class Parts(Protocol):
-    """Distribution of Muon over ranks: gather shards into full matrices, share the work, and shard the results."""
-
-    def assemble(self, name: str, part: Tensor) -> Tensor:
-        """Gather the full tensor from the shards of all ranks; must be called by all ranks, in the same order."""
-
-    def shared_out(
-        self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
-    ) -> Sequence[Tensor]:
-        """Return ``make`` of all matrices, each computed by one rank and broadcast; ``first`` is the first index."""
-
-    def cut_out(self, name: str, full: Tensor) -> Tensor:
-        """Return this rank's shard of a full tensor."""
-
-    def full_shape(self, name: str) -> tuple[int, ...]:
-        """Return the full shape of a parameter, sharded or not."""
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for 2-D weights; matrices of equal shape are updated in one batch.
-
-    Args:
-        params: 2-D parameters, or groups of them.
-        lr: spectral norm of an update; multiplied by sqrt(max(1, rows / columns)).
-        momentum: coefficient of the Nesterov momentum.
-        weight_decay: decoupled weight decay.
-        cautious: weights decay only where the update has their sign.
-        parts: distributes the updates over ranks; None computes all of them here. Updates are of full matrices,
-            even if parameters are sharded.
-        names: names of the parameters, for ``parts``.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        *,
-        cautious: bool = False,
-        parts: Parts | None = None,
-        names: Mapping[Tensor, str] | None = None,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._parts, self._names, self._cautious = parts, dict(names or {}), cautious
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step; parameters without a gradient are skipped."""
-        done = 0
-        for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes[self._shape(p)].append(p)
-            for params in _chunks(shapes):
-                for p in params:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-                grads = [local(p.grad) for p in params if p.grad is not None]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                matrices = self._wholes(
-                    params, torch._foreach_lerp(grads, buffers, group["momentum"])
-                )
-                rows, columns = matrices[0].shape
-                updates = self._cut(params, self._orthogonal(matrices, done))
-                done += len(matrices)
-                scale = max(1.0, rows / columns) ** 0.5
-                held = [local(p) for p in params]
-                if group["weight_decay"]:
-                    share = group["lr"] * group["weight_decay"]
-                    if self._cautious:
-                        _decay_cautiously(held, updates, share)
-                    else:
-                        torch._foreach_mul_(held, 1 - share)
-                torch._foreach_add_(held, updates, alpha=-group["lr"] * scale)
-
-    def _shape(self, p: Tensor) -> tuple[int, ...]:
-        return tuple(p.shape) if self._parts is None else self._parts.full_shape(self._names[p])
-
-    def _wholes(self, params: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        if self._parts is None:
-            return list(parts)
-        return [
-            self._parts.assemble(self._names[p], part)
-            for p, part in zip(params, parts, strict=True)
-        ]
-
-    def _orthogonal(self, matrices: Sequence[Tensor], first: int) -> Sequence[Tensor]:
-        if self._parts is None:
-            return orthogonalize(torch.stack(list(matrices))).unbind(0)
-        return self._parts.shared_out(matrices, orthogonalize, first)
-
-    def _cut(self, params: Sequence[Tensor], wholes: Sequence[Tensor]) -> list[Tensor]:
-        if self._parts is None:
-            return list(wholes)
-        return [
-            self._parts.cut_out(self._names[p], whole)
-            for p, whole in zip(params, wholes, strict=True)
-        ]
-
-
-class _CautiousAdamW(torch.optim.AdamW):
-    """AdamW whose weights decay only where the update has their sign."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step; parameters without a gradient are skipped."""
-        decays = [group["weight_decay"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["weight_decay"] = 0.0
-        super().step()
-        for group, decay in zip(self.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-            moved = [p for p in group["params"] if decay and p.grad is not None]
-            # The update has the sign of the first moment.
-            moments = [local(self.state[p]["exp_avg"]) for p in moved]
-            _decay_cautiously([local(p) for p in moved], moments, group["lr"] * decay)
-
-
-def _decay_cautiously(weights: Sequence[Tensor], updates: Sequence[Tensor], share: float) -> None:
-    """Shrink weights by a share where they have the sign of the update, which is subtracted from them."""
-    for weight, update in zip(weights, updates, strict=True):
-        weight.sub_(weight * (weight * update > 0), alpha=share)
-
-
-def _chunks(shapes: Mapping[tuple[int, ...], list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Yield parameters of equal shape, as many at a time as may be gathered and updated together."""
-    for shape, params in shapes.items():
-        most = max(1, MATRICES_TOGETHER // math.prod(shape))
-        for start in range(0, len(params), most):
-            yield params[start : start + most]
 
 
 class Optimizers:
@@ -434,7 +271,7 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
         fused = device.type in ("cpu", "cuda", "mps")
-        adamw = _CautiousAdamW if settings.cautious else torch.optim.AdamW
+        adamw = CautiousAdamW if settings.cautious else torch.optim.AdamW
         optimizers.append(
             adamw(
                 groups(rest, float(settings.lr)),

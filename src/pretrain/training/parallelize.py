@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,24 +42,26 @@ def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.dev
 
 def _same_for_all(trainer: Trainer) -> dict[str, Any]:
     """Return what must be equal on all ranks; a difference is reported before anything starts."""
-    sections = ("train", "optim", "parallel")
-    # A round trip through JSON, as on the other ranks: tuples become lists.
-    plain = {
-        section: json.loads(json.dumps(asdict(getattr(trainer, section)))) for section in sections
-    }
+    sections = {name: asdict(getattr(trainer, name)) for name in ("train", "optim", "parallel")}
     shapes = {name: list(p.shape) for name, p in trainer.objective.named_parameters()}
     return {
-        "settings": {
-            f"{section}.{key}": value
-            for section, values in plain.items()
-            for key, value in values.items()
-        },
+        # A round trip through JSON, as on the other ranks: tuples become lists.
+        "settings": json.loads(json.dumps(flat(sections))),
         "data": {
             "fingerprint": trainer.fingerprint,
             "rows": len(trainer.train_data),
             "held-out rows": 0 if trainer.eval_data is None else len(trainer.eval_data),
         },
         "model": [trainer.objective.describe(), shapes, trainer.origin.get("base weights")],
+    }
+
+
+def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of all sections by their dotted names."""
+    return {
+        f"{section}.{key}": value
+        for section, part in sections.items()
+        for key, value in part.items()
     }
 
 

@@ -67,16 +67,12 @@ def choose_device(name: str = "auto") -> torch.device:
     known = ("auto", "cpu", "cuda", "mps")
     if name.split(":")[0] not in known:
         raise ConfigError(f"{option_name('device')} is {name!r}." + did_you_mean(name, known))
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
     there = {
-        "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
+        "cpu": True,
     }
+    device = torch.device(next(kind for kind in there if there[kind]) if name == "auto" else name)
     if not there[device.type]:
         raise ConfigError(
             f"{option_name('device')} is {name!r}, but this machine or this build of torch has no {device.type} "

@@ -26,9 +26,9 @@ from pretrain.printing import duration
 from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows
 from pretrain.training.micro_rows import fastest_micro_rows, may_measure
-from pretrain.training.monitor import score
 from pretrain.training.plan import row_length
 from pretrain.training.schedule import warmup_steps
+from pretrain.training.validation import score
 from pretrain.utils.directories import temporary_name
 from pretrain.utils.memory_info import free_memory, peak_memory
 

@@ -1,26 +1,19 @@
-"""Relay of screen output to the launching process, as JSON lines in a file."""
+"""Relay of screen output to the launching process, as JSON lines in a file: both ends of it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pretrain.distributed.launched import SCREEN
 from pretrain.training.logging import Progress
 from pretrain.training.state import RunState
+from pretrain.utils.run_log import read_log
 
-__all__ = ["Relay", "relay"]
-
-
-def relay() -> Progress | None:
-    """Return the relay of a process whose output is displayed by another one; None for all others."""
-    path = os.environ.get(SCREEN)
-    return None if path is None else Relay(Path(path))
+__all__ = ["Relay", "replay"]
 
 
 class Relay(Progress):
@@ -44,21 +37,32 @@ class Relay(Progress):
         self._tell("restore", step=max((int(r.get("step", 0)) for r in records), default=-1))
 
     def starting(self, what: str, taken: Mapping[str, float]) -> None:
-        """Relay a step of the start-up."""
         self._tell("starting", name=what, taken=dict(taken))
 
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
-        """Relay the figures of a step."""
         self._tell("show", step=step, figures=dict(figures), total=total)
 
     def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
-        """Relay an evaluation."""
         self._tell("evaluation", record=dict(record), state=asdict(state), note=note)
 
     def write(self, line: str) -> None:
-        """Relay a line."""
         self._tell("write", line=line)
 
     def close(self) -> None:
-        """Relay the end of the output."""
         self._tell("close")
+
+
+def replay(told: Mapping[str, Any], screen: Progress, out: Path) -> None:
+    """Show what a `Relay` has written of a run in the directory ``out``."""
+    what = told["what"]
+    if what == "show":
+        screen.show(told["step"], told["figures"], told["total"])
+    elif what == "evaluation":
+        screen.evaluation(told["record"], RunState.from_json(told["state"]), told["note"])
+    elif what == "starting":
+        screen.starting(told["name"], told["taken"])
+    elif what == "write":
+        screen.write(told["line"])
+    elif what == "restore":
+        records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= told["step"]]
+        screen.restore(records)

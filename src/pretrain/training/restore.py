@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
 __all__ = [
-    "frozen_modules",
     "identity",
     "load_others",
     "load_weights",
@@ -65,18 +64,15 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.processor is None else model.processor.fingerprint
-    found = {"tokenizer": tokenizer, **as_json(config), **frozen_modules(objective)}
-    if base is not None:
-        found["base weights"] = base
-    return found
-
-
-def frozen_modules(objective: Objective) -> dict[str, str]:
-    """Return name of a frozen module -> SHA-256 of its names and weights, by which a changed teacher is noticed."""
-    return {
+    # Of names and weights, by which a changed teacher is noticed.
+    frozen = {
         child: hash_tensors(objective.get_submodule(child).state_dict())
         for child in objective.frozen
     }
+    found = {"tokenizer": tokenizer, **as_json(config), **frozen}
+    if base is not None:
+        found["base weights"] = base
+    return found
 
 
 def training_state(trainer: Trainer) -> TrainingState:
@@ -134,8 +130,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     trainer.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
     load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)
-    wanted = ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]
-    for stem in wanted:
+    for stem in ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]:
         if stem not in training.tensors:
             raise CheckpointError(
                 f"{checkpoint}/training lacks {stem}.safetensors: the run was made with another optim.ema. Use the "
@@ -165,33 +160,36 @@ def check_same(trainer: Trainer, checkpoint: Path, kept: Mapping[str, Any]) -> N
     Raises:
         TrainingError: data, order, model, optimizer or objective differ.
     """
-    now, then = identity(trainer), kept.get("identity", {})
-    for key, value in now.items():
-        if key in trainer.origin and then.get(key, value) != value:
+    before = kept.get("identity", {})
+    for key, value in identity(trainer).items():
+        then = before.get(key, value)
+        if then == value:
+            continue
+        if key in trainer.origin:
             raise TrainingError(
-                f"{checkpoint} holds another model: it was trained with {key} {_short(then[key])}, but the model that "
+                f"{checkpoint} holds another model: it was trained with {key} {_short(then)}, but the model that "
                 f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
                 "train.out."
             )
         # Rows that are drawn anew have no fingerprint, and earlier versions kept none of rows without a stated one.
-        known = None not in (value, then.get(key))
-        if key not in trainer.origin and known and then[key] != value:
+        if None not in (then, value):
             raise TrainingError(
-                f"{checkpoint} was trained with {key} {then.get(key)!r} and this run has {value!r}: going on would "
+                f"{checkpoint} was trained with {key} {then!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."
             )
-    known = kept.get("optim", {})  # earlier versions did not keep it
+    before = kept.get("optim", {})  # earlier versions did not keep it
     for key, value in optimizer_settings(trainer).items():
-        if known.get(key, value) != value:
+        if before.get(key, value) != value:
             raise TrainingError(
-                f"{checkpoint} was trained with optim.{key} {known[key]!r} and this run has {value!r}, which its "
+                f"{checkpoint} was trained with optim.{key} {before[key]!r} and this run has {value!r}, which its "
                 "moments, its schedule or its averages do not fit. Restore the setting, or use a new train.out."
             )
     check_objective(trainer.objective, checkpoint)
-    before, precision = kept["run"].get("facts", {}).get("precision"), trainer.precision
-    if before not in (None, precision.name):
+    computed, precision = kept["run"].get("facts", {}).get("precision"), trainer.precision
+    if computed not in (None, precision.name):
         trainer.say(
-            f"{checkpoint.name} was computed in {before}, and the run goes on in {precision.name} ({precision.reason})"
+            f"{checkpoint.name} was computed in {computed}, and the run goes on in {precision.name} "
+            f"({precision.reason})"
         )
 
 

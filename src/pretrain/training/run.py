@@ -19,8 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import RESULT, opened
 from pretrain.checkpoint.download import located, terms
@@ -40,7 +38,6 @@ from pretrain.data.tokenizer import HUB_FILES, Tokenizer
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, PretrainError, TokenizerError
 from pretrain.models import build, family_class, own_family
-from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
 from pretrain.objectives import (
     OBJECTIVES,
@@ -61,18 +58,17 @@ from pretrain.training.early import (
 )
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.launch import on_devices
+from pretrain.training.parallelize import flat
 from pretrain.training.plan import row_length
 from pretrain.training.precision import (
-    Precision,
     choose_device,
     choose_precision,
     evaluation_precision,
 )
 from pretrain.training.restore import load_others
 from pretrain.training.starting_model import hash_weights, open_source, origin, settled_source
-from pretrain.training.state import Changed, Run
+from pretrain.training.state import Changed, Run, undisturbed
 from pretrain.training.trainer import Hook, Trainer
-from pretrain.training.undisturbed import undisturbed
 from pretrain.utils.files import muted, note
 from pretrain.utils.hub_files import pinned
 from pretrain.utils.hub_names import hub_name
@@ -137,12 +133,7 @@ def train(
             "prepare the data",
         )
         settle_by_data(settings, data)
-        out = Path(settings.train.out)
-        model = make_model(settings, data)
-        chosen, seed = settings.objective, settings.train.seed
-        # The class gets a copy, so that run.yaml has what the user gave, whatever the class does with it.
-        given = copy.deepcopy(chosen.init_args)
-        objective = build_objective(chosen.class_path, given, model, seed)
+        objective = make_objective(settings, data)
         trainer = Trainer(
             objective,
             data.train,
@@ -152,24 +143,23 @@ def train(
             eval_data=data.valid,
             hooks=hooks,
             about=about(settings, data),
-            base=None if settings.model.checkpoint is None else hash_weights(model, opened=True),
+            base=None
+            if settings.model.checkpoint is None
+            else hash_weights(objective.model, opened=True),
             world=world,
         )
-
-        def begin() -> Changed:
-            # Called under the run's lock, so that a second command cannot overwrite the settings of the first.
-            settings.train = trainer.train
-            changed = check_same_run(settings, out)
-            if not has_begun(out):
-                settings.save(out / "run.yaml")
-            return changed
+        settings.train = trainer.train
 
         def end(run: Run) -> None:
             if world.is_rank_zero:
                 for line in last_words(run, objective, trainer.about.get("unigram_nats")):
                     trainer.say(line)
 
-        return trainer.fit(begin, end, lambda: record_resume(trainer, settings))
+        return trainer.fit(
+            lambda: keep_settings(settings, trainer.out),
+            end,
+            lambda: record_resume(trainer, settings),
+        )
 
 
 def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
@@ -213,7 +203,7 @@ def keep_automatic(settings: RunConfig) -> None:
 def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
     """Return the directory of a run that names none: by model, settings that cannot change on resuming, and data."""
     model, free = settings.model, resumable(settings)
-    plain = {k: v for k, v in _flat(settings.to_dict()).items() if k not in free}
+    plain = {k: v for k, v in flat(settings.to_dict()).items() if k not in free}
     # Could not change in earlier versions, whose runs keep their names.
     plain["train.micro_rows"] = 0
     start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
@@ -278,7 +268,7 @@ def check_same_run(settings: Sections, out: Path) -> Changed:
         check_free(out)
         return {}
     try:
-        before, now = _flat(type(settings).of_run(out).to_dict()), _flat(settings.to_dict())
+        before, now = flat(type(settings).of_run(out).to_dict()), flat(settings.to_dict())
     except ConfigError as error:
         raise ConfigError(
             f"{out} holds a run of another kind ({error}). Name a new directory with {option('out')}."
@@ -315,6 +305,17 @@ def _same_place(old: Any, new: Any) -> bool:
         return False
     moved = not Path(old).exists() and (Path(new) / MANIFEST).is_file()
     return moved or (Path(new).exists() and os.path.realpath(old) == os.path.realpath(new))
+
+
+def keep_settings(settings: Sections, out: Path) -> Changed:
+    """Write the settings of a run that begins, and return those with which one that is resumed differs from before.
+
+    Called under the lock of the run, so that a second command cannot overwrite the settings of the first.
+    """
+    changed = check_same_run(settings, out)
+    if not has_begun(out):
+        settings.save(out / "run.yaml")
+    return changed
 
 
 def record_resume(trainer: Trainer, settings: Sections) -> None:
@@ -371,20 +372,10 @@ def has_begun(out: Path) -> bool:
     return os.path.isdir(out) and bool(candidates(out))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and prefix.count(".") < 1:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
     """Open the prepared directory that ``data.train`` names, or prepare (or find in the cache) the text it names."""
     data = settings.data
-    if (prepared := prepared_in(data)) is not None:
+    if (prepared := prepared_in(data.train)) is not None:
         say_differences(settings, prepared)
         return prepared
     tokenizer = data.tokenizer
@@ -422,6 +413,14 @@ def say_differences(settings: RunConfig, prepared: Prepared) -> None:
         note(f"{prepared.path} was prepared with {', '.join(overruled)}; these values are used")
 
 
+def make_objective(settings: RunConfig, data: Prepared | RowSource) -> Objective:
+    """Return the objective of the settings around the model to train; see ``make_model``."""
+    model, chosen = make_model(settings, data), settings.objective
+    # The class gets a copy, so that run.yaml has what the user gave, whatever the class does with it.
+    given = copy.deepcopy(chosen.init_args)
+    return build_objective(chosen.class_path, given, model, settings.train.seed)
+
+
 def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     """Return the model to train: newly initialised, or from ``model.checkpoint``; its processor is that of the data.
 
@@ -441,15 +440,16 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         check_trained_head(settings, model)
         if tokenizer is None:
             check_labels(model, data)
-            check_tokenizer(settings, model, data)
+            if (words := getattr(data.processor, "tokenizer", None)) is not None:
+                check_tokenizer(
+                    words, model, settings.model.checkpoint,
+                    "Name it: data.source_args.tokenizer=",
+                )  # fmt: skip
             model.processor = data.processor if model.processor is None else model.processor
             return model
-        if model.tokenizer is not None and model.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise TokenizerError(
-                f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of "
-                f"{settings.model.checkpoint} ({len(model.tokenizer)} tokens): every id would mean something else. "
-                f"Prepare them with data.tokenizer={_place(settings.model.checkpoint)}."
-            )
+        check_tokenizer(
+            tokenizer, model, settings.model.checkpoint, "Prepare them with data.tokenizer="
+        )
         if len(tokenizer) > model.backbone.vocab_size:
             raise TokenizerError(
                 f"The data's tokenizer has {len(tokenizer)} tokens, but {settings.model.checkpoint} has a vocabulary "
@@ -463,7 +463,10 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         overrides = vocabulary_of(data.tokenizer, settings.model.overrides)
     else:
         check_images(settings, data)
-        overrides = {**known_fields(family, data.overrides), **settings.model.overrides}
+        # What the rows determine of a model: its labels, and the fields that the config of the family has.
+        fields = {"labels", *(spec.name for spec in dataclasses.fields(family.config_class))}
+        known = {name: value for name, value in data.overrides.items() if name in fields}
+        overrides = {**known, **settings.model.overrides}
         if family.padded and "max_positions" not in settings.model.overrides:
             overrides.pop("max_positions", None)  # other libraries pad to that of the family
         if (words := getattr(data.processor, "tokenizer", None)) is not None:
@@ -521,18 +524,19 @@ def _listed(labels: Sequence[str]) -> str:
     return ", ".join(labels[:20]) + ", ..." * (len(labels) > 20)
 
 
-def check_tokenizer(settings: RunConfig, model: Model, data: Prepared | RowSource) -> None:
-    """Check that the texts of rows that are no text alone were encoded by the tokenizer of the checkpoint.
+def check_tokenizer(
+    tokenizer: Tokenizer, model: Model, checkpoint: str | Path, remedy: str
+) -> None:
+    """Check that data were encoded by the tokenizer of a model, if it has one; ``remedy`` ends before its path.
 
     Raises:
         TokenizerError: they were not.
     """
-    words, known = getattr(data.processor, "tokenizer", None), model.tokenizer
-    if words is not None and known is not None and words.fingerprint != known.fingerprint:
+    known = model.tokenizer
+    if known is not None and tokenizer.fingerprint != known.fingerprint:
         raise TokenizerError(
-            f"The texts were encoded by another tokenizer ({len(words)} tokens) than that of "
-            f"{settings.model.checkpoint} ({len(known)} tokens): every id would mean something else. Name it: "
-            f"data.source_args.tokenizer={_place(settings.model.checkpoint or '')}."
+            f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of {checkpoint} "
+            f"({len(known)} tokens): every id would mean something else. {remedy}{_place(checkpoint)}"
         )
 
 
@@ -557,12 +561,6 @@ def check_images(settings: RunConfig, data: RowSource) -> None:
                 f"model.overrides.{name} is {wanted}, but the processor of the rows returns {value}. Set it where the "
                 f"images are read: data.source_args.{argument}={wanted}, and leave model.overrides.{name} out."
             )
-
-
-def known_fields(family: type[Backbone], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the rows determine of a model: its labels, and the fields that the config of the family has."""
-    fields = {spec.name for spec in dataclasses.fields(family.config_class)} | {"labels"}
-    return {name: value for name, value in found.items() if name in fields}
 
 
 def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -646,12 +644,14 @@ def evaluate(
             f"{path} was trained with {recorded['name']}, and is measured with {objective_class(name).__name__}; "
             f"name another with {option('objective')}"
         )
-    rows = _held_out(path, data, model, reading)
+    home = run_of(path)
+    before = _settings_of(home)
+    rows = _held_out(path, home, data, model, reading)
     if len(rows) == 0:
         raise DataError(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
-    built = _objective_of(path, name, recorded, model)
+    built = _objective_of(path, before, name, recorded, model)
     load_others(built, _place(path))
     longest, room = row_length(rows, built), model.backbone.max_length
     if room and longest > room and built.unit_name == "tokens":
@@ -659,19 +659,24 @@ def evaluate(
             f"The rows have {longest} tokens and the model {model.backbone.max_length} positions. Prepare "
             f"the data with row_length={model.backbone.max_length} or less."
         )
-    chosen = _evaluation_precision(path, precision, choose_device(device))
-    built.to(chosen.device)
+    where = choose_device(device)
+    chosen = choose_precision(before.train.precision if precision == "auto" else precision, where)
+    if precision == "auto":
+        chosen = evaluation_precision(before.train.eval_precision, chosen)
+    built.to(where)
     if batch_rows is None:
-        home = run_of(path) if built.couples_examples else None
-        batch_rows = _ROWS if home is None else RunConfig.load(home / "run.yaml").train.batch_rows
+        batch_rows = (before.train.batch_rows if built.couples_examples else 0) or _ROWS
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
-def _objective_of(path: Path, name: str, recorded: Mapping[str, Any], model: Model) -> Objective:
+def _objective_of(
+    path: Path, before: RunConfig, name: str, recorded: Mapping[str, Any], model: Model
+) -> Objective:
     """Return an objective with the arguments of the run that wrote a checkpoint, if that had the same class.
 
     Args:
         path: the checkpoint.
+        before: settings of the run that wrote it.
         name: of the objective, or its import path.
         recorded: what config.json says of the objective of the run; earlier versions kept there what ``describe`` of
             the class returns, and the other arguments in the settings of the run alone.
@@ -687,7 +692,7 @@ def _objective_of(path: Path, name: str, recorded: Mapping[str, Any], model: Mod
         if isinstance(kept := recorded.get("init_args"), Mapping):
             options = dict(kept)
         else:  # a description may hold facts that are no arguments
-            chosen = _settings_of(run_of(path)).objective
+            chosen = before.objective
             known = (recorded if anything else accepted).keys() - {"name", "task"}
             options = {key: value for key, value in recorded.items() if key in known}
             if re.split("[.:]", chosen.class_path)[-1] == cls.__name__:
@@ -710,16 +715,10 @@ def _settings_of(home: Path | None) -> RunConfig:
     return RunConfig()
 
 
-def _evaluation_precision(path: Path, name: str, device: torch.device) -> Precision:
-    if name != "auto":
-        return choose_precision(name, device)
-    train = _settings_of(run_of(path)).train
-    return evaluation_precision(train.eval_precision, choose_precision(train.precision, device))
-
-
-def _held_out(path: Path, data: Any, model: Model, reading: Mapping[str, str]) -> Examples:
+def _held_out(
+    path: Path, home: Path | None, data: Any, model: Model, reading: Mapping[str, str]
+) -> Examples:
     """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer; text is read so."""
-    home = run_of(path)
     if data is None:
         if home is None:
             raise DataError(no_run(path))
@@ -744,28 +743,23 @@ def _held_out(path: Path, data: Any, model: Model, reading: Mapping[str, str]) -
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
     elif names_function(data):
-        named = DataConfig() if home is None else RunConfig.load(home / "run.yaml").data
+        named = _settings_of(home).data
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
         return _held_out_rows(home if same else None, found, model)
-    elif isinstance(data, str | os.PathLike) and os.path.isfile(Path(data, MANIFEST)):
+    elif (there := prepared_in(data)) is not None:
         for key, value in reading.items():
             role = "names a column of a table" if key == "text" else "says how text is read"
             spelt = column(key, value) if key == "text" else option(key, value)
             raise ConfigError(f"{spelt} {role}, and {data} holds prepared text. Leave it out.")
-        prepared = Prepared.open(Path(data))
-        rows = prepared.valid
+        prepared, rows = there, there.valid
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
         prepared = _read_as_training(path, home, data, model, reading)
         rows = prepared.train
-    mine = model.tokenizer
-    if mine is not None and prepared.tokenizer.fingerprint != mine.fingerprint:
-        raise TokenizerError(
-            f"The data were prepared with another tokenizer ({len(prepared.tokenizer)} tokens) than the checkpoint's "
-            f"({len(mine)} tokens). Prepare them with the checkpoint's: pretrain prepare ... --tokenizer {_place(path)}"
-        )
+    remedy = "Prepare them with that one: pretrain prepare ... --tokenizer "
+    check_tokenizer(prepared.tokenizer, model, path, remedy)
     return rows
 
 

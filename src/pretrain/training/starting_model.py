@@ -10,7 +10,7 @@ from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import described, located, pinned
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.sharded_loading import load_slices, open_empty
-from pretrain.distributed.world import World, current_world
+from pretrain.distributed.world import current_world
 from pretrain.errors import AdapterFound, PretrainError
 from pretrain.models.base import Model
 from pretrain.models.state import make_fresh
@@ -75,12 +75,27 @@ def open_source(
         CheckpointError: see ``pretrain.checkpoint.load``.
     """
     world = current_world()
-    if world.size > 1 and not whole:
-        try:
-            return _opened(path, world, head, quiet)
-        except AdapterFound:
-            pass
-    return load(path, head=head, quiet=quiet)
+    if world.size == 1 or whole:
+        return load(path, head=head, quiet=quiet)
+    try:
+        model, directory = open_empty(path, world.callers(), head=head)
+    except AdapterFound:
+        return load(path, head=head, quiet=quiet)
+    make_fresh(model, 0)
+
+    def start(cut: Model) -> None:
+        load_slices(
+            cut,
+            directory,
+            cut.layout,
+            world.peers(),
+            own=cut.fresh,
+            base=cut.adapter is not None,
+            quiet=quiet,
+        )
+
+    model.start = start
+    return model
 
 
 def hash_weights(model: Model, *, opened: bool) -> str | None:
@@ -100,22 +115,3 @@ def hash_weights(model: Model, *, opened: bool) -> str | None:
     left_out = model.fresh if opened else ()
     found = {name: t for name, t in stored_tensors(model).items() if name not in left_out}
     return None if any(t.is_meta for t in found.values()) else hash_tensors(found)
-
-
-def _opened(path: str, world: World, head: str | None, quiet: bool) -> Model:
-    model, directory = open_empty(path, world.callers(), head=head)
-    make_fresh(model, 0)
-
-    def start(cut: Model) -> None:
-        load_slices(
-            cut,
-            directory,
-            cut.layout,
-            world.peers(),
-            own=cut.fresh,
-            base=cut.adapter is not None,
-            quiet=quiet,
-        )
-
-    model.start = start
-    return model

@@ -1,4 +1,4 @@
-"""State and result of a run, stop requests by signals, and garbage collection during training."""
+"""State and result of a run, and the process during a run: stop requests by signals, garbage collection, gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pretrain.distributed.launched import launched
 from pretrain.report.history import frame_of, loss_svg, plot_history, sort_records
@@ -22,7 +24,17 @@ from pretrain.report.run_report import write
 from pretrain.utils.curves import Plot
 from pretrain.utils.html import notebook_view
 
-__all__ = ["SIGNALS", "Changed", "Run", "RunState", "StopRequest", "catch_signals", "heap_at_rest"]
+__all__ = [
+    "SIGNALS",
+    "Changed",
+    "Run",
+    "RunState",
+    "StopRequest",
+    "catch_signals",
+    "heap_at_rest",
+    "last_metrics",
+    "undisturbed",
+]
 
 
 # Signals that ask a run to save and stop.
@@ -172,6 +184,13 @@ class Run:
         return notebook_view("run", f"<p>{html.escape(repr(self))}</p>", chart)
 
 
+def last_metrics(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the figures of the last evaluation in the records of a log; empty without one."""
+    evals = [record["eval"] for record in history if "eval" in record]
+    # The log stores non-finite numbers as strings.
+    return {key: float(value) for key, value in (evals or [{}])[-1].items()}
+
+
 class StopRequest:
     """Request to save and stop, set by the first signal and checked by the training loop between steps.
 
@@ -274,3 +293,17 @@ def heap_at_rest() -> Iterator[None]:
             gc.enable()
         if not frozen:
             gc.unfreeze()
+
+
+@contextlib.contextmanager
+def undisturbed(device: torch.device | None = None) -> Iterator[None]:
+    """Train with gradients, whatever the caller has switched off, and restore the random state of the caller.
+
+    Args:
+        device: where the model runs; None if that is not known yet. The state of GPUs is restored if they are in use.
+    """
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # not annotated in torch
+    in_use = begun or (device is not None and device.type == "cuda")
+    gpus = range(torch.cuda.device_count()) if in_use else ()
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(gpus):
+        yield

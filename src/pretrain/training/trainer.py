@@ -1,8 +1,7 @@
-"""The training loop, independent of model families and objectives.
+"""A run: its set-up, its training loop and its checkpoints, independent of model families and objectives.
 
-The loss of a step is a sum over its targets, divided once by the number of targets in the global batch, which is known
-before the first backward pass. Order, masking and dropout are functions of (seed, position) and (seed, step), so a
-resumed run needs no random state. A step with a non-finite loss or gradient norm leaves the weights unchanged.
+Order, masking and dropout are functions of (seed, position) and (seed, step), so a resumed run needs no random state.
+What a step computes is in `pretrain.training.step`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,13 +29,12 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
-from pretrain.nn.layout import local
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
 from pretrain.training.compiling import decide_for
 from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
-from pretrain.training.feed import Feed, check_targets, hash_seed, to_device
+from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers
 from pretrain.training.logging import Journal
 from pretrain.training.optim import Optimizers, build_optimizers, settled_lr
@@ -51,13 +48,20 @@ from pretrain.training.precision import (
     peak_flops,
 )
 from pretrain.training.preflight import check_rows, check_trainable, numel, preflight
-from pretrain.training.rescue import Home
 from pretrain.training.restore import origin, restore, training_state
+from pretrain.training.run_directory import Home, Unbegun
 from pretrain.training.schedule import lr_factor
-from pretrain.training.skips import count_skips
-from pretrain.training.state import Changed, Run, RunState, StopRequest, catch_signals, heap_at_rest
-from pretrain.training.unbegun import Unbegun
-from pretrain.training.undisturbed import undisturbed
+from pretrain.training.state import (
+    Changed,
+    Run,
+    RunState,
+    StopRequest,
+    catch_signals,
+    heap_at_rest,
+    last_metrics,
+    undisturbed,
+)
+from pretrain.training.step import take_step
 from pretrain.training.validation import Cost, run_validation
 from pretrain.utils.memory_info import hardware, peak_memory
 from pretrain.utils.run_log import read_log
@@ -152,6 +156,14 @@ class Trainer:
             raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
         self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective, self.out)
+        # Of the step and the steps of the whole run: the rate as a multiple of that of the settings.
+        self.lr_factor: Callable[[int, int], float] = functools.partial(
+            lr_factor,
+            schedule=self.optim.schedule,
+            warmup=self.optim.warmup,
+            decay=self.optim.decay,
+            min_lr=self.optim.min_lr,
+        )
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
@@ -232,9 +244,7 @@ class Trainer:
                     world.on_rank_zero(resume)
                 if world.is_rank_zero:
                     self.home = stack.enter_context(contextlib.closing(Home(self.out)))
-                evals = [r["eval"] for r in self._history() if "eval" in r]
-                # The log stores non-finite numbers as strings.
-                self.metrics = {key: float(value) for key, value in (evals or [{}])[-1].items()}
+                self.metrics = last_metrics(self._history())
                 run = self._loop()
                 if end is not None:
                     end(run)
@@ -310,7 +320,7 @@ class Trainer:
         self.planned = self.state.total_steps  # before, of a run that is resumed
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
         if self.optim.unfreeze:
-            self.release()  # DDP must not wait for gradients of frozen layers
+            self.layers.unfreeze(self.state)  # DDP must not wait for gradients of frozen layers
         self.strategy.wrap()
         self.state.limit, self.peak = train.limit, peak_flops(self.precision)
         self.state.facts |= {
@@ -390,7 +400,7 @@ class Trainer:
                     if stop.agreed is not None or self._out_of_patience():
                         stopped = stop.agreed or "patience"
                         break
-                    self._after_step(self._step(*shared, began))
+                    self._after_step(take_step(self, *shared, began))
             finally:
                 steps.close()
                 self.layers.release(0)  # undo gradual unfreezing for the caller
@@ -429,89 +439,6 @@ class Trainer:
             self.saver.publish()
         self.stop.settle(asked)
         return batches, count, int(tokens)
-
-    def _step(
-        self, batches: list[Batch], count: float, tokens: int, began: float
-    ) -> dict[str, Any]:
-        """Take one optimizer step over the micro-batches of a global batch; ``began`` is when fetching them started."""
-        state = self.state
-        check_targets(count, state.step, state.rows, self.train.batch_rows)
-        if self.optim.unfreeze and self.release():
-            self.strategy.wrap()
-        factor = self.lr_factor()
-        totals = self._backward(batches, count)
-        self.world.mark("update", state.step)
-        self.scaler.unscale([local(p.grad) for p in self.params.values() if p.grad is not None])
-        losses, grad_norm = self.strategy.reduce_loss_and_norm(totals, self.params)
-        nll = sum(losses)
-        finite = math.isfinite(nll) and math.isfinite(grad_norm)
-        if finite:
-            if self.optim.clip:
-                self.strategy.clip(self.params, self.optim.clip, grad_norm)
-            self.optimizers.set_factor(factor)
-            self.optimizers.step()
-            with torch.no_grad():
-                self.objective.after_step()
-            self.average.update(state.step)
-        else:
-            self.strategy.restore_buffers()
-        self.optimizers.zero_grad()
-        count_skips(self, finite, nll, grad_norm)
-        if math.isfinite(
-            nll
-        ):  # the loss is never scaled: a non-finite one says nothing about the scale
-            self.scaler.update(finite)
-        state.step += 1
-        state.rows += self.train.batch_rows
-        state.tokens += tokens
-        if finite:
-            state.window_total += nll
-            state.window_count += count
-        state.window_tokens += tokens
-        state.window_seconds += time.perf_counter() - began
-        return {
-            "step": state.step,
-            "loss": nll / count,
-            "lr": float(self.optim.lr) * factor,
-            "grad_norm": grad_norm,
-            "targets": count,
-            "skipped": not finite,
-        }
-
-    def lr_factor(self) -> float:
-        """Return the learning rate of this step, as a multiple of that of the settings."""
-        return lr_factor(
-            self.state.step,
-            self.state.total_steps,
-            schedule=self.optim.schedule,
-            warmup=self.optim.warmup,
-            decay=self.optim.decay,
-            min_lr=self.optim.min_lr,
-        )
-
-    def _backward(self, batches: list[Batch], count: float) -> list[Tensor]:
-        """Run forward and backward of every micro-batch and return their summed losses.
-
-        If memory runs out, the same rows are tried again in smaller micro-batches, because nothing has changed yet.
-        """
-        state, first = self.state, self.world.dp_rank * len(batches)
-
-        def run(index: int) -> Tensor:
-            self.world.mark("forward", state.step)
-            torch.manual_seed(hash_seed(self.train.seed, state.step, first + index))
-            with self.precision.autocast():
-                loss = self.strategy.forward(to_device(batches[index], self.device))
-            self.world.mark("backward", state.step)
-            torch.autograd.backward(loss.total * (self.scaler.scale / count))
-            return loss.total.detach()
-
-        try:
-            return self.strategy.backward_microbatches(run, len(batches))
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or not self.halve_micro_rows():
-                raise
-        # Outside of the handler, whose traceback keeps the activations alive.
-        return self._backward(self.feed.step_at(state.rows), count)
 
     @property
     def micro_rows_matter(self) -> bool:
@@ -558,17 +485,6 @@ class Trainer:
         if record:
             self.state.micro_rows = micro_rows
         self.micro_rows = self.feed.micro_rows = micro_rows
-
-    def release(self) -> bool:
-        """Unfreeze the layers that are due at this step (gradual unfreezing); return True if any was newly unfrozen.
-
-        Layers are never frozen again, even if the run becomes longer.
-        """
-        state, lowest = self.state, self.layers.lowest(self.state.step, self.state.total_steps)
-        before = state.lowest
-        state.lowest = lowest if before is None else min(lowest, before)
-        self.layers.release(state.lowest)
-        return state.lowest != before
 
     def _after_step(self, record: dict[str, Any]) -> None:
         """Log, evaluate, save and call hooks, each at its own interval."""
@@ -643,10 +559,7 @@ class Trainer:
         Raises:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
         """
-        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[
-            0
-        ]:
-            self._rescue()
+        self._check_home()
         return self._save(self.saver)
 
     def _save(self, saver: Saver) -> Path:
@@ -675,6 +588,12 @@ class Trainer:
             )
         gc.collect()  # cheap because the heap is frozen; automatic collection is off
         return self.checkpoint
+
+    def _check_home(self) -> None:
+        """Save the run beside its directory, and end it, if that is gone; a collective."""
+        lost = float(self.home is not None and self.home.lost(now=True))
+        if any(self.world.all_reduce_sum([lost])):
+            self._rescue()
 
     def _rescue(self) -> None:
         """Save the run beside its directory, which is gone, and end it.
@@ -710,10 +629,7 @@ class Trainer:
             self.save()
         self.world.mark("save", state.step)
         self.saver.wait()
-        if self.world.all_reduce_sum([float(self.home is not None and self.home.lost(now=True))])[
-            0
-        ]:
-            self._rescue()
+        self._check_home()
         if self.asked_to_stop():  # a signal may have arrived during the save
             stopped = self.stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint

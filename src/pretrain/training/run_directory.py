@@ -1,24 +1,76 @@
-"""Detection of a run directory that is deleted or renamed during the run, and saving beside it."""
+"""The directory of a run: a new one is removed if the run fails before it begins, and one that is lost is left.
+
+A run whose directory is deleted or renamed while it goes on saves beside it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.best import COMPARISON, SWEEP
+from pretrain.checkpoint.manifest import candidates
 from pretrain.training.logging import RunLog
 from pretrain.utils import runlock
 from pretrain.utils.directories import make_directories
 from pretrain.utils.files import replace_file, writing
 
-__all__ = ["Home"]
+__all__ = ["Home", "Unbegun"]
 
+_WRITTEN = ("run.yaml", SWEEP, "log.jsonl")  # what a run writes before it begins
 _INTERVAL = 1.0  # seconds between two checks
+
+
+class Unbegun:
+    """The directory of a run that is about to begin; nothing is done for one that existed before.
+
+    Args:
+        path: directory of the run, before anything makes it.
+        leads: whether this is rank zero, which writes there.
+    """
+
+    def __init__(self, path: Path, leads: bool) -> None:
+        self.path, self._new = path, leads and not os.path.lexists(path)
+
+    @contextlib.contextmanager
+    def emptied(self) -> Iterator[None]:
+        """Remove what the run has written if it fails inside; the caller holds the lock, so no other run writes."""
+        try:
+            yield
+        except BaseException:
+            if self._new and not self._has_begun():
+                for name in _WRITTEN:
+                    with contextlib.suppress(OSError):
+                        (self.path / name).unlink()
+                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            raise
+
+    @contextlib.contextmanager
+    def removed(self) -> Iterator[None]:
+        """Remove the directory if the run fails inside and left it empty; the lock has been released by then."""
+        try:
+            yield
+        except BaseException:
+            if self._new:
+                with contextlib.suppress(
+                    OSError
+                ):  # it holds something, or another run has locked it
+                    os.rmdir(self.path)
+            raise
+
+    def _has_begun(self) -> bool:
+        try:
+            return bool(candidates(self.path)) or (self.path / "log.jsonl").stat().st_size > 0
+        except FileNotFoundError:
+            return False
+        except OSError:  # too many open files, a disk that is gone: what cannot be seen is kept
+            return True
 
 
 class Home:
