@@ -45,25 +45,20 @@ __all__ = [
 ]
 
 _PLACES = {
-    "RunLock": "pretrain.utils.runlock",
-    "Saver": "pretrain.checkpoint.saving",
-    "TrainingState": "pretrain.checkpoint.training_state",
-    "check_writable": "pretrain.utils.directories",
-    "estimated_size": "pretrain.checkpoint.saving",
-    "inspect": "pretrain.checkpoint.loading",
-    "latest": "pretrain.checkpoint.manifest",
-    "load": "pretrain.checkpoint.loading",
-    "read_training": "pretrain.checkpoint.sharded_loading",
-    "rotate": "pretrain.checkpoint.manifest",
-    "save_checkpoint": "pretrain.checkpoint.saving",
-    "save_model": "pretrain.checkpoint.saving",
-    "verify": "pretrain.checkpoint.manifest",
+    "pretrain.checkpoint.loading": ("inspect", "load"),
+    "pretrain.checkpoint.manifest": ("latest", "rotate", "verify"),
+    "pretrain.checkpoint.saving": ("Saver", "estimated_size", "save_checkpoint", "save_model"),
+    "pretrain.checkpoint.sharded_loading": ("read_training",),
+    "pretrain.checkpoint.training_state": ("TrainingState",),
+    "pretrain.utils.directories": ("check_writable",),
+    "pretrain.utils.runlock": ("RunLock",),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "adapter_files":
         return importlib.import_module("pretrain.checkpoint.adapter_files")
-    if name not in _PLACES:
-        raise AttributeError(f"module 'pretrain.checkpoint' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(place), name)
+    raise AttributeError(f"module 'pretrain.checkpoint' has no attribute {name!r}")

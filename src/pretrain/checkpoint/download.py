@@ -25,6 +25,7 @@ from pretrain.checkpoint.model_directory import (
     INDEX,
     PICKLES,
     SINGLE,
+    TOKENIZER_FILES,
     ModelDirectory,
 )
 from pretrain.errors import (
@@ -46,8 +47,7 @@ _SMALL = (
     "README.md",  # names licence and languages
     ".gitattributes",  # which every repository has: the library warns at length if nothing matches
     *("config.json", "generation_config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "preprocessor_config.json"),
+    *(*TOKENIZER_FILES, "added_tokens.json", "preprocessor_config.json"),
     "additional_chat_templates/*.jinja",
     *("modules.json", "sentence_bert_config.json", "sentence_roberta_config.json"),
     *("config_sentence_transformers.json", "*_Pooling/config.json", "*_Normalize/config.json"),
@@ -71,7 +71,7 @@ def located(path: str | Path) -> tuple[Path, str]:
     name = hub_name(path)
     if name is None:
         return checked_directory(path), str(Path(path))
-    directory = _small_files(name)
+    directory = snapshot(name, _SMALL)
     commit = replace(name, revision=directory.name)
     model = ModelDirectory(directory, verify=False)
     weights = _weights(model, os.listdir(directory))
@@ -85,7 +85,7 @@ def located(path: str | Path) -> tuple[Path, str]:
 def described(path: str | Path) -> Path:
     """Return the directory of a model with its configuration; of a model on the Hub the weights may be missing."""
     name = hub_name(path)
-    return checked_directory(path) if name is None else _small_files(name)
+    return checked_directory(path) if name is None else snapshot(name, _SMALL)
 
 
 def terms(path: str | Path) -> dict[str, Any]:
@@ -112,11 +112,6 @@ def terms(path: str | Path) -> dict[str, Any]:
 def pinned(path: str, before: str | None = None) -> str:
     """Return the name of a model on the Hub with its commit; see ``pretrain.utils.hub_files.pinned``."""
     return pinned_name(path, before, _SMALL)
-
-
-def _small_files(name: HubName) -> Path:
-    """Return the snapshot in the cache with all files of a model but its weights."""
-    return snapshot(name, _SMALL)
 
 
 def _weights(model: ModelDirectory, names: Collection[str]) -> list[str]:

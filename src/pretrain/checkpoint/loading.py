@@ -24,6 +24,7 @@ from pretrain.checkpoint.model_directory import (
     ADAPTER_WEIGHTS,
     INDEX,
     SINGLE,
+    TOKENIZER_FILES,
     TOKENIZER_LIMIT,
     ModelDirectory,
     is_finite,
@@ -35,7 +36,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.models import family_class, own_family
 from pretrain.models.base import Model
 from pretrain.models.config import drop_code
-from pretrain.models.heads import ARCHITECTURES, labels_named_by
+from pretrain.models.heads import kind_of_class, labels_named_by
 from pretrain.models.sentences import SentenceSettings
 from pretrain.utils.files import note, read_bytes, reading
 from pretrain.utils.tensors import read_header
@@ -56,10 +57,6 @@ __all__ = [
 ]
 
 _TEMPLATE = "chat_template.jinja"
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.txt", "vocab.json", "merges.txt"),
-)
 _SHOWN = 5  # tensor names listed in the report line
 
 
@@ -210,7 +207,7 @@ def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
 
 
 def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
-    present = [name for name in _TOKENIZER if directory.has(name)]
+    present = [name for name in TOKENIZER_FILES if directory.has(name)]
     if _TEMPLATE in present and not directory.intact(_TEMPLATE):
         present.remove(_TEMPLATE)
     for name in present:
@@ -288,8 +285,7 @@ def _configuration(path: str | Path) -> Mapping[str, Any]:
 
 
 def _kind_of(config: Mapping[str, Any]) -> str | None:
-    architecture = str((config.get("architectures") or [""])[0])
-    return next((k for ending, k in ARCHITECTURES.items() if architecture.endswith(ending)), None)
+    return kind_of_class(str((config.get("architectures") or [""])[0]))
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

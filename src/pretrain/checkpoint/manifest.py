@@ -76,11 +76,8 @@ class Manifest:
     @property
     def required(self) -> dict[str, Record]:
         """All files outside the training folder."""
-        return {
-            name: record
-            for name, record in self.files.items()
-            if not name.startswith(f"{TRAINING}/")
-        }
+        optional = self.training
+        return {name: record for name, record in self.files.items() if name not in optional}
 
     @property
     def needed(self) -> dict[str, Record]:
@@ -323,20 +320,14 @@ def _real(path: str | Path) -> Path:
 
 def candidates(run_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run, highest step first, including broken ones."""
-    found = {}
-    for name in os.listdir(run_dir):
-        if (
-            step_of(name) is not None
-            and not name.startswith(".")
-            and not os.path.islink(run_dir / name)
-        ):
-            found[name] = run_dir / name
-    for name, path in moved_aside(run_dir).items():
-        if step_of(name) is not None:
-            found[name] = path
-    return [
-        found[name] for name in sorted(found, key=lambda name: step_of(name) or 0, reverse=True)
-    ]
+    found = {
+        name: run_dir / name
+        for name in os.listdir(run_dir)
+        if not name.startswith(".") and not os.path.islink(run_dir / name)
+    }
+    found |= moved_aside(run_dir)
+    steps = {name: step for name in found if (step := step_of(name)) is not None}
+    return [found[name] for name in sorted(steps, key=steps.__getitem__, reverse=True)]
 
 
 def latest(run_dir: str | Path) -> Path | None:

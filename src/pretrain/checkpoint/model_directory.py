@@ -41,6 +41,11 @@ _WITHOUT = {
     "generation_config.json": "The model is opened without these generation settings.",
     "chat_template.jinja": "The model is opened with the template in tokenizer_config.json, if there is one.",
 }
+# Files of a tokenizer that are read.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+)
 CONFIG_LIMIT = 16 << 20
 TOKENIZER_LIMIT = 64 << 20
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}\.safetensors")
@@ -97,24 +102,20 @@ class ModelDirectory:
 
     def json(self, name: str, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
         """Return the object in a JSON file of at most ``limit`` bytes."""
-        value = self._parsed(name, limit)
-        if not isinstance(value, dict):
-            raise CheckpointCorrupt(self.real(name), "a JSON object", type(value).__name__)
-        return value
+        found: dict[str, Any] = self._parsed(name, limit, dict, "a JSON object")
+        return found
 
-    def _parsed(self, name: str, limit: int) -> Any:
+    def json_list(self, name: str) -> list[Any]:
+        """Return the list in a JSON file."""
+        found: list[Any] = self._parsed(name, CONFIG_LIMIT, list, "a JSON list")
+        return found
+
+    def _parsed(self, name: str, limit: int, kind: type, wanted: str) -> Any:
         path = self.real(name)
-        return parse_json(
-            read_bytes(path, self.record(name), limit=limit, hint=manifest.ON_PURPOSE),
-            path,
-            limit=limit,
-        )
-
-    def json_list(self, name: str, limit: int = CONFIG_LIMIT) -> list[Any]:
-        """Return the list in a JSON file of at most ``limit`` bytes."""
-        value = self._parsed(name, limit)
-        if not isinstance(value, list):
-            raise CheckpointCorrupt(self.real(name), "a JSON list", type(value).__name__)
+        data = read_bytes(path, self.record(name), limit=limit, hint=manifest.ON_PURPOSE)
+        value = parse_json(data, path, limit=limit)
+        if not isinstance(value, kind):
+            raise CheckpointCorrupt(path, wanted, type(value).__name__)
         return value
 
     def card(self) -> str | None:

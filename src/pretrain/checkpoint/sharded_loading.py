@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ from pretrain.models.state import heads_apart, match_disk_state, modern_keys, se
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, ShardSlice, local, whole
 from pretrain.utils import files
-from pretrain.utils.files import CHUNK, Record, note, open_regular
+from pretrain.utils.files import Record, note, open_regular
 from pretrain.utils.memory_info import total_memory
 from pretrain.utils.tensors import (
     TensorInfo,
     parse_header,
     read_header_bytes,
-    tensor_bytes,
+    read_tensor,
 )
 
 if TYPE_CHECKING:
@@ -128,13 +128,7 @@ def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def open_empty(
-    path: str | Path,
-    peers: Peers,
-    *,
-    head: str | None = None,
-    tokenizer: bool = True,
-) -> tuple[Model, Path]:
+def open_empty(path: str | Path, peers: Peers, *, head: str | None = None) -> tuple[Model, Path]:
     """Open a model without its weights: from a run, a checkpoint, or a Hugging Face directory with a whole model.
 
     All ranks must call it, with the same arguments. The head is untied if the stored weights of the head differ from
@@ -144,7 +138,6 @@ def open_empty(
         path: a directory; of a run, the checkpoint that ``load`` would choose.
         peers: the ranks.
         head: kind of head to use instead of the stored one.
-        tokenizer: also load the tokenizer, if there is one.
 
     Returns:
         The model on the meta device, with the names of the missing parameters in ``fresh``, and the directory to pass
@@ -163,16 +156,14 @@ def open_empty(
         try:
             if os.path.lexists(directory / name / manifest.NAME):
                 _verify_together(directory / name, peers, training=False)
-            return _open_empty(directory / name, str(Path(path) / name), peers, head, tokenizer)
+            return _open_empty(directory / name, str(Path(path) / name), peers, head)
         except CheckpointCorrupt as error:
             if peers.rank == 0:
                 manifest.skipped(directory / name, error)
-    return _open_empty(directory, named, peers, head, tokenizer)
+    return _open_empty(directory, named, peers, head)
 
 
-def _open_empty(
-    path: Path, named: str, peers: Peers, head: str | None, tokenizer: bool
-) -> tuple[Model, Path]:
+def _open_empty(path: Path, named: str, peers: Peers, head: str | None) -> tuple[Model, Path]:
     with ExitStack() as stack:
         with errors_on_all_ranks(peers), files.reading(path), files.muted(peers.rank != 0):
             directory = ModelDirectory(path, verify=True)
@@ -181,9 +172,9 @@ def _open_empty(
                     f"{named} holds an adapter, which cannot be loaded in shards. Use load(), which opens it on its "
                     "base."
                 )
-            model, _, names = open_described(directory, head=head, tokenizer=tokenizer)
+            model, _, names = open_described(directory, head=head, tokenizer=True)
             model.source, model.files_hash = named, directory.weights_hash(names)
-            stored = stack.enter_context(_stored(directory, list(names)))
+            stored = stack.enter_context(_stored(directory, names))
         untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:
             note(f"{named}: head untied, because its weights differ from the embedding")
@@ -192,7 +183,7 @@ def _open_empty(
     return model.eval(), path
 
 
-def _stored(directory: ModelDirectory, names: list[str]) -> StoredTensors:
+def _stored(directory: ModelDirectory, names: Iterable[str]) -> StoredTensors:
     return StoredTensors({name: directory.real(name) for name in names})
 
 
@@ -203,7 +194,6 @@ def load_slices(
     peers: Peers,
     put: Put | None = None,
     *,
-    seed: int = 0,
     own: AbstractSet[str] = frozenset(),
     base: bool = False,
     verified: bool = False,
@@ -219,7 +209,6 @@ def load_slices(
         peers: the ranks.
         put: called with the name of a parameter or persistent buffer and its shard on the CPU, and the model is not
             changed; None copies the shard into the parameter. Empty shards are left out.
-        seed: seed for tensors of the head that are missing and newly initialised.
         own: parameters that keep their values, whatever the directory holds.
         base: the directory is that of the base of the model's adapter; the adapter is not changed.
         verified: the hashes have just been compared by ``latest_together``.
@@ -245,7 +234,7 @@ def load_slices(
     with ExitStack() as stack:
         with errors_on_all_ranks(peers), files.reading(path):
             names = directory.weight_files()
-            stored = stack.enter_context(_stored(directory, list(names)))
+            stored = stack.enter_context(_stored(directory, names))
             for name, expected in names.items():
                 check_index(directory, name, expected, stored.holds[name])
         if directory.manifest is not None and not verified:
@@ -267,7 +256,7 @@ def load_slices(
                 model.reset_buffers(fresh - own)
             for name in sorted((fresh - own) & {name for name, _ in model.named_parameters()}):
                 value = torch.empty(parts.shapes[name], dtype=torch.float32, device="cpu")
-                model.init_parameter(name, value, seed)
+                model.init_parameter(name, value, seed=0)
                 parts.put_whole(name, value)
             if not quiet and peers.rank == 0:
                 config = directory.json("config.json")
@@ -507,12 +496,10 @@ class StoredTensors:
             returns a view of.
         """
         info = self.info(key)
-        if not info.shape or math.prod(region.shape) == 0:
-            return (
-                self._rows(key, 0, 1).reshape(())
-                if not info.shape
-                else torch.empty(region.shape, dtype=info.dtype)
-            )
+        if not info.shape:
+            return self._rows(key, 0, 1).reshape(())
+        if math.prod(region.shape) == 0:
+            return torch.empty(region.shape, dtype=info.dtype)
         rows = self._rows(key, region.start[0], region.shape[0])
         return rows[(slice(None), *region.slices()[1:])]
 
@@ -528,16 +515,9 @@ class StoredTensors:
             raise CheckpointError(
                 f"{place.path}: {key!r} takes {size:,} bytes; this machine has {total:,.0f} bytes of memory."
             )
-        tensor = torch.empty(shape, dtype=place.info.dtype)
         row = math.prod(place.info.shape[1:]) * place.info.dtype.itemsize
-        _fill_at(
-            place.path,
-            place.descriptor,
-            place.data + place.info.start + start * row,
-            tensor_bytes(tensor),
-        )
-        if tensor.dtype == torch.bool and int(tensor.view(torch.uint8).max()) > 1:
-            raise CheckpointCorrupt(place.path, f"0 or 1 in every byte of {key!r}", "another value")
+        offset = place.data + place.info.start + start * row
+        tensor = read_tensor(place.path, place.descriptor, offset, key, shape, place.info.dtype)
         self._last = (key, start, count, tensor)
         return tensor
 
@@ -592,11 +572,3 @@ class StoredTensors:
 def _identity(descriptor: int) -> tuple[int, ...]:
     info = os.fstat(descriptor)
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
-
-
-def _fill_at(path: Path, descriptor: int, offset: int, view: memoryview) -> None:
-    while view:
-        count = os.preadv(descriptor, [view[:CHUNK]], offset)
-        if count == 0:
-            raise CheckpointCorrupt(path, f"{len(view):,} bytes more", "the end of the file")
-        view, offset = view[count:], offset + count

@@ -96,16 +96,7 @@ def read_sections(
     source: Any,
     overrides: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Merge ``source`` and ``overrides`` and build one checked dataclass per section.
-
-    Args:
-        sections: the dataclass of each section.
-        source: see `Sections.load`.
-        overrides: see `Sections.load`.
-
-    Raises:
-        ConfigError: see `Sections.load`.
-    """
+    """Merge ``source`` and ``overrides`` and build one checked dataclass per section; see `Sections.load`."""
     layers = list(source) if isinstance(source, list | tuple) else [source]
     merged: dict[str, dict[str, Any]] = {}
     checker = _Checker(sections)
@@ -368,9 +359,7 @@ class _Checker:
         return self.scalar(key, value, hint)
 
     def scalar(self, key: str, value: Any, hint: Any) -> Any:
-        if (
-            hint is bool and isinstance(value, str) and self.sections
-        ):  # settings, not JSON of others
+        if hint is bool and isinstance(value, str) and self.sections:  # no JSON of others
             value = {"yes": True, "no": False}.get(value, value)
         if isinstance(value, bool | None) and type(value) is hint:
             return value

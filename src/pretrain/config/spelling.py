@@ -90,12 +90,9 @@ _current = READ
 
 
 @contextlib.contextmanager
-def using(interface: Interface) -> Iterator[None]:
-    """Spell options for an interface within the context; inside a command, the interface of the command stays."""
+def _spelling(interface: Interface) -> Iterator[None]:
     global _current
-    before = _current
-    if not before.command:
-        _current = interface
+    before, _current = _current, interface
     try:
         yield
     finally:
@@ -103,15 +100,18 @@ def using(interface: Interface) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def using(interface: Interface) -> Iterator[None]:
+    """Spell options for an interface within the context; inside a command, the interface of the command stays."""
+    with _spelling(_current if _current.command else interface):
+        yield
+
+
+@contextlib.contextmanager
 def within(section: str) -> Iterator[None]:
     """Spell all options as entries of a section of settings within the context, in the interface that is set."""
-    global _current
-    before, prefix = _current, f"{section}."
-    _current = Interface(before.command, columns=prefix, others=prefix, reading=())
-    try:
+    prefix = f"{section}."
+    with _spelling(Interface(_current.command, columns=prefix, others=prefix, reading=())):
         yield
-    finally:
-        _current = before
 
 
 def option(name: str, value: Any = ...) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.lora.config import LoraConfig
 from pretrain.lora.layer import LoraLinear
-from pretrain.models.heads import LABELLED, LanguageHead
+from pretrain.models.backbone import named_generator
+from pretrain.models.heads import LABELLED
 from pretrain.models.names import Entry, pack
-from pretrain.models.state import untie
+from pretrain.models.state import copies_of, tied_embedding, untie
 from pretrain.nn.buffers import changing_buffers, stored_tensors
 from pretrain.utils.files import note
 
@@ -156,11 +157,8 @@ def choose_full(model: Model, config: LoraConfig) -> list[Entry]:
             model, the tied head).
     """
     names = list(config.modules_to_save)
-    head = model.head
-    if isinstance(head, LanguageHead) and head.tied and model.head_kind is not None:
-        copies = model.backbone.copies(model.head_kind, tied=True)
-        embedding = next(n for n, p in model.named_parameters() if p is head.weight())
-        shared = {disk for disk, memory in copies.items() if memory == embedding}
+    if (embedding := tied_embedding(model)) is not None:
+        shared = {disk for disk, memory in copies_of(model).items() if memory == embedding}
         shared |= {entry.disk for entry in model.entries() if embedding in entry.memory}
         for name in names:
             if not any(within(disk, [name]) for disk in shared):
@@ -194,17 +192,13 @@ def attach(
     sites: Mapping[str, tuple[Site, int, float]],
     full: Iterable[Entry],
 ) -> Model:
-    """Freeze the model and attach adapters at the sites, with A and B zero; see ``pretrain.lora.apply_lora``.
+    """Freeze a model without an adapter and attach one, with A and B zero; see ``pretrain.lora.apply_lora``.
 
     The base may be on the meta device, but not for DoRA, whose magnitudes are initialised to the norms of its rows.
 
     Raises:
-        ModelError: the model has an adapter already, running statistics, or a row of zeros, which DoRA cannot use.
+        ModelError: the model has running statistics, or a row of zeros, which DoRA cannot use.
     """
-    if model.adapter is not None:
-        raise ModelError(
-            "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
-        )
     if statistics := changing_buffers(model):
         raise ModelError(
             f"An adapter is stored without its base, but training would change {next(iter(statistics))!r} of the base, "
@@ -252,8 +246,7 @@ def draw(model: Model, seed: int) -> None:
     """Initialise every A from ``seed`` and its name: uniform within 1/sqrt(I) (Kaiming uniform with a = sqrt(5))."""
     for name, (site, r, _) in model.adapter.sites.items():
         layer: Any = model.get_submodule(site.layers[0])
-        digest = hashlib.sha256(f"{seed}:{name}.lora_A".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = named_generator(seed, f"{name}.lora_A")
         value = torch.empty(r, layer.in_features)
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
         with torch.no_grad():

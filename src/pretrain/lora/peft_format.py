@@ -29,9 +29,8 @@ from pretrain.lora.attach import (
     sites_of,
 )
 from pretrain.lora.config import MODULE, LoraConfig, is_number
-from pretrain.models.heads import LanguageHead
 from pretrain.models.names import Entry, Packing, Shapes, pack, unpack
-from pretrain.models.state import untie
+from pretrain.models.state import copies_of, tied_embedding, untie
 from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
@@ -416,10 +415,8 @@ def _untied(model: Model, tensors: Mapping[str, Tensor], where: object) -> Mappi
     Returns:
         The tensors, and those of the base for what the file lacks of the projection, which peft stores whole.
     """
-    head = model.head
-    if not isinstance(head, LanguageHead) or not head.tied or model.head_kind is None:
+    if (embedding := tied_embedding(model)) is None:
         return tensors
-    embedding = next(name for name, p in model.named_parameters() if p is head.weight())
     shared = next(entry.disk for entry in model.entries() if entry.memory == (embedding,))
     if all(name != shared for _, _, name in _own_names(model, tensors, where)):
         return tensors
@@ -473,10 +470,8 @@ def _stored_sites(
 
 def _aliases(model: Model) -> dict[str, str]:
     """Return the second name of every tied tensor of the head -> its own name on disk."""
-    if not isinstance(model.head, LanguageHead) or model.head_kind is None:
-        return {}
     disk = {entry.memory: entry.disk for entry in model.entries()}
-    copies = model.backbone.copies(model.head_kind, tied=model.head.tied)
+    copies = copies_of(model)
     return {name: disk[memory,] for name, memory in copies.items() if (memory,) in disk}
 
 
@@ -492,7 +487,7 @@ def _own_names(
     for entry in entries:
         bare, disk = (name.rpartition(".")[0] for name in (entry.bare, entry.disk))
         other = spelled.get(disk, disk).removeprefix(disk.removesuffix(bare))
-        for prefix in ("", *model.backbone.prefixes) if entry.body else ():
+        for prefix in ("", model.backbone.prefix, *model.backbone.prefixes) if entry.body else ():
             own.setdefault(prefix + bare, disk)
             own.setdefault(prefix + other, disk)
     own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}

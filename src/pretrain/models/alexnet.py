@@ -15,7 +15,7 @@ from torch import nn
 
 from pretrain.errors import ConfigError
 from pretrain.models.config import BackboneConfig, Key
-from pretrain.models.heads import SequenceHead
+from pretrain.models.heads import SequenceHead, architectures_of
 from pretrain.models.names import Name
 from pretrain.models.resnet import ResNet, ResNetConfig, Shape
 
@@ -97,11 +97,9 @@ class AlexNet(ResNet):
     model_type: ClassVar[str] = "alexnet"
     config_class: ClassVar[type[BackboneConfig]] = AlexNetConfig
     prefix: ClassVar[str] = "alexnet."
-    prefixes: ClassVar[tuple[str, ...]] = ("alexnet.",)
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "AlexNetModel",
-        "image-classification": "AlexNetForImageClassification",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of(
+        "AlexNet", "ForImageClassification"
+    )
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "num_channels": Key("num_channels", 3),
         "embedding_size": Key("embedding_size", _STEM),
@@ -115,7 +113,7 @@ class AlexNet(ResNet):
         "classifier_dropout": Key("classifier_dropout", None, optional=True),
     }
 
-    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+    def build_classifier(self, num_labels: int) -> nn.Module:
         config = self.config
         dropout = 0.5 if config.classifier_dropout is None else config.classifier_dropout
         return SequenceHead(config.hidden_size, num_labels, pool="mean", dropout=dropout)
@@ -125,5 +123,5 @@ class AlexNet(ResNet):
         parts = [f"{owner}.{part}" for owner in owners for part in ("convolution", "normalization")]
         return [Name(part, (part,)) for part in parts]
 
-    def head_names(self, kind: str, tied: bool) -> list[Name]:
-        return [Name("classifier", ("head.classifier",), body=False)]
+    def classifier_name(self) -> str:
+        return "classifier"

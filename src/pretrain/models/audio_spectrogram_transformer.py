@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from pretrain.data.audio import AudioProcessor
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, Key
-from pretrain.models.heads import SequenceHead
+from pretrain.models.config import BackboneConfig, Key
+from pretrain.models.heads import SequenceHead, architectures_of
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
-from pretrain.models.vit import BLOCK_NAMES, ENCODER_KEYS
+from pretrain.models.vit import ENCODER_KEYS, encoder_names
 from pretrain.models.vit_mae import DECODER_KEYS, MaskedConfig, PixelDecoder
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
@@ -53,9 +53,7 @@ class ASTConfig(MaskedConfig):
     time_stride: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("frequency_stride", "time_stride"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.patch_size)
+        self.set_defaults(frequency_stride=self.patch_size, time_stride=self.patch_size)
         super().__post_init__()
 
     def validate(self) -> None:
@@ -125,13 +123,11 @@ class AST(ImageBackbone):
     model_type: ClassVar[str] = "audio-spectrogram-transformer"
     config_class: ClassVar[type[BackboneConfig]] = ASTConfig
     prefix: ClassVar[str] = "audio_spectrogram_transformer."
-    prefixes: ClassVar[tuple[str, ...]] = ("audio_spectrogram_transformer.",)
     lead_tokens: int = _LEAD
     processor_class: ClassVar[Any] = AudioProcessor
     unit_name: ClassVar[str] = "patches"
     architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "ASTModel",
-        "audio-classification": "ASTForAudioClassification",
+        **architectures_of("AST", "ForAudioClassification"),
         "masked-image": "ASTForPreTraining",
     }
     hf_keys: ClassVar[Mapping[str, Key]] = {
@@ -161,8 +157,7 @@ class AST(ImageBackbone):
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         self.check_inputs(batch["input_values"], cache)
         x = self.drop(self.embedding(batch["input_values"], batch.get("visible_index")))
-        masks = [AttentionMask()] * len(self.layers)
-        x = self.run(x, masks, [None] * len(masks), None, batch.get("keep_index"))
+        x = self.run(x, AttentionMask(), keep=batch.get("keep_index"))
         found: Tensor = self.final_norm(x)
         return found
 
@@ -174,10 +169,7 @@ class AST(ImageBackbone):
         Raises:
             ModelError: there is a cache, or they have another shape.
         """
-        if cache is not None:
-            raise ModelError(
-                f"A {self.model_type} model reads audio, so it has no key-value cache. Leave cache out."
-            )
+        self.refuse_cache(cache, "reads audio, so it ")
         wanted = (self.config.max_length, self.config.num_mel_bins)
         if values.ndim != 3 or tuple(values.shape[1:]) != wanted:
             raise ModelError(
@@ -217,15 +209,8 @@ class AST(ImageBackbone):
 
     def names(self) -> list[Name]:
         return [
-            Name("embeddings.cls_token", ("embedding.class_token",)),
+            *encoder_names(),
             Name("embeddings.distillation_token", ("embedding.distillation_token",)),
-            Name("embeddings.position_embeddings", ("embedding.positions",)),
-            Name("embeddings.patch_embeddings.projection", ("embedding.projection",)),
-            *(
-                Name("encoder.layer.{n}." + disk, ("layers.{n}." + own,))
-                for disk, own in BLOCK_NAMES.items()
-            ),
-            Name("layernorm", ("final_norm",)),
         ]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
@@ -235,8 +220,3 @@ class AST(ImageBackbone):
             Name("classifier.layernorm", ("head.transform",), body=False),
             Name("classifier.dense", ("head.classifier",), body=False),
         ]
-
-    @classmethod
-    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
-        reader.square("patch_size")
-        return super().fields_from_hf(reader)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import ConfigError, ModelError
-from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.config import BackboneConfig, ConfigReader, Key, written_keys
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, run_block
@@ -28,7 +28,7 @@ from pretrain.nn.norm import compute_dtype
 from pretrain.nn.positions import Rope, document_positions
 from pretrain.nn.tensor_parallel import VocabShard
 
-__all__ = ["Backbone", "Batch", "ModelStats"]
+__all__ = ["Backbone", "Batch", "ModelStats", "named_generator"]
 
 _TF32 = "TensorFloat32 tensor cores|Please use the new API settings to control TF32"
 
@@ -58,6 +58,12 @@ class ModelStats:
     kept: float | None = None
 
 
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Return the generator of the initial values of a parameter, seeded by a seed and its name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 class Backbone(nn.Module):
     """Base class of the models without a head: a batch, such as token ids (B, T) -> hidden states (B, T, D).
 
@@ -69,7 +75,7 @@ class Backbone(nn.Module):
         config_class: configuration class.
         causal: a token attends to no later token.
         positions_from_pad: positions are counted from the id of padding, which a tokenizer must share.
-        prefix: prefix of the body's tensors in a file with a head; ``prefixes`` lists all that are accepted.
+        prefix: prefix of the body's tensors in a file with a head; ``prefixes`` lists others that are accepted.
         projection: name on disk of the vocabulary projection, of which a file with a tied head may hold a copy.
         hf_keys: field of the configuration -> its key in config.json, for reading and writing; if it is empty, every
             field has its own name there.
@@ -90,7 +96,7 @@ class Backbone(nn.Module):
     causal: ClassVar[bool] = True
     positions_from_pad: ClassVar[bool] = False
     prefix: ClassVar[str] = "model."
-    prefixes: ClassVar[tuple[str, ...]] = ("model.", "transformer.")
+    prefixes: ClassVar[tuple[str, ...]] = ()
     projection: ClassVar[str] = "lm_head.weight"
     hf_keys: ClassVar[Mapping[str, Key]] = {}
     architectures: ClassVar[Mapping[str | None, str]] = {}
@@ -101,6 +107,7 @@ class Backbone(nn.Module):
     default_task: ClassVar[str | None] = None
     padded: ClassVar[bool] = False
     unit_name: ClassVar[str] = "tokens"
+    position_embedding: Any  # of families with learned positions
     # The rows of the token embedding that this rank holds under tensor parallelism, or None.
     vocab: VocabShard | None = None
 
@@ -126,17 +133,13 @@ class Backbone(nn.Module):
         """Return the fields that ``hf_keys`` names, or all; a family adds those of several keys, and refusals."""
         if not cls.hf_keys:
             return reader.own(cls.config_class)
-        specs = {spec.name: spec for spec in fields(cls.config_class)}
-        return {name: reader.read(specs[name], key) for name, key in cls.hf_keys.items()}
+        return reader.fields_of(cls.config_class, cls.hf_keys)
 
     def to_hf_config(self) -> dict[str, Any]:
         """Return the keys of config.json; a family adds those that are not in ``hf_keys``."""
         if not self.hf_keys:
             return asdict(self.config)
-        written: dict[str, Any] = {}
-        for name, key in self.hf_keys.items():
-            written |= key.write(getattr(self.config, name))
-        return written
+        return written_keys(self.config, self.hf_keys)
 
     def names(self) -> list[Name]:
         """Return the rules that map the backbone's parameters to names on disk; by default these are the same."""
@@ -295,6 +298,13 @@ class Backbone(nn.Module):
         """Return the prefix of the body's tensors in a file with that head."""
         return "" if kind is None else self.prefix
 
+    def refuse_cache(self, cache: KVCache | None, reason: str) -> None:
+        """Raise ModelError if there is a key-value cache; the reason is a clause, such as "reads images, so it "."""
+        if cache is not None:
+            raise ModelError(
+                f"A {self.model_type} model {reason}has no key-value cache. Leave cache out."
+            )
+
     def span(self, batch: Batch, cache: KVCache | None) -> tuple[int, int]:
         """Return the first and last column (exclusive) of the new tokens.
 
@@ -340,6 +350,17 @@ class Backbone(nn.Module):
             return document_positions(batch["document_ids"])
         return None
 
+    def embed_positions(self, batch: Batch, cache: KVCache | None) -> Tensor:
+        """Return the learned embeddings of the positions of the new tokens, (1|B, T, D).
+
+        Raises:
+            ModelError: see ``span`` and ``positions``.
+        """
+        start, stop = self.span(batch, cache)
+        positions, table = self.positions(batch, cache), self.position_embedding
+        found: Tensor = table.weight[None, start:stop] if positions is None else table(positions)
+        return found
+
     def look_up(self, embedding: nn.Embedding, ids: Tensor, what: str = "input_ids") -> Tensor:
         """Embed ids, (B, T) -> (B, T, D).
 
@@ -369,16 +390,18 @@ class Backbone(nn.Module):
     def run(
         self,
         x: Tensor,
-        masks: Sequence[AttentionMask],
-        ropes: Sequence[Rope | None],
-        cache: KVCache | None,
+        masks: AttentionMask | Sequence[AttentionMask],
+        ropes: Sequence[Rope | None] | None = None,
+        cache: KVCache | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Run all blocks, (B, T, D) -> (B, T, D), with one mask and one rotary table per block.
+        """Run all blocks, (B, T, D) -> (B, T, D), with one mask for all, or one mask and one rotary table per block.
 
         ``keep`` names the tokens that the last block computes, whose states are the result: see ``Block``.
         """
-        columns = x.shape[1]
+        columns, layers = x.shape[1], len(self.layers)
+        masks = [masks] * layers if isinstance(masks, AttentionMask) else masks
+        ropes = [None] * layers if ropes is None else ropes
         if self.compiled and cache is None:
             # Masks and tables that all blocks share are computed before the first block: computing them inside of it
             # would give that block a graph of its own.
@@ -390,7 +413,7 @@ class Backbone(nn.Module):
         for i, block in enumerate(self.layers):
             # Passed only if there is one, so that the blocks of a custom family need not accept it.
             cached: dict[str, Any] = {} if cache is None else {"cache": cache, "layer": i}
-            last = keep if i == len(self.layers) - 1 else None
+            last = keep if i == layers - 1 else None
             x = run_block(block, x, last, mask=masks[i], rope=ropes[i], **cached)
         if cache is not None:
             cache.advance(columns)
@@ -406,8 +429,7 @@ class Backbone(nn.Module):
             value.fill_(1.0 if name.endswith("weight") else 0.0)
             return
         std = self.init_std(name)
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = named_generator(seed, name)
         if std == 0.0:
             value.zero_()
         elif (cutoff := self.init_cutoff()) is None:

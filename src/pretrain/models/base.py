@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError, did_you_mean
 from pretrain.hub import ModelMethods
-from pretrain.models import FAMILIES, family_class
+from pretrain.models import FAMILIES, family_class, state
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import (
     GENERATION_KEYS,
@@ -27,15 +27,13 @@ from pretrain.models.config import (
     drop_code,
 )
 from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
-from pretrain.models.names import Entry, LoadReport, Name
+from pretrain.models.names import LoadReport, Name
 from pretrain.models.sentences import SentenceSettings
-from pretrain.models.state import disk_state, disk_view, entries_of, load_disk_state
 from pretrain.nn.buffers import parameters_on_meta
 from pretrain.nn.layout import local
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
-    from pretrain.utils.tensors import LazyTensors
 
 __all__ = [
     "HEAD_KINDS",
@@ -336,27 +334,10 @@ class Model(ModelMethods, nn.Module):
 
     # ------------------------------------------------------------------ names on disk
 
-    def entries(self) -> list[Entry]:
-        """Return every tensor of the file and the parameters that it holds; see ``pretrain.models.state``."""
-        return entries_of(self)
-
-    def disk_state(self) -> dict[str, Tensor]:
-        """Return all weights under their names on disk: fp32, contiguous, on the CPU; tied tensors once."""
-        return disk_state(self)
-
-    def disk_view(self) -> LazyTensors:
-        """Return the same as a lazy mapping: each tensor is created on access, and may be a view of a parameter."""
-        return disk_view(self)
-
-    def load_disk_state(
-        self, tensors: Mapping[str, Tensor], *, seed: int = 0, adopt: bool = False
-    ) -> LoadReport:
-        """Fill the model from tensors under their names on disk; see ``pretrain.models.state``.
-
-        Raises:
-            CheckpointError: a tensor of the body is missing, or one has the wrong shape or type.
-        """
-        return load_disk_state(self, tensors, seed=seed, adopt=adopt)
+    entries = state.entries_of
+    disk_state = state.disk_state
+    disk_view = state.disk_view
+    load_disk_state = state.load_disk_state
 
     def hf_config(self) -> dict[str, Any]:
         """Return the content of config.json, with the keys of transformers 4 and 5."""

@@ -9,16 +9,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.errors import ConfigError, ModelError
+from pretrain.errors import ConfigError
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
-from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform, architectures_of
-from pretrain.models.names import Name
+from pretrain.models.heads import (
+    LanguageHead,
+    SequenceHead,
+    TokenHead,
+    Transform,
+    text_architectures,
+)
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 
-__all__ = ["Bert", "BertConfig", "Roberta", "RobertaConfig"]
+__all__ = ["BLOCK_NAMES", "Bert", "BertConfig", "Roberta", "RobertaConfig"]
+
+# Names on disk of the parts of a block.
+BLOCK_NAMES = {
+    "attention.self.query": "attention.query",
+    "attention.self.key": "attention.key",
+    "attention.self.value": "attention.value",
+    "attention.output.dense": "attention.output",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "mlp.up",
+    "output.dense": "mlp.down",
+    "output.LayerNorm": "mlp_norm",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +56,20 @@ class BertConfig(BackboneConfig):
 
 
 class Bert(Backbone):
-    """Encoder with learned absolute positions and segments."""
+    """Encoder with learned absolute positions and segments.
 
+    Class attributes:
+        mlm_activation: activation in the masked-LM head; that of the blocks when None.
+        dropout_first: apply dropout before the pooler of a sequence head as well.
+    """
+
+    mlm_activation: ClassVar[str | None] = None
+    dropout_first: ClassVar[bool] = False
     model_type: ClassVar[str] = "bert"
     config_class: ClassVar[type[BackboneConfig]] = BertConfig
     causal: ClassVar[bool] = False
     prefix: ClassVar[str] = "bert."
-    prefixes: ClassVar[tuple[str, ...]] = ("bert.",)
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Bert", "ForMaskedLM")
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("Bert", "ForMaskedLM")
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "vocab_size": Key("vocab_size"),
         "hidden_size": Key("hidden_size"),
@@ -81,29 +105,17 @@ class Bert(Backbone):
         """Return the table of position embeddings."""
         return nn.Embedding(config.max_positions, config.hidden_size)
 
-    def embed_positions(self, batch: Batch) -> Tensor:
-        """Return (1|B, T, D) position embeddings."""
-        positions = self.positions(batch, None)
-        if positions is None:
-            return self.position_embedding.weight[None, : batch["input_ids"].shape[1]]
-        found: Tensor = self.position_embedding(positions)
-        return found
-
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        if cache is not None:
-            raise ModelError(
-                f"A {self.model_type} model attends in both directions, so it has no key-value cache. Leave cache out."
-            )
+        self.refuse_cache(cache, "attends in both directions, so it ")
         self.span(batch, None)
         x = self.look_up(self.token_embedding, batch["input_ids"])
         if "token_type_ids" in batch:
             x = x + self.look_up(self.segment_embedding, batch["token_type_ids"], "token_type_ids")
         else:
             x = x + self.segment_embedding.weight[0]
-        x = self.drop(self.embedding_norm(x + self.embed_positions(batch)))
+        x = self.drop(self.embedding_norm(x + self.embed_positions(batch, None)))
         mask = AttentionMask.from_batch(batch, causal=False)
-        layers = len(self.layers)
-        return self.run(x, [mask] * layers, [None] * layers, None, batch.get("keep_index"))
+        return self.run(x, mask, keep=batch.get("keep_index"))
 
     def init_cutoff(self) -> float | None:
         """Truncate at two standard deviations, as the published code does."""
@@ -121,50 +133,34 @@ class Bert(Backbone):
         config = self.config
         if kind == "masked-lm":
             norm = LayerNorm(config.hidden_size, config.norm_eps)
-            transform = Transform(config.hidden_size, self.mlm_activation(), norm)
+            activation = self.mlm_activation or config.activation
+            transform = Transform(config.hidden_size, activation, norm)
             return LanguageHead(
                 self.token_embedding, tied=config.tie_embeddings, transform=transform, bias=True
             )
         dropout = config.dropout if config.classifier_dropout is None else config.classifier_dropout
-        if kind == "sequence-classification":
-            return self.build_sequence_head(num_labels, dropout)
+        if (
+            kind == "sequence-classification"
+        ):  # a pooler, dense and tanh on the first token, and a classifier
+            return SequenceHead(
+                config.hidden_size,
+                num_labels,
+                pool="first",
+                transform=Transform(config.hidden_size, "tanh", None),
+                dropout=dropout,
+                dropout_first=self.dropout_first,
+            )
         if kind == "token-classification":
             return TokenHead(config.hidden_size, num_labels, dropout=dropout)
         return TokenHead(config.hidden_size, 2)
 
-    def mlm_activation(self) -> str:
-        """Return the name of the activation in the masked-LM head."""
-        name: str = self.config.activation
-        return name
-
-    def build_sequence_head(self, num_labels: int, dropout: float) -> SequenceHead:
-        """Return the pooler (dense and tanh on the first token) and a classifier."""
-        size = self.config.hidden_size
-        return SequenceHead(
-            size, num_labels, pool="first", transform=Transform(size, "tanh", None), dropout=dropout
-        )
-
     def names(self) -> list[Name]:
-        layer = "layers.{n}."
-        pairs = {
-            "attention.self.query": "attention.query",
-            "attention.self.key": "attention.key",
-            "attention.self.value": "attention.value",
-            "attention.output.dense": "attention.output",
-            "attention.output.LayerNorm": "attention_norm",
-            "intermediate.dense": "mlp.up",
-            "output.dense": "mlp.down",
-            "output.LayerNorm": "mlp_norm",
-        }
         return [
             Name("embeddings.word_embeddings", ("token_embedding",)),
             Name("embeddings.position_embeddings", ("position_embedding",)),
             Name("embeddings.token_type_embeddings", ("segment_embedding",)),
             Name("embeddings.LayerNorm", ("embedding_norm",)),
-            *(
-                Name("encoder.layer.{n}." + disk, (layer + memory,))
-                for disk, memory in pairs.items()
-            ),
+            *renamed(BLOCK_NAMES, "encoder.layer.{n}.", "layers.{n}."),
         ]
 
     # Names on disk of the masked-LM head: dense, norm, bias, projection.
@@ -246,11 +242,12 @@ class RobertaConfig(BertConfig):
 class Roberta(Bert):
     """BERT with positions that start at ``pad_id + 1``; padding has the position ``pad_id``."""
 
+    mlm_activation: ClassVar[str | None] = "gelu"
+    dropout_first: ClassVar[bool] = True
     model_type: ClassVar[str] = "roberta"
     positions_from_pad: ClassVar[bool] = True
     config_class: ClassVar[type[BackboneConfig]] = RobertaConfig
     prefix: ClassVar[str] = "roberta."
-    prefixes: ClassVar[tuple[str, ...]] = ("roberta.",)
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **Bert.hf_keys,
         "pad_id": Key("pad_token_id", 1),
@@ -263,7 +260,7 @@ class Roberta(Bert):
         "lm_head.bias",
         "lm_head.decoder",
     )
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Roberta", "ForMaskedLM")
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("Roberta", "ForMaskedLM")
 
     @property
     def max_length(self) -> int:
@@ -273,10 +270,10 @@ class Roberta(Bert):
     def build_positions(self, config: BertConfig) -> nn.Embedding:
         return nn.Embedding(config.max_positions, config.hidden_size, padding_idx=config.pad_id)
 
-    def embed_positions(self, batch: Batch) -> Tensor:
+    def embed_positions(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """Return position embeddings; given positions start at 0 as in all families, and the offset is added here."""
         ids, pad = batch["input_ids"], self.config.pad_id
-        positions = self.positions(batch, None)
+        positions = self.positions(batch, cache)
         if positions is None:
             real = ids != pad
             positions = real.cumsum(1) * real + pad
@@ -286,17 +283,6 @@ class Roberta(Bert):
                 positions = torch.where(batch["document_ids"] == 0, pad, positions)
         found: Tensor = self.position_embedding(positions)
         return found
-
-    def mlm_activation(self) -> str:
-        """Return GELU, whatever the blocks use."""
-        return "gelu"
-
-    def build_sequence_head(self, num_labels: int, dropout: float) -> SequenceHead:
-        size = self.config.hidden_size
-        transform = Transform(size, "tanh", None)
-        return SequenceHead(
-            size, num_labels, pool="first", transform=transform, dropout=dropout, dropout_first=True
-        )
 
     def sequence_names(self) -> list[Name]:
         return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,21 +17,41 @@ from torch.nn import functional as F
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone, Batch, ModelStats
-from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.config import BackboneConfig, ConfigReader, Key, written_keys
+from pretrain.models.heads import architectures_of
 from pretrain.models.image_backbone import image_processor, random_images
-from pretrain.models.names import Name
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig, columns_of, run_block
 from pretrain.nn.norm import LayerNorm, compute_dtype
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["CLIP", "CLIPConfig", "TowersConfig", "TwoTowers", "image_tower_names", "read_part"]
+__all__ = [
+    "CLIP",
+    "VISION_KEYS",
+    "CLIPConfig",
+    "PairBackbone",
+    "TowersConfig",
+    "TwoTowers",
+    "image_tower_names",
+    "read_part",
+    "written_part",
+]
 
 # transformers has no dropout in these families and ignores the key, so it is there for training alone.
 DROPOUT = Key("dropout", 0.0, optional=True)
-_LEGACY_EOS = (
-    2  # an end token that old files name wrongly; transformers then pools at the largest id
-)
+# Sizes of an image tower in vision_config.
+VISION_KEYS: Mapping[str, Key] = {
+    "vision_hidden_size": Key("hidden_size", 768),
+    "vision_intermediate_size": Key("intermediate_size", 3072),
+    "vision_num_layers": Key("num_hidden_layers", 12),
+    "vision_num_heads": Key("num_attention_heads", 12),
+    "num_channels": Key("num_channels", 3),
+    "image_size": Key("image_size", 224, square=True),
+    "patch_size": Key("patch_size", 16, square=True),
+}
+# An end token that old files name wrongly; transformers then pools at the largest id.
+_LEGACY_EOS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +81,13 @@ class TowersConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         width = self.vision_hidden_size or self.hidden_size
-        fill = {
-            "vision_hidden_size": width,
-            "vision_num_layers": self.num_layers,
-            "vision_num_heads": self.num_heads,
-            "vision_intermediate_size": 4 * width,
-            "projection_dim": self.hidden_size,
-        }
-        for name, value in fill.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self.set_defaults(
+            vision_hidden_size=width,
+            vision_num_layers=self.num_layers,
+            vision_num_heads=self.num_heads,
+            vision_intermediate_size=4 * width,
+            projection_dim=self.hidden_size,
+        )
         super().__post_init__()
 
     def validate(self) -> None:
@@ -195,11 +212,7 @@ def tower_names(disk: str, own: str) -> dict[str, str]:
 
 
 def read_part(
-    reader: ConfigReader,
-    part: str,
-    keys: Mapping[str, Key],
-    specs: Mapping[str, Field[Any]],
-    family: str,
+    reader: ConfigReader, part: str, keys: Mapping[str, Key], family: type[Backbone]
 ) -> dict[str, Any]:
     """Return the fields of one tower, from ``text_config`` or ``vision_config`` of config.json.
 
@@ -207,39 +220,62 @@ def read_part(
         reader: of config.json.
         part: the key.
         keys: field -> its key in there.
-        specs: the fields.
-        family: for messages.
+        family: class of the model.
 
     Raises:
         ConfigError: an older key of the file, which transformers reads too, has other values.
     """
-    inner, older = ConfigReader(reader.mapping(part) or {}, f"{family} ({part})"), None
+
+    def read(key: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        inner = ConfigReader(given, f"{family.model_type} ({key})")
+        return inner.fields_of(family.config_class, keys)
+
+    found = read(part, reader.mapping(part) or {})
     if (given := reader.mapping(f"{part}_dict")) is not None:
-        older = ConfigReader(given, f"{family} ({part}_dict)")
-    for side in ("image_size", "patch_size"):
-        for read in (inner, older):
-            if read is not None:
-                read.square(side)
-    found = {name: inner.read(specs[name], key) for name, key in keys.items()}
-    for name, key in keys.items():
         # transformers lets this older key, with its defaults, take precedence.
-        if older is not None and older.read(specs[name], key) != found[name]:
+        older = read(f"{part}_dict", given)
+        if wrong := next((name for name in keys if older[name] != found[name]), None):
             raise ConfigError(
-                f"config.json: {part}_dict and {part} do not agree on {key.name!r}. Correct {part}, and remove "
+                f"config.json: {part}_dict and {part} do not agree on {keys[wrong].name!r}. Correct {part}, and remove "
                 f"{part}_dict."
             )
     return found
 
 
-class TwoTowers(Backbone):
+def written_part(backbone: Backbone, part: str, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """Return ``text_config`` or ``vision_config`` of config.json, where ``part`` is ``text`` or ``vision``."""
+    kind = {"model_type": f"{backbone.model_type}_{part}_model"}
+    return {f"{part}_config": kind | written_keys(backbone.config, keys)}
+
+
+class PairBackbone(Backbone):
+    """Base class of the families that read images under ``pixel_values`` and texts under ``input_ids``."""
+
+    processor_class: ClassVar[Any] = PairProcessor
+    unit_name: ClassVar[str] = "patches and tokens"
+
+    @classmethod
+    def default_processor(cls, config: Any) -> PairProcessor | None:
+        images = image_processor(config)
+        return None if images is None else PairProcessor(None, images)
+
+    def units(self, batch: Batch) -> int:
+        """Return the patches of the images and the tokens of the texts, without padding."""
+        patches: int = self.config.num_patches
+        images = len(batch["pixel_values"]) * patches if "pixel_values" in batch else 0
+        return images + (super().units(batch) if "input_ids" in batch else 0)
+
+    def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
+        """Initialise as usual; the class token, a vector, is drawn like a row of a matrix."""
+        super().init_parameter(name, value[None] if name.endswith("class_token") else value, seed)
+
+
+class TwoTowers(PairBackbone):
     """Unit vectors of the images under ``pixel_values`` and the texts under ``input_ids``: (images + texts, P)."""
 
     causal: ClassVar[bool] = False
     prefix: ClassVar[str] = ""
-    prefixes: ClassVar[tuple[str, ...]] = ()
-    processor_class: ClassVar[Any] = PairProcessor
     default_task: ClassVar[str | None] = "image-text-retrieval"
-    unit_name: ClassVar[str] = "patches and tokens"
     text: TextTower
     image: ImageTower
     logit_scale: nn.Parameter
@@ -310,8 +346,7 @@ class TwoTowers(Backbone):
         return images, texts
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        if cache is not None:
-            raise ModelError(f"A {self.model_type} model has no key-value cache. Leave cache out.")
+        self.refuse_cache(cache, "")
         return torch.cat([rows for rows in self.vectors(batch) if rows is not None])
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
@@ -336,23 +371,12 @@ class TwoTowers(Backbone):
             x = run_block(layer, x, keep if i == len(layers) - 1 else None, mask=mask)
         return x
 
-    @classmethod
-    def default_processor(cls, config: Any) -> PairProcessor | None:
-        images = image_processor(config)
-        return None if images is None else PairProcessor(None, images)
-
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the image tower, then those of the text tower."""
         return [*self.image.layers, *self.text.layers]
 
     def embeddings(self) -> list[nn.Module]:
         return [self.image.patches, self.text.token_embedding, self.text.position_embedding]
-
-    def units(self, batch: Batch) -> int:
-        """Return the patches of the images and the tokens of the texts, without padding."""
-        patches: int = self.config.num_patches
-        images = len(batch["pixel_values"]) * patches if "pixel_values" in batch else 0
-        return images + (super().units(batch) if "input_ids" in batch else 0)
 
     def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         batch = super().random_batch(generator)
@@ -373,12 +397,9 @@ class TwoTowers(Backbone):
         )
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
+        super().init_parameter(name, value, seed)
         if name.endswith("logit_scale"):
             value.fill_(self.first_scale())
-        elif name.endswith("class_token"):  # a vector, drawn like a row of a matrix
-            super().init_parameter(name, value[None], seed)
-        else:
-            super().init_parameter(name, value, seed)
 
     def first_scale(self) -> float:
         """Return the logarithm of the initial scale of the scores."""
@@ -393,7 +414,7 @@ class TwoTowers(Backbone):
             "text_model.embeddings.position_embedding": "text.position_embedding",
             "text_model.final_layer_norm": "text.norm",
         }
-        return [Name(disk, (own,)) for disk, own in pairs.items()]
+        return renamed(pairs)
 
     # Fields in text_config and vision_config of config.json; those in both must be equal there.
     text_keys: ClassVar[Mapping[str, Key]]
@@ -401,10 +422,9 @@ class TwoTowers(Backbone):
 
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
-        specs = {spec.name: spec for spec in fields(cls.config_class)}
-        found = {name: reader.read(specs[name], key) for name, key in cls.hf_keys.items()}
+        found = reader.fields_of(cls.config_class, cls.hf_keys)
         for part, keys in (("text_config", cls.text_keys), ("vision_config", cls.vision_keys)):
-            for name, value in read_part(reader, part, keys, specs, cls.model_type).items():
+            for name, value in read_part(reader, part, keys, cls).items():
                 if name in cls.hf_keys:
                     continue  # projection_dim of a tower alone, of which this model has no use
                 if name in found and found[name] != value:
@@ -417,15 +437,9 @@ class TwoTowers(Backbone):
         return found
 
     def to_hf_config(self) -> dict[str, Any]:
-        written: dict[str, Any] = {}
-        for name, key in self.hf_keys.items():
-            written |= key.write(getattr(self.config, name))
-        for part, keys in (("text", self.text_keys), ("vision", self.vision_keys)):
-            inner: dict[str, Any] = {"model_type": f"{self.model_type}_{part}_model"}
-            for name, key in keys.items():
-                inner |= key.write(getattr(self.config, name))
-            written[f"{part}_config"] = inner
-        return written
+        written = written_keys(self.config, self.hf_keys)
+        written |= written_part(self, "text", self.text_keys)
+        return written | written_part(self, "vision", self.vision_keys)
 
 
 _SHARED = {
@@ -472,10 +486,9 @@ class CLIP(TwoTowers):
 
     model_type: ClassVar[str] = "clip"
     config_class: ClassVar[type[BackboneConfig]] = CLIPConfig
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "CLIPModel",
-        "image-classification": "CLIPForImageClassification",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of(
+        "CLIP", "ForImageClassification"
+    )
     successors: ClassVar[Mapping[str, str]] = {
         "image-classification": "pretrain.models.image_tower:CLIPVision"
     }
@@ -499,14 +512,9 @@ class CLIP(TwoTowers):
         "eos_id": Key("eos_token_id", 49407),
     }
     vision_keys: ClassVar[Mapping[str, Key]] = {
-        "vision_hidden_size": Key("hidden_size", 768),
-        "vision_intermediate_size": Key("intermediate_size", 3072),
+        **VISION_KEYS,
+        "patch_size": Key("patch_size", 32, square=True),
         "projection_dim": Key("projection_dim", 512),
-        "vision_num_layers": Key("num_hidden_layers", 12),
-        "vision_num_heads": Key("num_attention_heads", 12),
-        "num_channels": Key("num_channels", 3),
-        "image_size": Key("image_size", 224),
-        "patch_size": Key("patch_size", 32),
         "activation": Key("hidden_act", "quick_gelu"),
         "norm_eps": Key("layer_norm_eps", 1e-5),
         **_SHARED,

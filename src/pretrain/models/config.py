@@ -14,7 +14,7 @@ from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.block import BlockConfig
 from pretrain.nn.layout import fills_all
 from pretrain.nn.mlp import ACTIVATIONS
-from pretrain.nn.positions import ROPE_TYPES, check_rope
+from pretrain.nn.positions import ORIGINAL, ROPE_TYPES, check_rope
 from pretrain.utils.memory_info import physical_memory
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Key",
     "drop_code",
     "round_up",
+    "written_keys",
 ]
 
 Self = TypeVar("Self", bound="BackboneConfig")
@@ -49,7 +50,8 @@ GENERATION_KEYS = (
     *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "token_healing"),
     *("num_beams", "num_return_sequences", "penalty_alpha", "dola_layers", "guidance_scale", "watermarking_config"),
 )  # fmt: skip
-# Bounds far above every published model; a larger value means a broken or hostile file.
+# Bounds far above every published model; a larger value means a broken or hostile file. They hold for a part of a model
+# too, such as ``vision_hidden_size``.
 _LIMITS = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
@@ -62,10 +64,6 @@ _LIMITS = {
     "type_vocab_size": 1 << 16,
     "sliding_window": 1 << 24,
     "local_attention": 1 << 24,
-    "vision_hidden_size": 1 << 17,
-    "vision_num_layers": 1 << 12,
-    "vision_num_heads": 1 << 12,
-    "vision_intermediate_size": 1 << 20,
     "projection_dim": 1 << 17,
     "image_size": 1 << 13,
     "patch_size": 1 << 10,
@@ -74,10 +72,6 @@ _LIMITS = {
     "max_length": 1 << 17,
     "frequency_stride": 1 << 10,
     "time_stride": 1 << 10,
-    "decoder_hidden_size": 1 << 17,
-    "decoder_num_layers": 1 << 12,
-    "decoder_num_heads": 1 << 12,
-    "decoder_intermediate_size": 1 << 20,
     "mlp_ratio": 1 << 7,
     "num_register_tokens": 1 << 10,
 }
@@ -100,11 +94,13 @@ class Key:
         name: the key.
         default: value of the field if the key is absent; without a default the key is required.
         optional: written only if the field differs from the default.
+        square: a side of images or patches, n, which may be given as ``[n, n]``.
     """
 
     name: str
     default: Any = _REQUIRED
     optional: bool = False
+    square: bool = False
 
     def write(self, value: Any) -> dict[str, Any]:
         """Return the key with the value in the spelling of transformers, or nothing if it need not be written."""
@@ -112,6 +108,14 @@ class Key:
             return {}
         value = list(value) if isinstance(value, tuple) else value
         return {self.name: "gelu_pytorch_tanh" if value == "gelu_tanh" else value}
+
+
+def written_keys(config: Any, keys: Mapping[str, Key]) -> dict[str, Any]:
+    """Return the keys of config.json that hold the fields of a configuration; ``keys`` maps fields to their keys."""
+    written: dict[str, Any] = {}
+    for name, key in keys.items():
+        written |= key.write(getattr(config, name))
+    return written
 
 
 def _annotation(spec: Field[Any]) -> str:
@@ -172,19 +176,22 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         self._check_fields()
-        fill: dict[str, Any] = {
-            "num_kv_heads": self.num_heads,
-            "head_dim": self.hidden_size // self.num_heads,
-            "intermediate_size": self.default_intermediate(),
-        }
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}. Change one of them."
             )
-        for name, value in fill.items():
+        self.set_defaults(
+            num_kv_heads=self.num_heads,
+            head_dim=self.hidden_size // self.num_heads,
+            intermediate_size=self.default_intermediate(),
+        )
+        self.validate()
+
+    def set_defaults(self, **values: Any) -> None:
+        """Give the fields that are None these values."""
+        for name, value in values.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        self.validate()
 
     def block(self, **options: Any) -> BlockConfig:
         """Return the options of the blocks; ``options`` are those that the fields all families share do not say."""
@@ -231,21 +238,15 @@ class BackboneConfig:
             if kind.startswith("int"):
                 if not isinstance(value, int) or isinstance(value, bool):
                     raise ConfigError(f"{where}; it must be a whole number.")
-                if spec.name.endswith("_id"):
-                    if not 0 <= value < _LIMITS["vocab_size"]:
-                        raise ConfigError(f"{where}; it must be a token id, 0 or more.")
-                elif spec.name in _LIMITS:
-                    least = 0 if spec.name in _ZERO_ALLOWED else 1
-                    if not least <= value <= _LIMITS[spec.name]:
-                        raise ConfigError(
-                            f"{where}; it must lie between {least} and {_LIMITS[spec.name]}."
-                        )
+                if spec.name.endswith("_id") and not 0 <= value < _LIMITS["vocab_size"]:
+                    raise ConfigError(f"{where}; it must be a token id, 0 or more.")
+                part = spec.name.removeprefix("vision_").removeprefix("decoder_")
+                least, most = int(part not in _ZERO_ALLOWED), _LIMITS.get(part, math.inf)
+                if part in _LIMITS and not least <= value <= most:
+                    raise ConfigError(f"{where}; it must lie between {least} and {most}.")
             elif kind.startswith("float"):
-                if (
-                    not isinstance(value, int | float)
-                    or isinstance(value, bool)
-                    or not math.isfinite(value)
-                ):
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not math.isfinite(value):
                     raise ConfigError(f"{where}; it must be a finite number.")
                 if value < 0 or ("dropout" in spec.name and value >= 1):
                     raise ConfigError(
@@ -399,6 +400,8 @@ class ConfigReader:
 
     def read(self, spec: Field[Any], key: Key) -> Any:
         """Return the value of a field from its key, by the annotation of the field; see the methods below."""
+        if key.square:
+            self._square(key.name)
         if spec.name.endswith("_id"):
             return self.token(key.name, key.default)
         kind = _annotation(spec).partition(" |")[0].removesuffix("'>")
@@ -409,6 +412,11 @@ class ConfigReader:
             kind
         ]
         return read(key.name, key.default)
+
+    def fields_of(self, kind: type[BackboneConfig], keys: Mapping[str, Key]) -> dict[str, Any]:
+        """Return the fields of a configuration that ``keys`` maps to their keys."""
+        specs = {spec.name: spec for spec in fields(kind)}
+        return {name: self.read(specs[name], key) for name, key in keys.items()}
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return a whole number, or the default if the key is absent or null."""
@@ -461,8 +469,8 @@ class ConfigReader:
             return None
         return value
 
-    def square(self, key: str) -> None:
-        """Read a size of images that is given as ``[n, n]`` like the number n; sides of unequal length are refused."""
+    def _square(self, key: str) -> None:
+        """Replace ``[n, n]`` by the number n; sides of unequal length are refused."""
         value = self._config.get(key)
         if isinstance(value, list) and value:
             if len(value) != 2 or value[0] != value[-1] or type(value[0]) is not type(value[-1]):
@@ -522,17 +530,14 @@ class ConfigReader:
         if given.get("type") not in (None, kind):
             self.remarks.append(f"{where}.type (rope_type takes precedence)")
         if kind not in ROPE_TYPES:
-            return check_rope(
-                rope, f"config.json: {where}"
-            )  # raises an error that lists the known types
-        length = "original_max_position_embeddings"
+            check_rope(rope, f"config.json: {where}")  # raises an error that lists the known types
         if kind in ("llama3", "yarn", "longrope"):
-            rope[length] = original or rope.get(length) or max_positions
+            rope[ORIGINAL] = original or rope.get(ORIGINAL) or max_positions
         if rope.get("factor") is None and (
             kind == "longrope" or (kind == "yarn" and "factor" in rope)
         ):
-            known = isinstance(rope[length], int) and rope[length] > 0
-            rope["factor"] = max_positions / rope[length] if known else None
+            known = isinstance(rope[ORIGINAL], int) and rope[ORIGINAL] > 0
+            rope["factor"] = max_positions / rope[ORIGINAL] if known else None
         if "truncate" in rope:
             rope["truncate"] = bool(rope["truncate"])
         if kind == "default" and rope.pop("partial_rotary_factor", None) not in (None, 1):

@@ -17,10 +17,16 @@ from torch.nn import functional as F
 
 from pretrain.errors import ConfigError
 from pretrain.models.config import BackboneConfig, Key, round_up
-from pretrain.models.dense_head import DENSE
-from pretrain.models.heads import SequenceHead
+from pretrain.models.heads import IMAGE_HEADS, SequenceHead, architectures_of
 from pretrain.models.names import Name
-from pretrain.models.vit import ENCODER_KEYS, PatchesConfig, ViT
+from pretrain.models.vit import (
+    ATTENTION_NAMES,
+    ENCODER_KEYS,
+    PEFT_ATTENTION,
+    PatchesConfig,
+    ViT,
+    encoder_names,
+)
 from pretrain.nn.attention import AttentionMask
 from pretrain.nn.block import Block
 from pretrain.nn.patches import PatchEmbedding
@@ -29,22 +35,13 @@ __all__ = ["Dinov2", "Dinov2Config", "Dinov2WithRegisters", "Dinov2WithRegisters
 
 # Names on disk of the parts of a block, and of the two forms of its feed-forward layer.
 _BLOCK_NAMES = {
+    **ATTENTION_NAMES,
     "norm1": "attention_norm",
     "norm2": "mlp_norm",
-    "attention.attention.query": "attention.query",
-    "attention.attention.key": "attention.key",
-    "attention.attention.value": "attention.value",
-    "attention.output.dense": "attention.output",
     "layer_scale1.lambda1": "attention_layer_scale.weight",
     "layer_scale2.lambda1": "mlp_layer_scale.weight",
 }
 _PLAIN = {"mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"}
-_PEFT_NAMES = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,22 +183,15 @@ class Dinov2(ViT):
     model_type: ClassVar[str] = "dinov2"
     config_class: ClassVar[type[BackboneConfig]] = Dinov2Config
     prefix: ClassVar[str] = "dinov2."
-    prefixes: ClassVar[tuple[str, ...]] = ("dinov2.",)
     modules_of_peft: ClassVar[Mapping[str, str]] = {
         f"encoder.layer.{{n}}.{disk}": f"encoder.layer.{{n}}.{name}"
-        for disk, name in _PEFT_NAMES.items()
+        for disk, name in PEFT_ATTENTION.items()
     }
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "Dinov2Model",
-        "image-classification": "Dinov2ForImageClassification",
-        # transformers has neither of them.
-        "segmentation": "Dinov2ForSemanticSegmentation",
-        "object-detection": "Dinov2ForObjectDetection",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Dinov2", *IMAGE_HEADS)
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **{name: key for name, key in ENCODER_KEYS.items() if name != "intermediate_size"},
         "norm_eps": Key("layer_norm_eps", 1e-6),
-        "patch_size": Key("patch_size", 14),
+        "patch_size": Key("patch_size", 14, square=True),
         "attention_bias": Key("qkv_bias", True),
         "mlp_ratio": Key("mlp_ratio", 4),
         "use_swiglu_ffn": Key("use_swiglu_ffn", False),
@@ -221,9 +211,7 @@ class Dinov2(ViT):
     def build_block(self) -> Block:
         return ScaledBlock(self.config)
 
-    def build_head(self, kind: str, num_labels: int) -> nn.Module:
-        if kind in DENSE:
-            return self.dense_head(kind, num_labels)
+    def build_classifier(self, num_labels: int) -> nn.Module:
         config, dropout = self.config, self.config.classifier_dropout or 0.0
         return ClassAndPatchesHead(config.hidden_size, num_labels, self.lead_tokens, dropout)
 
@@ -239,16 +227,11 @@ class Dinov2(ViT):
             value.zero_()
 
     def names(self) -> list[Name]:
-        pairs = _BLOCK_NAMES if self.config.use_swiglu_ffn else _BLOCK_NAMES | _PLAIN
+        block = _BLOCK_NAMES if self.config.use_swiglu_ffn else _BLOCK_NAMES | _PLAIN
         rules = [
-            *super().names()[:3],
+            *encoder_names(block=block),
             Name("embeddings.mask_token", ("embedding.mask_token",)),
             Name("embeddings.register_tokens", ("embedding.register_tokens",)),
-            Name("layernorm", ("final_norm",)),
-            *(
-                Name("encoder.layer.{n}." + disk, ("layers.{n}." + own,))
-                for disk, own in pairs.items()
-            ),
         ]
         if self.config.use_swiglu_ffn:
             rules.append(Name("encoder.layer.{n}.mlp.weights_out", ("layers.{n}.mlp.down",)))
@@ -257,10 +240,8 @@ class Dinov2(ViT):
                 rules.append(Name(f"encoder.layer.{{n}}.mlp.weights_in.{leaf}", parts))
         return rules
 
-    def head_names(self, kind: str, tied: bool) -> list[Name]:
-        if kind in DENSE:
-            return self.dense_names(kind)
-        return [Name("classifier", ("head.classifier",), body=False)]
+    def classifier_name(self) -> str:
+        return "classifier"
 
 
 class Dinov2WithRegisters(Dinov2):
@@ -269,13 +250,11 @@ class Dinov2WithRegisters(Dinov2):
     model_type: ClassVar[str] = "dinov2_with_registers"
     config_class: ClassVar[type[BackboneConfig]] = Dinov2WithRegistersConfig
     prefix: ClassVar[str] = "dinov2_with_registers."
-    prefixes: ClassVar[tuple[str, ...]] = ("dinov2_with_registers.",)
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        kind: name.replace("Dinov2", "Dinov2WithRegisters")
-        for kind, name in Dinov2.architectures.items()
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of(
+        "Dinov2WithRegisters", *IMAGE_HEADS
+    )
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **{name: key for name, key in Dinov2.hf_keys.items() if name != "use_mask_token"},
-        "patch_size": Key("patch_size", 16),
+        "patch_size": Key("patch_size", 16, square=True),
         "num_register_tokens": Key("num_register_tokens", 4),
     }

@@ -7,27 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.data.images.pairs import PairProcessor
 from pretrain.errors import ModelError
-from pretrain.models.backbone import Backbone, Batch
+from pretrain.models.backbone import Batch
+from pretrain.models.bert import BLOCK_NAMES
 from pretrain.models.clip import (
+    VISION_KEYS,
     ImageTower,
+    PairBackbone,
     TowersConfig,
     image_tower_names,
     read_part,
     tower_std,
+    written_part,
 )
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
 from pretrain.models.heads import LanguageHead
-from pretrain.models.image_backbone import image_processor
-from pretrain.models.names import Name
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm
@@ -67,7 +69,7 @@ class GitConfig(TowersConfig):
         )
 
 
-class Git(Backbone):
+class Git(PairBackbone):
     """Tokens under ``input_ids`` behind the image under ``pixel_values``, if there is one, (B, T) -> (B, T, D).
 
     All image tokens attend to one another, and a token of the text to the image and the tokens before it. Positions
@@ -78,10 +80,7 @@ class Git(Backbone):
     model_type: ClassVar[str] = "git"
     config_class: ClassVar[type[BackboneConfig]] = GitConfig
     prefix: ClassVar[str] = "git."
-    prefixes: ClassVar[tuple[str, ...]] = ("git.",)
     projection: ClassVar[str] = "output.weight"
-    processor_class: ClassVar[Any] = PairProcessor
-    unit_name: ClassVar[str] = "patches and tokens"
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "GitModel",
         "causal-lm": "GitForCausalLM",
@@ -104,13 +103,7 @@ class Git(Backbone):
         "eos_id": Key("eos_token_id", 102),
     }
     vision_keys: ClassVar[Mapping[str, Key]] = {
-        "vision_hidden_size": Key("hidden_size", 768),
-        "vision_intermediate_size": Key("intermediate_size", 3072),
-        "vision_num_layers": Key("num_hidden_layers", 12),
-        "vision_num_heads": Key("num_attention_heads", 12),
-        "num_channels": Key("num_channels", 3),
-        "image_size": Key("image_size", 224),
-        "patch_size": Key("patch_size", 16),
+        **VISION_KEYS,
         "vision_activation": Key("hidden_act", "quick_gelu"),
         "vision_norm_eps": Key("layer_norm_eps", 1e-5),
         "vision_attention_dropout": Key("attention_dropout", 0.0),
@@ -129,11 +122,11 @@ class Git(Backbone):
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        x, pixels, layers = self.embed_tokens(batch, cache), batch.get("pixel_values"), self.layers
+        x, pixels = self.embed_tokens(batch, cache), batch.get("pixel_values")
         if pixels is None:
             past = 0 if cache is None else cache.length
             mask = AttentionMask.from_batch(batch, causal=True, past=past)
-            return self.run(x, [mask] * len(layers), [None] * len(layers), cache)
+            return self.run(x, mask, cache=cache)
         if "document_ids" in batch:
             raise ModelError(
                 f"A {self.model_type} model has one image in each row, but these rows are packed with several "
@@ -148,18 +141,13 @@ class Git(Backbone):
             documents = F.pad(real, (count, 0), value=1)
         mask = AttentionMask(documents=documents, bias=bias)
         text = torch.arange(count, x.shape[1], device=x.device).expand(len(x), -1)
-        return self.run(x, [mask] * len(layers), [None] * len(layers), cache, text)
+        return self.run(x, mask, cache=cache, keep=text)
 
     def embed_tokens(self, batch: Batch, cache: KVCache | None) -> Tensor:
         """Embed ids with their positions, (B, T) -> (B, T, D)."""
-        first, end = self.span(batch, cache)
-        places = self.positions(batch, cache)
-        if places is None:
-            at = self.position_embedding.weight[None, first:end]
-        else:
-            at = self.position_embedding(places)
+        places = self.embed_positions(batch, cache)
         x = self.look_up(self.token_embedding, batch["input_ids"])
-        return self.drop(self.embedding_norm(x + at))
+        return self.drop(self.embedding_norm(x + places))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Return the image tokens, (B, C, H, W) -> (B, M, D)."""
@@ -171,17 +159,6 @@ class Git(Backbone):
         return found
 
     # ------------------------------------------------------------------ what a batch is
-
-    def units(self, batch: Batch) -> int:
-        """Return the patches of the images and the tokens of the texts, without padding."""
-        patches: int = self.config.num_patches
-        images = len(batch["pixel_values"]) * patches if "pixel_values" in batch else 0
-        return images + super().units(batch)
-
-    @classmethod
-    def default_processor(cls, config: Any) -> PairProcessor | None:
-        images = image_processor(config)
-        return None if images is None else PairProcessor(None, images)
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the image tower, then those of the decoder."""
@@ -213,30 +190,17 @@ class Git(Backbone):
             return 1 / math.sqrt(3 * self.config.num_channels * self.config.patch_size**2)
         return tower_std(self.config, name, image=True)
 
-    def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
-        """Initialise as usual; the class token is drawn like a row of a matrix."""
-        super().init_parameter(name, value[None] if name.endswith("class_token") else value, seed)
-
     # ------------------------------------------------------------------ names and files
 
     def names(self) -> list[Name]:
-        text = "encoder.layer.{n}."
         pairs = image_tower_names("image_encoder.vision_model", "image.") | {
             "visual_projection.visual_projection.0": "image_projection",
             "visual_projection.visual_projection.1": "image_norm",
             "embeddings.word_embeddings": "token_embedding",
             "embeddings.position_embeddings": "position_embedding",
             "embeddings.LayerNorm": "embedding_norm",
-            f"{text}attention.self.query": "layers.{n}.attention.query",
-            f"{text}attention.self.key": "layers.{n}.attention.key",
-            f"{text}attention.self.value": "layers.{n}.attention.value",
-            f"{text}attention.output.dense": "layers.{n}.attention.output",
-            f"{text}attention.output.LayerNorm": "layers.{n}.attention_norm",
-            f"{text}intermediate.dense": "layers.{n}.mlp.up",
-            f"{text}output.dense": "layers.{n}.mlp.down",
-            f"{text}output.LayerNorm": "layers.{n}.mlp_norm",
         }
-        return [Name(disk, (own,)) for disk, own in pairs.items()]
+        return [*renamed(pairs), *renamed(BLOCK_NAMES, "encoder.layer.{n}.", "layers.{n}.")]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
         return [
@@ -247,15 +211,11 @@ class Git(Backbone):
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
         reader.refuse("num_image_with_embedding", None)  # several frames of a video
-        specs = {spec.name: spec for spec in fields(cls.config_class)}
-        vision = read_part(reader, "vision_config", cls.vision_keys, specs, cls.model_type)
+        vision = read_part(reader, "vision_config", cls.vision_keys, cls)
         return super().fields_from_hf(reader) | vision
 
     def to_hf_config(self) -> dict[str, Any]:
-        inner: dict[str, Any] = {"model_type": "git_vision_model"}
-        for name, key in self.vision_keys.items():
-            inner |= key.write(getattr(self.config, name))
-        return super().to_hf_config() | {"vision_config": inner}
+        return super().to_hf_config() | written_part(self, "vision", self.vision_keys)
 
 
 def prefix_bias(count: int, columns: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
-from pretrain.models.heads import architectures_of, decoder_head
+from pretrain.models.heads import decoder_head, text_architectures
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
@@ -42,9 +42,8 @@ class GPT2(Backbone):
     model_type: ClassVar[str] = "gpt2"
     config_class: ClassVar[type[BackboneConfig]] = GPT2Config
     prefix: ClassVar[str] = "transformer."
-    prefixes: ClassVar[tuple[str, ...]] = ("transformer.",)
     residual_scale: ClassVar[bool] = True
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("GPT2", "LMHeadModel")
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("GPT2", "LMHeadModel")
     hf_keys: ClassVar[Mapping[str, Key]] = {
         "vocab_size": Key("vocab_size"),
         "hidden_size": Key("n_embd"),
@@ -74,18 +73,13 @@ class GPT2(Backbone):
         self.final_norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        start, stop = self.span(batch, cache)
-        positions = self.positions(batch, cache)
+        start, _ = self.span(batch, cache)
         x = self.look_up(self.token_embedding, batch["input_ids"])
-        if positions is None:
-            x = x + self.position_embedding.weight[start:stop]
-        else:
-            x = x + self.position_embedding(positions)
+        x = x + self.embed_positions(batch, cache)
         if self.training and self.config.embedding_dropout:
             x = nn.functional.dropout(x, self.config.embedding_dropout)
         mask = AttentionMask.from_batch(batch, causal=True, past=start)
-        layers = len(self.layers)
-        x = self.run(x, [mask] * layers, [None] * layers, cache, batch.get("keep_index"))
+        x = self.run(x, mask, cache=cache, keep=batch.get("keep_index"))
         hidden: Tensor = self.final_norm(x)
         return hidden
 

@@ -20,6 +20,7 @@ from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 
 __all__ = [
     "HEAD_KINDS",
+    "IMAGE_HEADS",
     "LABELLED",
     "LanguageHead",
     "SequenceHead",
@@ -28,9 +29,11 @@ __all__ = [
     "architectures_of",
     "decoder_head",
     "kind_named_by",
+    "kind_of_class",
     "labels_named_by",
     "pool_documents",
     "pretraining_head",
+    "text_architectures",
 ]
 
 HEAD_KINDS = (
@@ -67,15 +70,19 @@ ARCHITECTURES = {
 }
 
 
-def architectures_of(name: str, language: str = "ForCausalLM") -> dict[str | None, str]:
-    """Return kind of head -> class name in transformers, of a family with a language-model head and three others."""
-    endings = (
-        language,
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-    )
+# Of the heads that families of images have besides those of their pre-training; transformers lacks some of them.
+IMAGE_HEADS = ("ForImageClassification", "ForSemanticSegmentation", "ForObjectDetection")
+_TEXT_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def architectures_of(name: str, *endings: str) -> dict[str | None, str]:
+    """Return kind of head -> class name in transformers, of a body and of the heads with these endings."""
     return {None: f"{name}Model"} | {ARCHITECTURES[ending]: name + ending for ending in endings}
+
+
+def text_architectures(name: str, language: str = "ForCausalLM") -> dict[str | None, str]:
+    """Return the same of a family with a language-model head and three others."""
+    return architectures_of(name, language, *_TEXT_HEADS)
 
 
 class Transform(nn.Module):
@@ -190,12 +197,8 @@ class SequenceHead(nn.Module):
         pad_id: int | None = None,
     ) -> None:
         super().__init__()
-        self.pool, self.pad_id, self.dropout, self.dropout_first = (
-            pool,
-            pad_id,
-            dropout,
-            dropout_first,
-        )
+        self.pool, self.pad_id = pool, pad_id
+        self.dropout, self.dropout_first = dropout, dropout_first
         self.transform = transform
         self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
         self.unit = 1.0
@@ -311,13 +314,12 @@ class TokenHead(nn.Module):
         num_labels: int,
         *,
         transform: nn.Module | None = None,
-        bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.transform = transform
-        self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
+        self.classifier = nn.Linear(hidden_size, num_labels)
 
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         if self.transform is not None:
@@ -366,10 +368,13 @@ def kind_named_by(
     for own, name in architectures.items():
         if name == names[0]:
             return own
-    for ending, kind in ARCHITECTURES.items():
-        if names[0].endswith(ending) and kind in architectures:
-            return kind
-    return None
+    kind = kind_of_class(names[0])
+    return kind if kind in architectures else None
+
+
+def kind_of_class(name: str) -> str | None:
+    """Return the kind of head that the name of a class in transformers ends with; None without one."""
+    return next((kind for ending, kind in ARCHITECTURES.items() if name.endswith(ending)), None)
 
 
 def labels_named_by(config: Mapping[str, Any]) -> tuple[str, ...]:

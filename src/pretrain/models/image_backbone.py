@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.data.images import ImageProcessor
 from pretrain.errors import ModelError
 from pretrain.models.backbone import Backbone
-from pretrain.models.dense_head import DenseHead, doublings
+from pretrain.models.dense_head import DENSE, DenseHead, doublings
 from pretrain.models.names import Name
 from pretrain.nn.attention import KVCache
 
@@ -56,19 +56,29 @@ class ImageBackbone(Backbone):
         """
         return int(self.config.patch_size), False
 
-    def dense_head(self, kind: str, num_labels: int) -> DenseHead:
-        """Return the head of segmentation or of object detection, uninitialised."""
+    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+        if kind not in DENSE:
+            return self.build_classifier(num_labels)
         stride, partial = self.grid_step()
         boxes = kind == "object-detection"
         size = self.config.hidden_size
         return DenseHead(size, num_labels, stride=stride, partial=partial, boxes=boxes)
 
-    def dense_names(self, kind: str) -> list[Name]:
-        """Return the rules for the parameters of that head."""
+    def build_classifier(self, num_labels: int) -> nn.Module:
+        """Return the head that classifies whole images, uninitialised."""
+        raise NotImplementedError
+
+    def head_names(self, kind: str, tied: bool) -> list[Name]:
+        if kind not in DENSE:
+            return [Name(self.classifier_name(), ("head.classifier",), body=False)]
         stages = 1 + doublings(self.grid_step()[0])
         parts = [f"stages.{i}.{part}" for i in range(stages) for part in ("convolution", "norm")]
         parts += ["classifier", *["sides"] * (kind == "object-detection")]
         return [Name(f"decode_head.{part}", (f"head.{part}",), body=False) for part in parts]
+
+    def classifier_name(self) -> str:
+        """Return the name on disk of the last layer of a classifier of whole images."""
+        return "classifier"
 
     def random_batch(self, generator: torch.Generator) -> dict[str, Tensor]:
         return random_images(self.config, generator)
@@ -82,10 +92,7 @@ class ImageBackbone(Backbone):
         Raises:
             ModelError: there is a cache, or the images have another number of dimensions or channels.
         """
-        if cache is not None:
-            raise ModelError(
-                f"A {self.model_type} model reads images, so it has no key-value cache. Leave cache out."
-            )
+        self.refuse_cache(cache, "reads images, so it ")
         channels = self.config.num_channels
         if pixels.ndim != 4 or pixels.shape[1] != channels:
             raise ModelError(

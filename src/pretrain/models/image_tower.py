@@ -6,17 +6,17 @@ A ``clip`` or ``siglip`` model that is opened for image classification becomes o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pretrain.models.backbone import Batch
-from pretrain.models.clip import CLIP, image_tower_names, read_part
-from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.clip import CLIP, image_tower_names, read_part, written_part
+from pretrain.models.config import BackboneConfig, ConfigReader, Key, written_keys
 from pretrain.models.heads import SequenceHead
 from pretrain.models.image_backbone import ImageBackbone
-from pretrain.models.names import Name
+from pretrain.models.names import Name, renamed
 from pretrain.models.siglip import Siglip
 from pretrain.models.vit import ViTConfig
 from pretrain.nn.attention import AttentionMask, KVCache
@@ -54,7 +54,6 @@ class ImageTower(ImageBackbone):
 
     config_class: ClassVar[type[BackboneConfig]] = ImageTowerConfig
     prefix: ClassVar[str] = ""
-    prefixes: ClassVar[tuple[str, ...]] = ()
     unit_name: ClassVar[str] = "patches"
     vision_keys: ClassVar[Mapping[str, Key]]
     vision_extra: ClassVar[Mapping[str, Any]] = {}  # further keys of vision_config, as written
@@ -72,12 +71,12 @@ class ImageTower(ImageBackbone):
             self.norm.requires_grad_(False)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        pixels, layers = batch["pixel_values"], len(self.layers)
+        pixels = batch["pixel_values"]
         self.check_inputs(pixels, cache)
         self.patches.check(pixels)
         x = self.patches(pixels)
         x = x if self.first_norm is None else self.first_norm(x)
-        x = self.run(self.drop(x), [AttentionMask()] * layers, [None] * layers, None)
+        x = self.run(self.drop(x), AttentionMask())
         hidden: Tensor = x if self.lead_tokens else self.norm(x)
         return hidden
 
@@ -88,32 +87,23 @@ class ImageTower(ImageBackbone):
     def embeddings(self) -> list[nn.Module]:
         return [self.patches]
 
-    def build_head(self, kind: str, num_labels: int) -> nn.Module:
+    def build_classifier(self, num_labels: int) -> nn.Module:
         config = self.config
         pool, dropout = "patches" if self.lead_tokens else "mean", config.classifier_dropout or 0.0
         return SequenceHead(config.hidden_size, num_labels, pool=pool, dropout=dropout)
 
     def names(self) -> list[Name]:
-        pairs = image_tower_names("vision_model", "")
-        return [Name(disk, (own,)) for disk, own in pairs.items()]
-
-    def head_names(self, kind: str, tied: bool) -> list[Name]:
-        return [Name("classifier", ("head.classifier",), body=False)]
+        return renamed(image_tower_names("vision_model", ""))
 
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
-        specs = {spec.name: spec for spec in fields(cls.config_class)}
-        found = {name: reader.read(specs[name], key) for name, key in cls.hf_keys.items()}
-        return found | read_part(reader, "vision_config", cls.vision_keys, specs, cls.model_type)
+        found = reader.fields_of(cls.config_class, cls.hf_keys)
+        return found | read_part(reader, "vision_config", cls.vision_keys, cls)
 
     def to_hf_config(self) -> dict[str, Any]:
-        written: dict[str, Any] = {}
-        for name, key in self.hf_keys.items():
-            written |= key.write(getattr(self.config, name))
-        inner: dict[str, Any] = {"model_type": f"{self.model_type}_vision_model"}
-        for name, key in self.vision_keys.items():
-            inner |= key.write(getattr(self.config, name))
-        return written | {"vision_config": {**inner, **self.vision_extra}}
+        written = written_keys(self.config, self.hf_keys)
+        vision = written_part(self, "vision", self.vision_keys)
+        return written | {"vision_config": vision["vision_config"] | self.vision_extra}
 
 
 class CLIPVision(ImageTower):
@@ -121,8 +111,8 @@ class CLIPVision(ImageTower):
 
     model_type: ClassVar[str] = "clip"
     architectures: ClassVar[Mapping[str | None, str]] = {
+        **CLIP.architectures,
         None: "CLIPVisionModel",
-        "image-classification": "CLIPForImageClassification",
     }
     hf_keys: ClassVar[Mapping[str, Key]] = CLIP.hf_keys
     vision_keys: ClassVar[Mapping[str, Key]] = _own(CLIP.vision_keys)
@@ -134,8 +124,8 @@ class SiglipVision(ImageTower):
 
     model_type: ClassVar[str] = "siglip"
     architectures: ClassVar[Mapping[str | None, str]] = {
+        **Siglip.architectures,
         None: "SiglipVisionModel",
-        "image-classification": "SiglipForImageClassification",
     }
     vision_keys: ClassVar[Mapping[str, Key]] = _own(Siglip.vision_keys)
     vision_extra: ClassVar[Mapping[str, Any]] = {"vision_use_head": False}

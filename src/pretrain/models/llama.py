@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key, round_up
-from pretrain.models.heads import architectures_of, decoder_head
-from pretrain.models.names import Name
+from pretrain.models.heads import decoder_head, text_architectures
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import RMSNorm
@@ -122,11 +122,11 @@ class Llama(Backbone):
 
     model_type: ClassVar[str] = "llama"
     config_class: ClassVar[type[BackboneConfig]] = LlamaConfig
+    prefixes: ClassVar[tuple[str, ...]] = ("transformer.",)
     qk_norm: ClassVar[bool] = False
-    qkv_bias: ClassVar[bool] = (
-        False  # biases on queries, keys and values that config.json has no key for
-    )
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Llama")
+    # Biases on queries, keys and values that config.json has no key for.
+    qkv_bias: ClassVar[bool] = False
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("Llama")
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **KEYS,
         "bos_id": Key("bos_token_id", 1),
@@ -182,9 +182,7 @@ class Llama(Backbone):
         return decoder_head(self.config, self.token_embedding, kind, num_labels)
 
     def names(self) -> list[Name]:
-        layer = "layers.{n}."
-        rules = [Name("embed_tokens", ("token_embedding",))]
-        pairs = {
+        parts = {
             "input_layernorm": "attention_norm",
             "self_attn.q_proj": "attention.query",
             "self_attn.k_proj": "attention.key",
@@ -197,8 +195,8 @@ class Llama(Backbone):
             "mlp.up_proj": "mlp.up",
             "mlp.down_proj": "mlp.down",
         }
-        rules += [Name(layer + disk, (layer + memory,)) for disk, memory in pairs.items()]
-        return [*rules, Name("norm", ("final_norm",))]
+        rules = {"embed_tokens": "token_embedding", "norm": "final_norm"}
+        return [*renamed(rules), *renamed(parts, "layers.{n}.", "layers.{n}.")]
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
         if kind == "causal-lm":
@@ -254,7 +252,7 @@ class Mistral(Llama):
 
     model_type: ClassVar[str] = "mistral"
     config_class: ClassVar[type[BackboneConfig]] = MistralConfig
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Mistral")
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("Mistral")
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **KEYS,
         "num_kv_heads": Key("num_key_value_heads", 8),  # as in transformers

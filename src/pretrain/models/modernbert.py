@@ -8,11 +8,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pretrain.errors import ConfigError, ModelError
+from pretrain.errors import ConfigError
 from pretrain.models.backbone import Backbone, Batch
 from pretrain.models.config import BackboneConfig, ConfigReader, Key, round_up
-from pretrain.models.heads import LanguageHead, SequenceHead, TokenHead, Transform, architectures_of
-from pretrain.models.names import Name
+from pretrain.models.heads import (
+    LanguageHead,
+    SequenceHead,
+    TokenHead,
+    Transform,
+    text_architectures,
+)
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.mlp import ACTIVATIONS
@@ -99,10 +105,9 @@ class ModernBert(Backbone):
     model_type: ClassVar[str] = "modernbert"
     config_class: ClassVar[type[BackboneConfig]] = ModernBertConfig
     causal: ClassVar[bool] = False
-    prefixes: ClassVar[tuple[str, ...]] = ("model.",)
     residual_scale: ClassVar[bool] = True
     projection: ClassVar[str] = "decoder.weight"
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of(
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures(
         "ModernBert", "ForMaskedLM"
     )
     hf_keys: ClassVar[Mapping[str, Key]] = {
@@ -167,10 +172,7 @@ class ModernBert(Backbone):
         return LayerNorm(config.hidden_size, config.norm_eps, config.norm_bias)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
-        if cache is not None:
-            raise ModelError(
-                "A modernbert model attends in both directions, so it has no key-value cache. Leave cache out."
-            )
+        self.refuse_cache(cache, "attends in both directions, so it ")
         ids = batch["input_ids"]
         _, stop = self.span(batch, None)
         positions = self.positions(batch, None)
@@ -247,7 +249,7 @@ class ModernBert(Backbone):
             "decoder.bias": "head.output_bias",
             "decoder.weight": "head.output_weight",
         }
-        return [Name(disk, (memory,), body=False) for disk, memory in pairs.items()]
+        return renamed(pairs, body=False)
 
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = [
     "expand",
     "modern_key",
     "pack",
+    "renamed",
     "stored_dtype",
     "unpack",
     "unpack_part",
@@ -58,6 +59,13 @@ class Name:
     transpose: bool = False
     body: bool = True
     scalar: bool = False
+
+
+def renamed(
+    pairs: Mapping[str, str], disk: str = "", memory: str = "", *, body: bool = True
+) -> list[Name]:
+    """Return one rule for each pair of names on disk and in memory, each behind its prefix."""
+    return [Name(disk + there, (memory + here,), body=body) for there, here in pairs.items()]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pretrain.errors import ConfigError
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
-from pretrain.models.heads import architectures_of
+from pretrain.models.heads import text_architectures
 from pretrain.models.llama import KEYS, LAYER_TYPES, Llama, LlamaConfig
 
 __all__ = ["Qwen2", "Qwen2Config", "Qwen3", "Qwen3Config"]
@@ -32,7 +32,7 @@ class Qwen2(Llama):
     model_type: ClassVar[str] = "qwen2"
     config_class: ClassVar[type[BackboneConfig]] = Qwen2Config
     qkv_bias: ClassVar[bool] = True
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Qwen2")
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("Qwen2")
     hf_keys: ClassVar[Mapping[str, Key]] = KEYS
 
     @classmethod
@@ -82,7 +82,7 @@ class Qwen3(Qwen2):
     config_class: ClassVar[type[BackboneConfig]] = Qwen3Config
     qk_norm: ClassVar[bool] = True
     qkv_bias: ClassVar[bool] = False
-    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("Qwen3")
+    architectures: ClassVar[Mapping[str | None, str]] = text_architectures("Qwen3")
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **KEYS,
         "head_dim": Key("head_dim", 128),  # as in transformers

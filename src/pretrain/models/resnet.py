@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError, DataError, did_you_mean
 from pretrain.models.backbone import Batch, ModelStats
 from pretrain.models.config import BackboneConfig, Key
-from pretrain.models.dense_head import DENSE
-from pretrain.models.heads import SequenceHead
+from pretrain.models.heads import IMAGE_HEADS, SequenceHead, architectures_of
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.models.names import Name
 from pretrain.nn.attention import KVCache
@@ -252,14 +251,7 @@ class ResNet(ImageBackbone):
     model_type: ClassVar[str] = "resnet"
     config_class: ClassVar[type[BackboneConfig]] = ResNetConfig
     prefix: ClassVar[str] = "resnet."
-    prefixes: ClassVar[tuple[str, ...]] = ("resnet.",)
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "ResNetModel",
-        "image-classification": "ResNetForImageClassification",
-        # transformers has neither of them.
-        "segmentation": "ResNetForSemanticSegmentation",
-        "object-detection": "ResNetForObjectDetection",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("ResNet", *IMAGE_HEADS)
     unit_name: ClassVar[str] = "images"
     lead_tokens: int = 0
     hf_keys: ClassVar[Mapping[str, Key]] = {
@@ -335,9 +327,7 @@ class ResNet(ImageBackbone):
     def grid_step(self) -> tuple[int, bool]:
         return 2**self.halvings, True
 
-    def build_head(self, kind: str, num_labels: int) -> nn.Module:
-        if kind in DENSE:
-            return self.dense_head(kind, num_labels)
+    def build_classifier(self, num_labels: int) -> nn.Module:
         return SequenceHead(self.config.hidden_size, num_labels, pool="mean")
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
@@ -364,7 +354,5 @@ class ResNet(ImageBackbone):
             for part in ("convolution", "normalization")
         ]
 
-    def head_names(self, kind: str, tied: bool) -> list[Name]:
-        if kind in DENSE:
-            return self.dense_names(kind)
-        return [Name("classifier.1", ("head.classifier",), body=False)]
+    def classifier_name(self) -> str:
+        return "classifier.1"

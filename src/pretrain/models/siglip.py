@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.models.clip import DROPOUT, ImageTower, TextTower, TowersConfig, TwoTowers
+from pretrain.models.clip import (
+    DROPOUT,
+    VISION_KEYS,
+    ImageTower,
+    TextTower,
+    TowersConfig,
+    TwoTowers,
+)
 from pretrain.models.config import BackboneConfig, ConfigReader, Key
-from pretrain.models.names import Name
+from pretrain.models.heads import architectures_of
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import Attention, AttentionMask
 from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import LayerNorm
@@ -43,9 +51,7 @@ class SiglipConfig(TowersConfig):
             )
 
     def __post_init__(self) -> None:
-        if self.projection_dim is None:
-            width = self.vision_hidden_size or self.hidden_size
-            object.__setattr__(self, "projection_dim", width)
+        self.set_defaults(projection_dim=self.vision_hidden_size or self.hidden_size)
         super().__post_init__()
 
 
@@ -74,10 +80,9 @@ class Siglip(TwoTowers):
 
     model_type: ClassVar[str] = "siglip"
     config_class: ClassVar[type[BackboneConfig]] = SiglipConfig
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "SiglipModel",
-        "image-classification": "SiglipForImageClassification",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of(
+        "Siglip", "ForImageClassification"
+    )
     successors: ClassVar[Mapping[str, str]] = {
         "image-classification": "pretrain.models.image_tower:SiglipVision"
     }
@@ -101,16 +106,7 @@ class Siglip(TwoTowers):
         "eos_id": Key("eos_token_id", 49407),
         **_shared,
     }
-    vision_keys: ClassVar[Mapping[str, Key]] = {
-        "vision_hidden_size": Key("hidden_size", 768),
-        "vision_intermediate_size": Key("intermediate_size", 3072),
-        "vision_num_layers": Key("num_hidden_layers", 12),
-        "vision_num_heads": Key("num_attention_heads", 12),
-        "num_channels": Key("num_channels", 3),
-        "image_size": Key("image_size", 224),
-        "patch_size": Key("patch_size", 16),
-        **_shared,
-    }
+    vision_keys: ClassVar[Mapping[str, Key]] = {**VISION_KEYS, **_shared}
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__(config)
@@ -174,7 +170,7 @@ class Siglip(TwoTowers):
             )
             for leaf in ("weight", "bias")
         ]
-        return [*super().names(), *(Name(disk, (own,)) for disk, own in pairs.items()), *fused]
+        return [*super().names(), *renamed(pairs), *fused]
 
     @classmethod
     def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = [
+    "copies_of",
     "disk_packing",
     "disk_state",
     "disk_view",
@@ -42,6 +43,7 @@ __all__ = [
     "match_disk_state",
     "modern_keys",
     "settle_tying",
+    "tied_embedding",
     "untie",
 ]
 
@@ -108,8 +110,8 @@ def disk_packing(model: Model) -> Packing:
     """Return the tensors of the files and the parameters or buffers that each is built from."""
     parameters = {name for name, _ in model.named_parameters()}
     entries = {entry.disk: entry for entry in entries_of(model)}
-    if not _tied(model) and model.head_kind is not None:
-        for disk, memory in model.backbone.copies(model.head_kind, tied=False).items():
+    if not _tied(model):
+        for disk, memory in copies_of(model).items():
             if memory in parameters:
                 entries[disk] = Entry(disk, disk, (memory,), transpose=False, body=False)
     return Packing(
@@ -206,9 +208,7 @@ def match_disk_state(
     report = LoadReport()
     entries = entries_of(model)
     places = _places(model, entries)
-    copies = (
-        {} if model.head_kind is None else model.backbone.copies(model.head_kind, tied=_tied(model))
-    )
+    copies = copies_of(model)
     done: dict[str, str] = {}
     spare: dict[str, str] = {}
     for key, original in modern_keys(names).items():
@@ -273,31 +273,37 @@ def heads_apart(
     model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
 ) -> list[str]:
     """Return the names on disk of a head that the model ties and the file does not; see ``settle_tying``."""
+    if (embedding := tied_embedding(model)) is None:
+        return []
+    places = _places(model, entries_of(model))
+    named = (
+        key for name, key in keys.items() if name in places and places[name].memory == (embedding,)
+    )
+    if (source := next(named, None)) is None:
+        return []
+    second = [disk for disk, memory in copies_of(model).items() if memory == embedding]
+    return [disk for disk in second if disk in keys and not same(keys[disk], source)]
+
+
+def tied_embedding(model: Model) -> str | None:
+    """Return the token embedding that a language head shares, by its name in memory; None if it shares none."""
     head = model.head
     if not isinstance(head, LanguageHead) or not head.tied or model.head_kind is None:
-        return []
-    embedding = next(n for n, p in model.named_parameters() if p is head.weight())
-    places = _places(model, entries_of(model))
-    source = next(
-        (k for name, k in keys.items() if name in places and places[name].memory == (embedding,)),
-        None,
-    )
-    copies = model.backbone.copies(model.head_kind, tied=True)
-    return [
-        disk
-        for disk, memory in copies.items()
-        if memory == embedding
-        and disk in keys
-        and source is not None
-        and not same(keys[disk], source)
-    ]
+        return None
+    return next(name for name, value in model.named_parameters() if value is head.weight())
+
+
+def copies_of(model: Model) -> dict[str, str]:
+    """Return the further names on disk of tensors of the head -> the parameter, see ``Backbone.copies``."""
+    kind = model.head_kind
+    return {} if kind is None else model.backbone.copies(kind, tied=_tied(model))
 
 
 def _places(model: Model, entries: list[Entry]) -> dict[str, Entry]:
     """Return every accepted spelling of a name on disk -> its entry; a tensor's own name precedes another's alias."""
     places = {}
     for entry in entries:
-        for prefix in ("", *model.backbone.prefixes) if entry.body else ():
+        for prefix in ("", model.backbone.prefix, *model.backbone.prefixes) if entry.body else ():
             places[prefix + entry.bare] = entry
     return places | {entry.disk: entry for entry in entries}
 

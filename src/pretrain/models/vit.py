@@ -10,30 +10,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, Key
-from pretrain.models.dense_head import DENSE
-from pretrain.models.heads import SequenceHead
+from pretrain.models.config import BackboneConfig, Key
+from pretrain.models.heads import IMAGE_HEADS, SequenceHead, architectures_of
 from pretrain.models.image_backbone import ImageBackbone
-from pretrain.models.names import Name
+from pretrain.models.names import Name, renamed
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
 from pretrain.nn.norm import LayerNorm
 from pretrain.nn.patches import PatchEmbedding
 
-__all__ = ["BLOCK_NAMES", "ENCODER_KEYS", "PatchesConfig", "ViT", "ViTConfig"]
+__all__ = [
+    "ATTENTION_NAMES",
+    "BLOCK_NAMES",
+    "ENCODER_KEYS",
+    "PEFT_ATTENTION",
+    "PatchesConfig",
+    "ViT",
+    "ViTConfig",
+    "encoder_names",
+]
 
 # Names on disk of the parts of a block.
-BLOCK_NAMES = {
+ATTENTION_NAMES = {
     "attention.attention.query": "attention.query",
     "attention.attention.key": "attention.key",
     "attention.attention.value": "attention.value",
     "attention.output.dense": "attention.output",
+}
+BLOCK_NAMES = {
+    **ATTENTION_NAMES,
     "layernorm_before": "attention_norm",
     "layernorm_after": "mlp_norm",
     "intermediate.dense": "mlp.up",
@@ -42,11 +53,14 @@ BLOCK_NAMES = {
 
 
 # The same parts in the memory of transformers 5.
-_PEFT_NAMES = {
+PEFT_ATTENTION = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
     "attention.attention.value": "attention.v_proj",
     "attention.output.dense": "attention.o_proj",
+}
+_PEFT_NAMES = {
+    **PEFT_ATTENTION,
     "layernorm_before": "layernorm_before",
     "layernorm_after": "layernorm_after",
     "intermediate.dense": "mlp.fc1",
@@ -127,10 +141,29 @@ ENCODER_KEYS: Mapping[str, Key] = {
     "attention_dropout": Key("attention_probs_dropout_prob", 0.0),
     "initializer_range": Key("initializer_range", 0.02),
     "norm_eps": Key("layer_norm_eps", 1e-12),
-    "image_size": Key("image_size", 224),
-    "patch_size": Key("patch_size", 16),
+    "image_size": Key("image_size", 224, square=True),
+    "patch_size": Key("patch_size", 16, square=True),
     "num_channels": Key("num_channels", 3),
 }
+
+
+def encoder_names(
+    embedding: str = "embedding", norm: str = "final_norm", block: Mapping[str, str] = BLOCK_NAMES
+) -> list[Name]:
+    """Return the rules of an encoder of patches.
+
+    Args:
+        embedding: its name for the embedding of the patches.
+        norm: its name for the last norm.
+        block: name on disk -> name in memory of the parts of a block.
+    """
+    parts = {
+        "embeddings.cls_token": f"{embedding}.class_token",
+        "embeddings.position_embeddings": f"{embedding}.positions",
+        "embeddings.patch_embeddings.projection": f"{embedding}.projection",
+        "layernorm": norm,
+    }
+    return [*renamed(parts), *renamed(block, "encoder.layer.{n}.", "layers.{n}.")]
 
 
 class ViT(ImageBackbone):
@@ -142,18 +175,11 @@ class ViT(ImageBackbone):
     model_type: ClassVar[str] = "vit"
     config_class: ClassVar[type[BackboneConfig]] = ViTConfig
     prefix: ClassVar[str] = "vit."
-    prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
     unit_name: ClassVar[str] = "patches"
     modules_of_peft: ClassVar[Mapping[str, str]] = {
         f"encoder.layer.{{n}}.{disk}": f"layers.{{n}}.{name}" for disk, name in _PEFT_NAMES.items()
     }
-    architectures: ClassVar[Mapping[str | None, str]] = {
-        None: "ViTModel",
-        "image-classification": "ViTForImageClassification",
-        # transformers has neither of them.
-        "segmentation": "ViTForSemanticSegmentation",
-        "object-detection": "ViTForObjectDetection",
-    }
+    architectures: ClassVar[Mapping[str | None, str]] = architectures_of("ViT", *IMAGE_HEADS)
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **ENCODER_KEYS,
         "attention_bias": Key("qkv_bias", True),
@@ -189,9 +215,8 @@ class ViT(ImageBackbone):
                 f"The images have {pixels.shape[2]} x {pixels.shape[3]} pixels, less than one patch of "
                 f"{config.patch_size} x {config.patch_size}. Make them larger: set size in preprocessor_config.json."
             )
-        x, layers = self.drop(self.embedding(pixels)), len(self.layers)
         mask = AttentionMask(bias=batch.get("attention_bias"))
-        x = self.run(x, [mask] * layers, [None] * layers, None, batch.get("keep_index"))
+        x = self.run(self.drop(self.embedding(pixels)), mask, keep=batch.get("keep_index"))
         found: Tensor = self.final_norm(x)
         return found
 
@@ -205,9 +230,7 @@ class ViT(ImageBackbone):
     def embeddings(self) -> list[nn.Module]:
         return [self.embedding]
 
-    def build_head(self, kind: str, num_labels: int) -> nn.Module:
-        if kind in DENSE:
-            return self.dense_head(kind, num_labels)
+    def build_classifier(self, num_labels: int) -> nn.Module:
         config = self.config
         pool = "first" if config.pooling == "first" else "patches"
         return SequenceHead(
@@ -217,26 +240,8 @@ class ViT(ImageBackbone):
     # ------------------------------------------------------------------ names on disk
 
     def names(self) -> list[Name]:
-        return [
-            Name("embeddings.cls_token", ("embedding.class_token",)),
-            Name("embeddings.position_embeddings", ("embedding.positions",)),
-            Name("embeddings.patch_embeddings.projection", ("embedding.projection",)),
-            *(
-                Name("encoder.layer.{n}." + disk, ("layers.{n}." + memory,))
-                for disk, memory in BLOCK_NAMES.items()
-            ),
-            Name("layernorm", ("final_norm",)),
-        ]
+        return encoder_names()
 
-    def head_names(self, kind: str, tied: bool) -> list[Name]:
-        if kind in DENSE:
-            return self.dense_names(kind)
+    def classifier_name(self) -> str:
         # transformers would apply a classifier of the mean to the class token, so it must not find one.
-        disk = "classifier" if self.config.pooling == "first" else "mean_classifier"
-        return [Name(disk, ("head.classifier",), body=False)]
-
-    @classmethod
-    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
-        for key in ("image_size", "patch_size"):
-            reader.square(key)
-        return super().fields_from_hf(reader)
+        return "classifier" if self.config.pooling == "first" else "mean_classifier"

@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
 from pretrain.models.backbone import Batch
-from pretrain.models.config import BackboneConfig, ConfigReader, Key
+from pretrain.models.config import BackboneConfig, Key
 from pretrain.models.dense_head import DENSE
 from pretrain.models.image_backbone import ImageBackbone
-from pretrain.models.names import Name
-from pretrain.models.vit import BLOCK_NAMES, ENCODER_KEYS
+from pretrain.models.names import Name, renamed
+from pretrain.models.vit import BLOCK_NAMES, ENCODER_KEYS, encoder_names
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.norm import LayerNorm
@@ -62,15 +62,12 @@ class MaskedConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         width = self.decoder_hidden_size or min(512, max(32, self.hidden_size * 2 // 3 // 32 * 32))
-        fill = {
-            "decoder_hidden_size": width,
-            "decoder_num_layers": min(8, max(1, self.num_layers * 2 // 3)),
-            "decoder_num_heads": max(1, width // 32),
-            "decoder_intermediate_size": 4 * width,
-        }
-        for name, value in fill.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        self.set_defaults(
+            decoder_hidden_size=width,
+            decoder_num_layers=min(8, max(1, self.num_layers * 2 // 3)),
+            decoder_num_heads=max(1, width // 32),
+            decoder_intermediate_size=4 * width,
+        )
         super().__post_init__()
 
     def check_decoder(self) -> None:
@@ -177,7 +174,6 @@ class ViTMAE(ImageBackbone):
     model_type: ClassVar[str] = "vit_mae"
     config_class: ClassVar[type[BackboneConfig]] = ViTMAEConfig
     prefix: ClassVar[str] = "vit."
-    prefixes: ClassVar[tuple[str, ...]] = ("vit.",)
     architectures: ClassVar[Mapping[str | None, str]] = {
         None: "ViTMAEModel",
         "masked-image": "ViTMAEForPreTraining",
@@ -198,20 +194,11 @@ class ViTMAE(ImageBackbone):
         self.layers = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, config.norm_eps)
 
-    @classmethod
-    def fields_from_hf(cls, reader: ConfigReader) -> dict[str, Any]:
-        for key in ("image_size", "patch_size"):
-            reader.square(key)
-        return super().fields_from_hf(reader)
-
     def forward(self, batch: Batch, *, cache: KVCache | None = None) -> Tensor:
         self.check_inputs(batch["pixel_values"], cache)
         self.patches.check(batch["pixel_values"])
         x = self.patches(batch["pixel_values"], batch.get("visible_index"))
-        layers = len(self.layers)
-        hidden: Tensor = self.norm(
-            self.run(self.drop(x), [AttentionMask()] * layers, [None] * layers, None)
-        )
+        hidden: Tensor = self.norm(self.run(self.drop(x), AttentionMask()))
         return hidden
 
     def units(self, batch: Batch) -> int:
@@ -237,16 +224,7 @@ class ViTMAE(ImageBackbone):
             value.mul_(math.sqrt(2 / (outputs + inputs)) / self.config.initializer_range)
 
     def names(self) -> list[Name]:
-        return [
-            Name("embeddings.cls_token", ("patches.class_token",)),
-            Name("embeddings.position_embeddings", ("patches.positions",)),
-            Name("embeddings.patch_embeddings.projection", ("patches.projection",)),
-            *(
-                Name("encoder.layer.{n}." + disk, ("layers.{n}." + own,))
-                for disk, own in BLOCK_NAMES.items()
-            ),
-            Name("layernorm", ("norm",)),
-        ]
+        return encoder_names("patches", "norm")
 
     def head_names(self, kind: str, tied: bool) -> list[Name]:
         return PixelDecoder.names(self.config)
@@ -309,6 +287,4 @@ class PixelDecoder(nn.Module):
                 f"decoder_layers.{n}.{disk}": f"layers.{n}.{own}"
                 for disk, own in BLOCK_NAMES.items()
             }
-        return [
-            Name(f"decoder.{disk}", (f"head.{own}",), body=False) for disk, own in parts.items()
-        ]
+        return renamed(parts, "decoder.", "head.", body=False)

@@ -61,7 +61,7 @@ class AttentionMask:
 
     @classmethod
     def from_batch(
-        cls, batch: Mapping[str, Tensor], *, causal: bool, window: int | None = None, past: int = 0
+        cls, batch: Mapping[str, Tensor], *, causal: bool, past: int = 0
     ) -> AttentionMask:
         """Build from ``document_ids``, or else from ``attention_mask``; without both, ``documents`` is None.
 
@@ -76,7 +76,7 @@ class AttentionMask:
         if documents is None:
             documents, name = batch.get("attention_mask"), "attention_mask"
         if documents is None:
-            return cls(causal, None, window)
+            return cls(causal)
         columns = past + batch["input_ids"].shape[1]
         if documents.ndim != 2 or documents.shape[1] != columns:
             raise ModelError(
@@ -89,14 +89,14 @@ class AttentionMask:
         if not documents.is_cpu or torch.compiler.is_exporting():
             # Inspecting the ids would synchronise the accelerator, and a traced graph must hold for other ids; the
             # collate function drops ids without an effect before they get there.
-            return cls(causal, documents, window, None, batch.get("document_offsets"))
+            return cls(causal, documents, offsets=batch.get("document_offsets"))
         if causal:
             same = documents == first
             # True if each row is one document followed by padding.
             plain = (same | (documents == 0)).all() & (same[:, 1:] <= same[:, :-1]).all()
         else:
             plain = (documents == first).all()
-        return cls(causal, None if bool(plain) else documents, window)
+        return cls(causal, None if bool(plain) else documents)
 
     def windowed(self, window: int | None) -> AttentionMask:
         """Return the same mask with another window; cached."""

@@ -8,7 +8,7 @@ Angles are always fp32; the tables are converted to the dtype of the activations
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -26,39 +26,18 @@ __all__ = [
     "usable_positions",
 ]
 
-_NUMBERS = (int, float)
-# Required and optional keys of each scaling, `rope_type` and `rope_theta` aside.
-ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "default": (frozenset(), frozenset()),
-    "linear": (frozenset({"factor"}), frozenset()),
-    "dynamic": (frozenset({"factor"}), frozenset()),
-    "llama3": (
-        frozenset(
-            {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        ),
-        frozenset(),
-    ),
-    "yarn": (
-        frozenset({"factor"}),
-        frozenset(
-            {
-                "original_max_position_embeddings",
-                "attention_factor",
-                "beta_fast",
-                "beta_slow",
-                "mscale",
-                "mscale_all_dim",
-                "truncate",
-            }
-        ),
-    ),
-    "longrope": (
-        frozenset({"short_factor", "long_factor", "original_max_position_embeddings", "factor"}),
-        frozenset({"attention_factor"}),
-    ),
-}
+ORIGINAL = "original_max_position_embeddings"
 _FACTOR_LISTS = ("short_factor", "long_factor")  # one number per pair of dimensions
 _ZERO_IS_ABSENT = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+# Required and optional keys of each scaling, `rope_type` and `rope_theta` aside.
+ROPE_TYPES: dict[str, tuple[Set[str], Set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", ORIGINAL}, set()),
+    "yarn": ({"factor"}, {ORIGINAL, "attention_factor", "truncate", *_ZERO_IS_ABSENT}),
+    "longrope": ({"factor", ORIGINAL, *_FACTOR_LISTS}, {"attention_factor"}),
+}
 _MOST_POSITIONS = 1 << 24
 _BY_LENGTH = ("dynamic", "longrope")  # frequencies that depend on the longest row of a batch
 
@@ -131,26 +110,20 @@ def check_rope(parameters: Mapping[str, Any], where: str = "rope_parameters") ->
     for key, value in checked.items():
         if key in ("rope_type", "truncate"):
             continue
-        if key in _FACTOR_LISTS:
-            _check_factors(value, f"{where}.{key}")
-            continue
-        number = (
-            isinstance(value, _NUMBERS) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if not number or value <= 0:
+        if key in _FACTOR_LISTS:  # ``RotaryTable`` checks their length against the head
+            if not isinstance(value, list | tuple) or not all(map(_is_positive, value)):
+                raise ConfigError(
+                    f"{where}.{key} must be a list of positive numbers, not {str(value)[:60]}."
+                )
+        elif not _is_positive(value):
             raise ConfigError(f"{where}.{key} is {value!r}; it must be a positive finite number.")
     checked["rope_theta"] = float(theta)
     return checked
 
 
-def _check_factors(values: Any, where: str) -> None:
-    """Raise unless this is a list of positive numbers; ``RotaryTable`` checks its length against the head."""
-    good = isinstance(values, list | tuple) and all(
-        isinstance(v, _NUMBERS) and not isinstance(v, bool) and math.isfinite(v) and v > 0
-        for v in values
-    )
-    if not good:
-        raise ConfigError(f"{where} must be a list of positive numbers, not {str(values)[:60]}.")
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
 
 
 def usable_positions(rope: Mapping[str, Any], max_positions: int) -> int:
@@ -161,7 +134,7 @@ def usable_positions(rope: Mapping[str, Any], max_positions: int) -> int:
     """
     kind, length = rope["rope_type"], max_positions
     if kind == "yarn":
-        length = rope.get("original_max_position_embeddings") or max_positions
+        length = rope.get(ORIGINAL) or max_positions
     if kind in ("linear", "dynamic", "yarn"):
         return max(max_positions, int(min(length * rope["factor"], _MOST_POSITIONS)))
     return max_positions
@@ -182,11 +155,8 @@ class RotaryTable:
     """
 
     def __init__(self, head_dim: int, parameters: Mapping[str, Any], max_positions: int) -> None:
-        self.head_dim, self.parameters, self.max_positions = (
-            head_dim,
-            dict(parameters),
-            max_positions,
-        )
+        self.head_dim, self.parameters = head_dim, dict(parameters)
+        self.max_positions = max_positions
         for key in _FACTOR_LISTS:
             if key in parameters and len(parameters[key]) != head_dim // 2:
                 raise ConfigError(
@@ -201,7 +171,7 @@ class RotaryTable:
         if kind == "dynamic":
             depends = max(length, self.max_positions)
         elif kind == "longrope":
-            depends = length > self.parameters["original_max_position_embeddings"]
+            depends = length > self.parameters[ORIGINAL]
         key = (device, depends)
         if key not in self._frequencies:
             # Cached tensors must not be inference tensors: a later training step may save them for backward.
@@ -245,9 +215,8 @@ def _frequencies(
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
         if kind == "dynamic":
             # The base grows with the row length once that exceeds the length of training.
-            ratio = rope["factor"] * max(length, max_positions) / max_positions - (
-                rope["factor"] - 1
-            )
+            factor = rope["factor"]
+            ratio = factor * max(length, max_positions) / max_positions - (factor - 1)
             base = base * ratio ** (dim / (dim - 2))
         plain = 1.0 / (base**exponents)
         if kind == "linear":
@@ -263,9 +232,7 @@ def _frequencies(
 
 def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
     """Stretch long wavelengths, keep short ones and interpolate between them."""
-    length, low, high = (
-        rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
+    length, low, high = (rope[k] for k in (ORIGINAL, "low_freq_factor", "high_freq_factor"))
     waves = 2 * math.pi / plain
     blend = ((length / waves - low) / (high - low)).clamp(0, 1)
     blended: Tensor = (1 - blend) * plain / rope["factor"] + blend * plain
@@ -274,7 +241,7 @@ def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
 
 def _longrope(plain: Tensor, rope: Mapping[str, Any], length: int) -> tuple[Tensor, float]:
     """Divide each frequency by its own factor, which differs for rows longer than the original length."""
-    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    original, factor = rope[ORIGINAL], rope["factor"]
     factors = rope["long_factor" if length > original else "short_factor"]
     magnitude = rope.get("attention_factor")
     if magnitude is None:
@@ -288,7 +255,7 @@ def _yarn(
 ) -> tuple[Tensor, float]:
     """Interpolate the dimensions with few turns within the original length, and keep those with many."""
     factor, base = rope["factor"], rope["rope_theta"]
-    length = rope.get("original_max_position_embeddings") or max_positions
+    length = rope.get(ORIGINAL) or max_positions
 
     def dimension(turns: float) -> float:
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -305,11 +272,7 @@ def _yarn(
     def magnitude(scale: float, weight: float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
-    given, top, bottom = (
-        rope.get("attention_factor"),
-        rope.get("mscale"),
-        rope.get("mscale_all_dim"),
-    )
+    given, top, bottom = map(rope.get, ("attention_factor", "mscale", "mscale_all_dim"))
     if given is not None:
         return values, float(given)
     if top and bottom:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from pretrain.errors import DataError
-from pretrain.utils.files import check_output, replace_file
+from pretrain.utils.files import check_output, write_shown
 
 __all__ = [
     "PICTURES",
@@ -70,13 +69,7 @@ class Plot:
         """
         target = Path(path)
         check_output(target, PICTURES)
-        try:
-            replace_file(target, self.svg.encode("utf-8", errors="backslashreplace"))
-        except OSError as error:
-            raise DataError(
-                f"Cannot write the picture {target}: {error.strerror or error}. Choose another path, or check "
-                "permissions and free space."
-            ) from error
+        write_shown(target, self.svg, "picture")
         return target
 
     def __repr__(self) -> str:

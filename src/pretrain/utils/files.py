@@ -45,6 +45,7 @@ __all__ = [
     "sync_file",
     "temporary_name",
     "write_file",
+    "write_shown",
     "writing",
 ]
 
@@ -405,6 +406,21 @@ def check_output(target: Path, endings: Collection[str]) -> None:
     if target.is_dir() or not target.parent.is_dir():
         what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
         raise DataError(f"The output {target} {what}. Name a file.")
+
+
+def write_shown(path: Path, text: str, what: str) -> None:
+    """Write a text file for people, such as a picture, atomically; what UTF-8 cannot express is escaped.
+
+    Raises:
+        DataError: the file cannot be written; ``what`` is named.
+    """
+    try:
+        replace_file(path, text.encode("utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the {what} {path}: {error.strerror or error}. Choose another path, or check permissions and "
+            "free space."
+        ) from error
 
 
 def free_bytes(path: Path) -> int:

@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import DataError
-from pretrain.utils.files import replace_file
+from pretrain.utils.files import write_shown
 
 __all__ = [
     "Html",
@@ -216,12 +215,6 @@ def write_page(path: Path, text: str) -> Path:
     Raises:
         DataError: the file cannot be written.
     """
-    try:
-        replace_file(path, text.encode("utf-8", errors="backslashreplace"))
-    except OSError as error:
-        raise DataError(
-            f"Cannot write the report {path}: {error.strerror or error}. Choose another path, or check "
-            "permissions and free space."
-        ) from error
+    write_shown(path, text, "report")
     written: Path = Page(path)
     return written

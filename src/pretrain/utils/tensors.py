@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ __all__ = [
     "parse_header",
     "read_header",
     "read_header_bytes",
+    "read_tensor",
     "read_tensors",
     "tensor_bytes",
     "write_order",
@@ -101,10 +102,6 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.layout)
-
-    def part(self, names: Collection[str]) -> LazyTensors:
-        """Return a subset of the tensors, in the order of ``names``."""
-        return LazyTensors({name: self.layout[name] for name in names}, self._make)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -240,7 +237,10 @@ def read_tensors(
         digest = hashlib.sha256(head)
         tensors = {}
         for name, info in infos.items():
-            tensors[name] = _read_one(path, descriptor, info, digest if record else None, name)
+            offset, hasher = len(head) + info.start, digest if record else None
+            tensors[name] = read_tensor(
+                path, descriptor, offset, name, info.shape, info.dtype, hasher
+            )
             if floats_to_fp32 and info.dtype.is_floating_point:
                 tensors[name] = tensors[name].float()
     finally:
@@ -250,28 +250,32 @@ def read_tensors(
     return tensors
 
 
-def _read_one(
-    path: Path, descriptor: int, info: TensorInfo, digest: hashlib._Hash | None, name: str
+def read_tensor(
+    path: Path,
+    descriptor: int,
+    offset: int,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    digest: hashlib._Hash | None = None,
 ) -> Tensor:
-    tensor = torch.empty(info.shape, dtype=info.dtype)
-    if info.numel == 0:
-        return tensor
-    view = tensor_bytes(tensor)
-    for piece in _fill(path, descriptor, view):
+    """Read a tensor, or whole rows of one, whose bytes begin at ``offset`` of an open file, and update a digest."""
+    tensor = torch.empty(shape, dtype=dtype)
+    for piece in _fill(path, descriptor, offset, tensor_bytes(tensor)):
         if digest is not None:
             digest.update(piece)
-    if info.dtype == torch.bool and int(tensor.view(torch.uint8).max()) > 1:
+    if dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
         raise CheckpointCorrupt(path, f"0 or 1 in every byte of {name!r}", "another value")
     return tensor
 
 
-def _fill(path: Path, descriptor: int, view: memoryview) -> Iterator[memoryview]:
+def _fill(path: Path, descriptor: int, offset: int, view: memoryview) -> Iterator[memoryview]:
     while view:
-        count = os.readv(descriptor, [view[:CHUNK]])
+        count = os.preadv(descriptor, [view[:CHUNK]], offset)
         if count == 0:
             raise CheckpointCorrupt(path, f"{len(view):,} bytes more", "the end of the file")
         yield view[:count]
-        view = view[count:]
+        view, offset = view[count:], offset + count
 
 
 def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
@@ -287,7 +291,7 @@ def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
         found = f"{length:,}"
         raise CheckpointCorrupt(path, f"a safetensors header of at most {limit:,} bytes", found)
     text = bytearray(length)
-    for _ in _fill(path, descriptor, memoryview(text)):
+    for _ in _fill(path, descriptor, len(start), memoryview(text)):
         pass
     return start + bytes(text)
 
