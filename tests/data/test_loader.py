@@ -30,9 +30,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pretrain.data.shards.Rows:
 
 
 def test_rows_restart_positions_and_number_documents(rows) -> None:
+    tokens = 0
     for k in range(len(rows)):
         row = rows[k]
-        used = rows.tokens_in(k)
+        used = int((row["document_ids"] > 0).sum())
+        tokens += used
         assert all(values.shape == (48,) and values.dtype == np.int64 for values in row.values())
         assert (row["document_ids"][:used] > 0).all() and not row["document_ids"][used:].any()
         starts = np.flatnonzero(np.diff(row["document_ids"][:used], prepend=0))
@@ -41,7 +43,7 @@ def test_rows_restart_positions_and_number_documents(rows) -> None:
             np.diff(row["position_ids"][:used])[np.setdiff1d(np.arange(1, used), starts) - 1] == 1
         ).all()
         assert (row["input_ids"][used:] == rows.pad_id).all()
-    assert sum(rows.tokens_in(k) for k in range(len(rows))) == rows.num_tokens
+    assert tokens == rows.num_tokens
     assert np.array_equal(rows[-1]["input_ids"], rows[len(rows) - 1]["input_ids"])
     with pytest.raises(IndexError):
         rows[len(rows)]
@@ -65,12 +67,11 @@ def test_independent_of_prefetch_and_batch_size(
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_every_row_once_per_epoch_and_in_order_without_shuffle(rows) -> None:
+def test_every_row_once_per_epoch(rows) -> None:
     loader = Loader(rows, 1)
     assert sorted(loader.indices(loader.epoch_length, loader.epoch_length).tolist()) == list(
         range(len(rows))
     )
-    assert Loader(rows, shuffle=False).indices(1, 3).tolist() == [1, 2, 3]
 
 
 def test_rows_travel_to_another_process(rows) -> None:

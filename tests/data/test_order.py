@@ -18,7 +18,6 @@ from pretrain.errors import ConfigError
 def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
     rows = Order(n, seed).indices(epoch * n, n)
     assert sorted(rows.tolist()) == list(range(n))
-    assert [Order(n, seed).index(epoch, i) for i in range(min(n, 5))] == rows[:5].tolist()
 
 
 @given(
@@ -78,11 +77,10 @@ def test_mixture_gives_exact_shares_and_no_early_repeat(
         total = epochs * order.counts[k]
         # Passes over a source interleave within one epoch only, so counts differ by at most the passes begun.
         assert seen.sum() == total and seen.max() - seen.min() <= 1
-    assert order.index(1, 0) == rows[1, 0]
 
 
-def test_mixture_without_weights_visits_every_row_once() -> None:
-    order = MixtureOrder([5, 0, 8], None, 1)
+def test_mixture_by_size_visits_every_row_once() -> None:
+    order = MixtureOrder([5, 0, 8], [5, 1, 8], 1)
     assert sorted(order.indices(13, 13).tolist()) == list(range(13))
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.documents import documents
 from pretrain.data.snippets import PACKAGES, PythonWithout, Snippets, snippets
-from pretrain.data.sources import PythonSource, documents
+from pretrain.data.sources import PythonSource
 from pretrain.errors import DataError
 
 COUNTS = (16, 8, 20)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import pretrain
+from data.documents import documents
 from pretrain.config.run import RunConfig
 from pretrain.data.prepare import Prepared
-from pretrain.data.sources import FileHashes, documents, resolve_sources
+from pretrain.data.sources import FileHashes, resolve_sources
 from pretrain.errors import ConfigError, DataError
 
 GOOD = [f"document number {k} says hello to the other {k * k} documents" for k in range(30)]

@@ -383,7 +383,7 @@ def test_json_of_other_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert read_table(path).columns == {"a": [1, 2, None], "b": [None, 3, 4]}
     told = capsys.readouterr().err
     assert "'b' (1 of 3 rows" in told and f"'a' (1 of 3 rows, first: {path}:3)" in told
-    refused(write(tmp_path, "b.json", '{"a": [1], "b": [1, 2]}'), "different lengths")
+    refused(write(tmp_path, "b.json", '{"a": [1], "b": [1, 2]}'), "b.json: the columns differ")
     refused(write(tmp_path, "c.json", '{"a": {"0": "x"}}'), "no table", "records")
     refused(write(tmp_path, "d.json", '["x"]'), "row 1", "str")
     refused(write(tmp_path, "e.json", '[{"a": 1},\n {"a" 2}]'), "e.json:2:7")

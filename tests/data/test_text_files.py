@@ -12,10 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pretrain
+from data.documents import documents
 from pretrain.cli.main import main
 from pretrain.data.encodings import likely_encoding
 from pretrain.data.readers import Reading, read_file
-from pretrain.data.sources import documents, resolve_sources, unused_options
+from pretrain.data.sources import resolve_sources, unused_options
 from pretrain.data.table_readers import delimiter_of
 from pretrain.errors import DataError
 

@@ -66,7 +66,8 @@ def test_baseline_counts_what_the_run_saw_and_is_recorded(
     # Words drawn at random: better than the frequency of tokens, and worse than the frequency of words allows.
     assert block["kneser_ney_nats"] < block["unigram_nats"]
     said = capsys.readouterr().err
-    bits = data.valid.bits_per_byte(block["kneser_ney_nats"])
+    bits_per_nat = data.valid.num_targets / data.valid.num_bytes / np.log(2)
+    bits = block["kneser_ney_nats"] * bits_per_nat
     assert f"counted on {model.num_tokens:,} tokens that the run saw, {bits:.3f}; unigram" in said
     assert ("hint: of text that is seen 3.0" in said) == (limit == "3 epochs")
     assert "Kneser-Ney, order 3" in render(found.path)

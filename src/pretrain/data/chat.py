@@ -140,8 +140,7 @@ class ChatTemplate:
                 once=True,
             )
         chosen = source or tokenizer.chat_template or default_template(tokenizer)
-        inverse = {index: name for name, index in tokenizer.vocab.items()}
-        specials = [inverse[i] for i in tokenizer.special_ids if i in inverse]
+        specials = [name for name, i in tokenizer.vocab.items() if i in tokenizer.special_ids]
         tokens = tokenizer.named_tokens
         made = cls(chosen, tokens, specials)
         if "tool_use" in named:
@@ -215,19 +214,12 @@ class ChatTemplate:
         """
         from pretrain.data.template_sandbox import Runaway
 
-        if (other := self.given(tools)) is not self:
-            return other.render(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                where=where,
-                tools=tools,
-                marks=marks,
-            )
-        formed = [self._formed(_as_transformers(message)) for message in messages]
-        values = self._variables(formed, tools, add_generation_prompt)
+        chosen = self.given(tools)
+        formed = [chosen._formed(_as_transformers(message)) for message in messages]
+        values = chosen._variables(formed, tools, add_generation_prompt)
         place = f"{where}: the" if where else "The"
         try:
-            return self._sandbox.render(self._template, values, marks)
+            return chosen._sandbox.render(chosen._template, values, marks)
         except (Runaway, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{place} chat template exceeds the limits of the sandbox: {_said(error)}. Give another template "
@@ -300,9 +292,7 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tu
 def typed_specials(values: Any, specials: Sequence[str]) -> str | None:
     """Return a special token that is typed into a conversation, or None; it would be read as the end of a turn.
 
-    Args:
-        values: messages, tools, or any other nesting of strings, lists and dictionaries.
-        specials: the special tokens.
+    ``values`` are messages, tools, or any other nesting of strings, lists and dictionaries.
     """
     if isinstance(values, str):
         return next((token for token in specials if token and token in values), None)
@@ -430,13 +420,12 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
         DataError: the value is no such list.
     """
     place = f"{where}: " if where else ""
-    if hasattr(value, "tolist"):  # some tables hold arrays instead of lists
-        value = value.tolist()
-    if isinstance(value, Mapping) and all(isinstance(v, list | tuple) for v in value.values()):
+    value = _plain(value)  # some tables hold arrays instead of lists
+    if isinstance(value, Mapping) and all(isinstance(v, list) for v in value.values()):
         value = [
             dict(zip(value, item, strict=False)) for item in zip(*value.values(), strict=False)
         ]
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list):
         raise DataError(
             f"{place}a conversation is a list of messages; found {type(value).__name__} {str(value)[:60]!r}."
         )
@@ -444,10 +433,9 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     found: list[Message] = []
     for number, message in enumerate(value, start=1):
         at = f"{place}message {number}"
-        if not isinstance(message, Mapping):
-            raise DataError(f"{at} is {str(message)[:80]!r}; a message has a role and a content.")
-        keys = next((pair for pair in _KEYS if pair[0] in message and pair[1] in message), None)
-        if keys is None and "role" in message and message.get("tool_calls"):
+        given = message if isinstance(message, Mapping) else {}
+        keys = next((pair for pair in _KEYS if pair[0] in given and pair[1] in given), None)
+        if keys is None and "role" in given and given.get("tool_calls"):
             keys = ("role", "content")
         if keys is None:
             raise DataError(f"{at} is {str(message)[:80]!r}; a message has a role and a content.")
@@ -459,7 +447,7 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
             raise DataError(
                 f"{at} has the unknown role {message[keys[0]]!r}; known roles are {', '.join(_SPEAKERS)}."
             )
-        others = {k: _plain(v) for k, v in message.items() if k not in keys and v is not None}
+        others = {k: v for k, v in message.items() if k not in keys and v is not None}
         turn: Message = {"role": role, "content": message.get(keys[1]), **others}
         if name == "function_call":
             turn |= {"content": None, "tool_calls": [_call_in(turn["content"], at)]}
@@ -536,7 +524,6 @@ def _checked(message: Message, at: str) -> Message:
 
 def _content(value: Any, at: str) -> str | list[dict[str, str]]:
     """Return a text as it is, and a list of parts as parts of text, which a template may tell apart."""
-    value = _plain(value)
     if isinstance(value, list):
         return [{"type": "text", "text": _part(part, at)} for part in value]
     if not isinstance(value, str):

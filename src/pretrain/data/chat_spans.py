@@ -93,13 +93,7 @@ def assistant_spans(
     where: str = "",
     tools: Sequence[Any] | None = None,
 ) -> tuple[str, list[Span]]:
-    """Render a conversation and locate the assistant's turns in the text.
-
-    Args:
-        template: renders the conversation.
-        messages: the conversation.
-        where: location of the row, for error messages.
-        tools: see ``ChatTemplate.render``.
+    """Render a conversation and locate the assistant's turns in the text; arguments as of ``ChatTemplate.render``.
 
     Returns:
         The text, and the spans in text order: one for each turn of the assistant, or, with a template that marks them,
@@ -475,8 +469,6 @@ def _functions(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parsed(message: Message) -> Message:
-    if not message.get("tool_calls"):
-        return message
     copied = copy.deepcopy(message)
     for function in _functions(copied):
         if isinstance(function.get("arguments"), str):
@@ -492,13 +484,7 @@ def unread_keys(
 ) -> list[str]:
     """Return the parts of a conversation that do not affect its text: message keys, ``tools``, messages of a role.
 
-    Args:
-        template: renders the conversation.
-        messages: the conversation.
-        tools: see ``ChatTemplate.render``.
-
-    Returns:
-        Names, such as ``name``, ``tools`` and ``messages of the role tool``.
+    They are called, for example, ``name``, ``tools`` and ``messages of the role tool``.
     """
     template = template.given(tools)
     probe = chr(_PRIVATE[0])

@@ -42,12 +42,7 @@ def gathered_words(table: Table, words: str | None, tags: str | None) -> Table:
     """Return a table with one row for each sentence, from one with one word in a row; any other as it is.
 
     A sentence is a run of rows with one value in the column that numbers them, and in those that name its document; an
-    empty cell goes on with that above.
-
-    Args:
-        table: the rows as they were read.
-        words: the column of words, if there is one.
-        tags: the column of tags, if there is one.
+    empty cell goes on with that above. ``words`` and ``tags`` are the names of these columns, if there are such.
 
     Raises:
         DataError: two columns may number the sentences and part them differently, or a number comes back after another

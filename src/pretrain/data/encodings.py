@@ -230,13 +230,7 @@ def not_decodable(
 ) -> DataError:
     """Return the error for an undecodable byte, with a guess of the encoding of the file.
 
-    Args:
-        path: the file.
-        line: number of the line, from 1.
-        byte: position of the byte in the line, from 1.
-        value: value of the byte.
-        encoding: the requested encoding; None is UTF-8.
-        offset: position of the byte in the file, if known.
+    ``line`` and ``byte``, the place in the line, count from 1, ``offset`` is the place in the file, if known.
     """
     if encoding is not None:
         return DataError(

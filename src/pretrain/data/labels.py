@@ -136,13 +136,7 @@ class LabelMap:
         where: Where = _row,
         column: str = "label",
     ) -> list[int]:
-        """Return the class ids of a column.
-
-        Args:
-            values: one string, integer or bool per row.
-            names: names of the classes whose numbers this column contains, possibly in another order than here.
-            where: returns the location of a row, for error messages.
-            column: name of the column, for error messages.
+        """Return the class ids of a column; the arguments are those of `learn`, and ``names`` may be in another order.
 
         Raises:
             DataError: a label is missing, or did not occur in training.
@@ -263,7 +257,7 @@ class LabelMap:
                 "Rename them in their source as the labels are called."
             )
         return (
-            f"{at(strange[0])}: {column} {_short(first)!r} is not among {what}: {_listed(self.labels)}.{near}{more} "
+            f"{at(strange[0])}: {column} {shortened(first)} is not among {what}: {_listed(self.labels)}.{near}{more} "
             f"{cure}"
         )
 
@@ -541,7 +535,7 @@ def _sorted_labels(
         )
     if len(distinct) == 1:
         raise DataError(
-            f"all {len(texts):,} rows have the {column} {_short(distinct[0])!r}; training needs at least two "
+            f"all {len(texts):,} rows have the {column} {shortened(distinct[0])}; training needs at least two "
             "classes. Check that the column is the right one, and that these rows are not the head of a sorted file."
         )
     unique = len(distinct) == len(texts) and len(texts) >= _FEW_ROWS
@@ -549,7 +543,7 @@ def _sorted_labels(
         i = texts.index(distinct[0])
         raise DataError(
             f"{column} has {len(distinct):,} different values in {len(texts):,} rows, such as "
-            f"{_short(distinct[0])!r} ({at(i)}); it looks like text or an id and not like classes. Name the column of "
+            f"{shortened(distinct[0])} ({at(i)}); it looks like text or an id and not like classes. Name the column of "
             f"the label, for example {column_option('label', 'category')}."
         )
     folded: dict[str | float, str] = {}
@@ -620,13 +614,9 @@ def _renamed(
     find: Callable[[str], int | None],
     mapped: bool,
 ) -> dict[str, int]:
-    """Return the codes of a column of the numbers of named classes, which the caller's labels reorder or rename.
+    """Return the codes of a column of the numbers of ``names``, which the caller's labels reorder or rename.
 
-    Args:
-        names: names of the classes whose numbers the column contains.
-        codes: the class id of every value that the caller names.
-        find: looks a value up in ``codes``.
-        mapped: whether the caller gave a dict from values to labels, and not a list.
+    ``find`` looks a value up in ``codes``, those of the caller, who gave a dict from values to labels if ``mapped``.
     """
     own = [str(name).strip() for name in names]
     found = [find(name) for name in own]
@@ -666,7 +656,7 @@ def _of_checkpoint(
         return LabelMap(labels, numbers | codes)
     i = next(i for i, text in enumerate(texts) if find(text) is None)
     raise DataError(
-        f"{at(i)}: {column} {_short(texts[i])!r} is not among the classes of the checkpoint, which is a classifier "
+        f"{at(i)}: {column} {shortened(texts[i])} is not among the classes of the checkpoint, which is a classifier "
         f"already: {_listed(labels)}. Labels must be these names or their numbers from 0; to train other classes "
         f"with a new output layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
     )
@@ -699,7 +689,6 @@ def read_several(
     spellings: Collection[str] = (),
     separator: str | None = None,
     always: bool = False,
-    column: str = "label",
 ) -> Several:
     """Read a column in which rows may have any number of labels.
 
@@ -711,7 +700,6 @@ def read_several(
         spellings: values that a cell may contain besides the names.
         separator: text between names in one cell; "" if names are never joined; None detects it from the column.
         always: treat the column as multi-label in any form; a single name is a list of one label.
-        column: name of the column, for error messages.
 
     Raises:
         DataError: the column mixes forms, is ambiguous, or has an invalid vector; names the row.
@@ -719,29 +707,29 @@ def read_several(
     lists = [i for i, value in enumerate(values) if _is_list(value)]
     mappings = [i for i, value in enumerate(values) if isinstance(value, Mapping)]
     if mappings and len(mappings) == len(values):
-        return _from_mappings(values, where, column)
+        return _from_mappings(values, where)
     if lists:
         if len(lists) < len(values):
             i = next(i for i, value in enumerate(values) if not _is_list(value))
             raise DataError(
-                f"{where(i)}: {column} holds {shortened(values[i])}, but other rows have lists of labels. Give every "
+                f"{where(i)}: label holds {shortened(values[i])}, but other rows have lists of labels. Give every "
                 "row a list, [] where no class fits."
             )
         # The order of a set depends on the seed of Python's hashes.
         rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else list(v) for v in values]
-        return _from_lists(rows, where, names, labels, column)
+        return _from_lists(rows, where, names, labels)
     texts = ["" if is_missing(value) else value for value in values]
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
         if separator is None:
             mapped = [printed_mapping(text) for text in texts]
             if all(isinstance(found, dict) for found in mapped):
-                return _from_mappings(mapped, where, column)
+                return _from_mappings(mapped, where)
             parsed = [printed_list(text) for text in texts]
             if any(found is not None for found in parsed):
-                return _from_printed(texts, parsed, where, names, labels, column)
+                return _from_printed(texts, parsed, where, names, labels)
             known = None if labels is None else {str(label) for label in (*labels, *spellings)}
-            separator, notes = _separator(texts, known, column, always)
+            separator, notes = _separator(texts, known, always)
         if separator:
             return Several([_parts(text, separator) for text in texts], None, notes)
     if always:
@@ -763,7 +751,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset)
 
 
-def _from_mappings(values: Sequence[Any], where: Where, column: str) -> Several:
+def _from_mappings(values: Sequence[Any], where: Where) -> Several:
     """Read mappings from every name to 0 or 1, such as spaCy's ``cats``."""
     names = list(dict.fromkeys(str(name) for value in values for name in value))
     rows = []
@@ -771,7 +759,7 @@ def _from_mappings(values: Sequence[Any], where: Where, column: str) -> Several:
         on = {str(name): is_on(mark) for name, mark in value.items() if mark is not None}
         if strange := [name for name, mark in on.items() if mark is None]:
             raise DataError(
-                f"{where(i)}: {column} gives {strange[0]!r} the value {shortened(value[strange[0]])}; a mapping of "
+                f"{where(i)}: label gives {strange[0]!r} the value {shortened(value[strange[0]])}; a mapping of "
                 "labels must hold 0 or 1 for each. Round fractions, or give a list of the labels that fit."
             )
         rows.append([k for k, name in enumerate(names) if on.get(name)])
@@ -783,13 +771,12 @@ def _from_lists(
     where: Where,
     names: Sequence[str] | None,
     labels: Sequence[str] | None,
-    column: str,
 ) -> Several:
-    width = _vector_width(rows, where, names, labels, column)
+    width = _vector_width(rows, where, names, labels)
     if width:
         if labels is not None and len(labels) != width:
             raise DataError(
-                f"{where(0)}: {column} is a vector of {width} zeros and ones, and there are {len(labels)} labels: "
+                f"{where(0)}: label is a vector of {width} zeros and ones, and there are {len(labels)} labels: "
                 f"{', '.join(map(str, labels[:12]))}. Give one label for each place, in order: "
                 f"{option('labels', [...])}."
             )
@@ -797,7 +784,7 @@ def _from_lists(
         found = Several([[k for k, on in enumerate(row) if on] for row in rows], known)
         if labels is None:
             found.notes.append(
-                f"{column}: vectors of {width} zeros and ones, one place for each label; the labels are called 0 to "
+                f"label: vectors of {width} zeros and ones, one place for each label; the labels are called 0 to "
                 f"{width - 1} ({option('labels', ['name', ...])} names them)"
             )
         return found
@@ -805,7 +792,7 @@ def _from_lists(
     found = Several([[item for item in row if not is_missing(item)] for row in rows])
     if missing:
         found.notes.append(
-            f"{column}: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
+            f"label: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
         )
     return found
 
@@ -815,7 +802,6 @@ def _vector_width(
     where: Where,
     names: Sequence[str] | None,
     labels: Sequence[str] | None,
-    column: str,
 ) -> int:
     """Return the length of the rows if they are vectors of zeros and ones, or 0 if they list names or class numbers.
 
@@ -834,7 +820,7 @@ def _vector_width(
         i = strange[0]
         value = next(x for x in rows[i] if x not in (0, 1))
         raise DataError(
-            f"{where(i)}: {column} is a list with the number {value!r}. A list must hold names, integer numbers of "
+            f"{where(i)}: label is a list with the number {value!r}. A list must hold names, integer numbers of "
             "classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
         )
     if len(widths) > 1 or not all(x in (0, 1) for x in items):
@@ -845,14 +831,14 @@ def _vector_width(
             if len(widths) == 1:
                 what = "other rows hold numbers above 1"
             raise DataError(
-                f"{where(i)}: {column} is {shortened(rows[i])}, looking like a vector of zeros and ones, but {what}."
+                f"{where(i)}: label is {shortened(rows[i])}, looking like a vector of zeros and ones, but {what}."
                 " Give vectors of one length, or the list of the classes that fit."
             )
         return 0
     width = widths.pop()
     if width == 1 and sure:
         raise DataError(
-            f"{where(0)}: {column} is a vector of one place, which is one class only. Give two classes: 0 and 1, or "
+            f"{where(0)}: label is a vector of one place, which is one class only. Give two classes: 0 and 1, or "
             "two names."
         )
     return width if width > 1 else 0
@@ -866,7 +852,9 @@ _ITEM = re.compile(rf"(?:np\.\w+|numpy\.\w+)\(\s*({_QUOTED}|{_PLAIN})\s*\)|({_QU
 _WRAPPED = re.compile(
     r"(?:array|tensor|set|frozenset|list)\((.*?)(?:,\s*dtype=[\w.'<>]+)?\)", re.DOTALL
 )
-_WORDS = {"true": True, "True": True, "false": False, "False": False}
+_WORDS = {
+    "true": True, "True": True, "false": False, "False": False, "None": None, "null": None, "nan": None, "NaN": None,
+}  # fmt: skip
 _BETWEEN = re.compile(r"\s*,\s*|\s+")
 
 
@@ -931,8 +919,6 @@ def _item(token: str) -> Any:
             return token[1:-1]
     if token in _WORDS:
         return _WORDS[token]
-    if token in ("None", "null", "nan", "NaN"):
-        return None
     return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
 
 
@@ -942,7 +928,6 @@ def _from_printed(
     where: Where,
     names: Sequence[str] | None,
     labels: Sequence[str] | None,
-    column: str,
 ) -> Several:
     """Read a column of printed lists; raise DataError if it has other text too."""
     lists = [i for i, found in enumerate(parsed) if found is not None]
@@ -951,12 +936,12 @@ def _from_printed(
         if labels is not None and all(text in labels for text in texts):
             return Several(None)
         raise DataError(
-            f"{where(other)}: {column} holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
+            f"{where(other)}: label holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
             f"{shortened(texts[lists[0]])}. Write every row as a list, [] where no class fits."
         )
-    found = _from_lists([list(items or ()) for items in parsed], where, names, labels, column)
+    found = _from_lists([list(items or ()) for items in parsed], where, names, labels)
     found.notes.insert(
-        0, f"{column}: printed lists, such as {shortened(texts[0])}, are read as lists of labels"
+        0, f"label: printed lists, such as {shortened(texts[0])}, are read as lists of labels"
     )
     return found
 
@@ -968,7 +953,7 @@ def _parts(text: str, mark: str) -> list[str]:
 
 
 def _separator(
-    texts: Sequence[str], labels: Collection[str] | None, column: str, always: bool
+    texts: Sequence[str], labels: Collection[str] | None, always: bool
 ) -> tuple[str, list[str]]:
     """Detect the separator of names in one cell from the whole column; return it ("" for none) and lines to print.
 
@@ -1002,22 +987,22 @@ def _separator(
         )
         if mark == "," and all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
             raise DataError(
-                f"{column} holds {shortened(joined[0])}, which can be a number with a decimal comma "
+                f"label holds {shortened(joined[0])}, which can be a number with a decimal comma "
                 f"({option('task', 'regression')}) or several class numbers "
                 f"({option('label_separator', mark)}). Set one of the two options."
             )
         numbers = all(part.isdecimal() for parts in split.values() for part in parts)
         if share >= _RECURRING or numbers or (always and share > 0):
-            text = f"{column}: {mark!r} stands between several labels of a row, such as {shortened(joined[0])}"
+            text = f"label: {mark!r} stands between several labels of a row, such as {shortened(joined[0])}"
             return mark, [f"{text} ({either})"]
         if share > 0:
             raise DataError(
-                f"{column} holds {shortened(joined[0])} and other texts with {mark!r}, some of whose parts are labels "
+                f"label holds {shortened(joined[0])} and other texts with {mark!r}, some of whose parts are labels "
                 f"of other rows too, so they can be several labels or one: {either}."
             )
         if all(number_in(part) is None for part in parts):
             notes.append(
-                f"{column}: {len(joined)} classes have {mark!r} in their name, such as {shortened(joined[0])}; each is "
+                f"label: {len(joined)} classes have {mark!r} in their name, such as {shortened(joined[0])}; each is "
                 f"one class ({option('label_separator', mark)} reads several labels)"
             )
     return "", notes

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.order import MixtureOrder, Order
+from pretrain.data.order import Order
 from pretrain.data.shards import Example, Rows
 
 __all__ = ["Example", "Examples", "Loader", "row_rng", "row_rngs"]
@@ -57,30 +57,23 @@ class Loader:
     """Examples by position in the training order.
 
     Args:
-        rows: a split of prepared data, or any sequence of dicts of arrays.
+        rows: a split of prepared data, or any sequence of dicts of arrays; at least one.
         seed: seed of the order.
-        shuffle: False keeps the rows in their stored order, for evaluation.
         prefetch: batches that the thread of :meth:`stream` prefetches; 0 reads in the calling thread.
     """
 
-    def __init__(
-        self, rows: Examples, seed: int = 0, *, shuffle: bool = True, prefetch: int = 2
-    ) -> None:
-        self.rows, self.seed, self.shuffle, self.prefetch = rows, int(seed), shuffle, prefetch
-        self.order: Order | MixtureOrder | None = None
-        if shuffle and len(rows):
-            self.order = rows.order(seed) if isinstance(rows, Rows) else Order(len(rows), seed)
+    def __init__(self, rows: Examples, seed: int = 0, *, prefetch: int = 2) -> None:
+        self.rows, self.seed, self.prefetch = rows, int(seed), prefetch
+        self.order = rows.order(seed) if isinstance(rows, Rows) else Order(len(rows), seed)
 
     @property
     def epoch_length(self) -> int:
         """Rows in one epoch."""
-        return self.order.epoch_length if self.order is not None else len(self.rows)
+        return self.order.epoch_length
 
     def indices(self, position: int, count: int) -> NDArray[np.int64]:
         """Return ``count`` row numbers starting at ``position``, counted in rows since the start of training."""
-        if self.order is not None:
-            return self.order.indices(position, count)
-        return (np.arange(count, dtype=np.int64) + position) % max(1, len(self.rows))
+        return self.order.indices(position, count)
 
     def examples(self, position: int, count: int) -> list[Example]:
         """Return ``count`` rows starting at ``position``, each a dict of (T,) arrays."""
@@ -89,10 +82,6 @@ class Loader:
             return [self.rows[int(i)] for i in indices]
         batch = self.rows.gather(indices)
         return [{name: values[k] for name, values in batch.items()} for k in range(count)]
-
-    def rngs(self, position: int, count: int, stream: str = "collate") -> list[np.random.Generator]:
-        """Return the random generators of these rows."""
-        return row_rngs(self.seed, stream, position, count)
 
     def stream(
         self, places: Iterable[tuple[int, int]], make: Callable[[int, int], T]

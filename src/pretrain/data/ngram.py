@@ -39,7 +39,9 @@ class KneserNey:
         if self._base**ORDER >= 2**63:
             raise DataError(f"n-grams of a vocabulary of {vocab_size:,} ids do not fit 64 bits.")
         parts = [self._trigrams(batch) for batch in batches]
-        keys, counts = np.unique(np.concatenate([*parts, _NONE]), return_counts=True)
+        keys, counts = np.unique(
+            np.concatenate([np.zeros(0, dtype=np.int64), *parts]), return_counts=True
+        )
         if not len(keys):
             raise DataError("There is no token to count: no row has two tokens of one document.")
         self.num_tokens = int(counts.sum())
@@ -121,6 +123,3 @@ def _discounts(counts: Ints) -> Floats:
         estimate = k - (k + 1) * y * times[k + 1] / times[k] if times[k] else found[k - 1]
         found[k] = min(max(estimate, 0.1), float(k))
     return found
-
-
-_NONE = np.zeros(0, dtype=np.int64)

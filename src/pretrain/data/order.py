@@ -42,50 +42,33 @@ class Order:
     Args:
         n: number of rows, at least 1.
         seed: any integer; another seed gives an unrelated order.
+
+    Attributes:
+        epoch_length: rows visited in one epoch.
     """
 
     def __init__(self, n: int, seed: int = 0) -> None:
         if n < 1:
             raise ConfigError(f"an order needs at least one row, found {n}.")
-        self.n = int(n)
-        self.seed = int(seed)
-        bits = max(2, (self.n - 1).bit_length())
+        self.epoch_length = int(n)
+        bits = max(2, (self.epoch_length - 1).bit_length())
         self._right = np.uint64(bits // 2)
         self._left = np.uint64(bits - bits // 2)
-        self._base = np.uint64(((self.seed & _MASK64) * _GOLDEN + 0xD1B54A32D192ED03) & _MASK64)
-
-    @property
-    def epoch_length(self) -> int:
-        """Rows visited in one epoch."""
-        return self.n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def index(self, epoch: int, i: int) -> int:
-        """Return the row visited at place ``i`` (0 <= i < n) of ``epoch``."""
-        if not 0 <= i < self.n:
-            raise IndexError(f"place {i} is outside an epoch of {self.n} rows")
-        return int(self._permute(np.array([epoch]), np.array([i]))[0])
+        self._base = np.uint64(((int(seed) & _MASK64) * _GOLDEN + 0xD1B54A32D192ED03) & _MASK64)
 
     def indices(self, position: int, count: int) -> Ints:
         """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
-        places = np.arange(count, dtype=np.int64) + np.int64(position)
-        return self._permute(places // self.n, places % self.n)
+        return self.at(np.arange(count, dtype=np.int64) + np.int64(position))
 
     def at(self, places: Ints) -> Ints:
         """Return the rows at arbitrary ``places`` counted since the start of training."""
-        return self._permute(places // self.n, places % self.n)
-
-    def _permute(self, epochs: Ints, places: Ints) -> Ints:
-        keys = mix64(
-            self._base ^ mix64(epochs.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(1))
-        )
-        values = self._encipher(places.astype(np.uint64), keys)
-        outside = np.flatnonzero(values >= self.n)
+        epochs = (places // self.epoch_length).astype(np.uint64)
+        keys = mix64(self._base ^ mix64(epochs * np.uint64(_GOLDEN) + np.uint64(1)))
+        values = self._encipher((places % self.epoch_length).astype(np.uint64), keys)
+        outside = np.flatnonzero(values >= self.epoch_length)
         while outside.size:
             values[outside] = self._encipher(values[outside], keys[outside])
-            outside = outside[values[outside] >= self.n]
+            outside = outside[values[outside] >= self.epoch_length]
         return values.astype(np.int64)
 
     def _encipher(self, values: Words, keys: Words) -> Words:
@@ -112,36 +95,20 @@ class MixtureOrder:
 
     Args:
         sizes: number of rows of each source; the rows of the sources are concatenated.
-        weights: share of rows of each source (normalised here); ``None`` means every row once per epoch.
+        weights: share of rows of each source (normalised here).
         seed: any integer.
+
+    Attributes:
+        epoch_length: rows visited in one epoch.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
-    ) -> None:
-        total = int(sum(sizes))
-        self.n = total
-        self.seed = int(seed)
-        self.counts = [int(size) for size in sizes] if weights is None else _shares(sizes, weights)
-        self._sizes = np.array(sizes, dtype=np.int64)
-        self._firsts = np.concatenate([[0], np.cumsum(self._sizes)])[:-1]
-        self._bounds = np.cumsum(np.array(self.counts, dtype=np.int64))
-        self._slots = Order(int(self._bounds[-1]), seed)
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int = 0) -> None:
+        self.counts = _shares(sizes, weights)
+        self.epoch_length = sum(self.counts)
+        self._firsts = np.cumsum(sizes) - sizes
+        self._bounds = np.cumsum(self.counts)
+        self._slots = Order(self.epoch_length, seed)
         self._orders = [Order(size, seed + 1 + k) if size else None for k, size in enumerate(sizes)]
-
-    @property
-    def epoch_length(self) -> int:
-        """Rows visited in one epoch."""
-        return self._slots.n
-
-    def __len__(self) -> int:
-        return self.epoch_length
-
-    def index(self, epoch: int, i: int) -> int:
-        """Return the row visited at place ``i`` of ``epoch``."""
-        if not 0 <= i < self.epoch_length:
-            raise IndexError(f"place {i} is outside an epoch of {self.epoch_length} rows")
-        return int(self.indices(epoch * self.epoch_length + i, 1)[0])
 
     def indices(self, position: int, count: int) -> Ints:
         """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""

@@ -30,18 +30,9 @@ class Packing:
     segments: Ints
     rows: Ints
 
-    def padding(self, row_length: int) -> float:
-        """Return the share of positions without a token."""
-        places = (len(self.rows) - 1) * row_length
-        return 1.0 - float(self.segments[:, 1].sum()) / places if places else 0.0
-
 
 def split_long(offsets: Ints, row_length: int) -> Ints:
-    """Split documents into pieces of at most ``row_length`` tokens.
-
-    Args:
-        offsets: (N + 1,) document ``i`` holds tokens ``offsets[i]:offsets[i + 1]``.
-        row_length: tokens in a row.
+    """Split documents into pieces of at most ``row_length`` tokens; document ``i`` is ``offsets[i]:offsets[i + 1]``.
 
     Returns:
         (S, 2) first token and length of every piece in document order; empty documents have no pieces.
@@ -89,12 +80,7 @@ class _Bins:
 def best_fit(lengths: Ints, capacity: int) -> Ints:
     """Assign every item to a bin, longest items first, each to the fullest bin that it fits into.
 
-    Args:
-        lengths: (N,) lengths between 1 and ``capacity``.
-        capacity: size of a bin.
-
-    Returns:
-        (N,) bin number of every item; bins are numbered from 0 without gaps.
+    From (N,) lengths between 1 and ``capacity`` to (N,) bin numbers, which count from 0 without gaps.
     """
     if lengths.size and (int(lengths.min()) < 1 or int(lengths.max()) > capacity):
         raise DataError(
@@ -130,14 +116,9 @@ def best_fit(lengths: Ints, capacity: int) -> Ints:
 
 
 def pack(offsets: Ints, row_length: int) -> Packing:
-    """Pack documents into rows; documents longer than a row are split, all others stay whole.
+    """Pack documents, by their (N + 1,) token offsets, into rows; only those longer than a row are split.
 
-    Args:
-        offsets: (N + 1,) token offsets of the documents.
-        row_length: tokens in a row.
-
-    Returns:
-        A :class:`Packing`; rows, and pieces within a row, are in the order of their first token.
+    Rows, and pieces within a row, are in the order of their first token.
     """
     pieces = split_long(offsets, row_length)
     if not len(pieces):

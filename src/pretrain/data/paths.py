@@ -56,10 +56,8 @@ class FileHashes:
             mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             if isinstance(entry, list) and len(entry) == 5 and entry[:4] == mark:
                 return str(entry[4])
-            digest = hashlib.blake2b(digest_size=16)
             with path.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+                digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
         if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:

@@ -12,11 +12,12 @@ import os
 import time
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,23 +193,12 @@ def scan_sources(
         scan.ends.append(len(digests))
         scan.notes += source.notes
     scan.documents = len(digests)
-    first_valid = scan.ends[training - 1]
+    hashes = np.asarray(digests, dtype=np.uint64)
     _choose(
-        scan,
-        np.asarray(digests, dtype=np.uint64),
-        np.frombuffer(blank, dtype=bool),
-        first_valid,
-        keep_duplicates,
+        scan, hashes, np.frombuffer(blank, dtype=bool), scan.ends[training - 1], keep_duplicates
     )
     if valid:
-        _split(
-            scan,
-            np.asarray(digests, dtype=np.uint64),
-            np.asarray(lengths, dtype=np.uint64),
-            valid,
-            last,
-            seed,
-        )
+        _split(scan, hashes, np.asarray(lengths, dtype=np.int64), valid, last, seed)
     return scan
 
 
@@ -243,12 +233,14 @@ def _choose(
 def _split(
     scan: Scan,
     digests: NDArray[np.uint64],
-    lengths: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
     valid: float,
     last: bool,
     seed: int,
 ) -> None:
     kept = np.flatnonzero(scan.states == 1)
+    if not len(kept):  # prepare refuses such text
+        return
     if len(kept) == 1 and not last:
         scan.notes.append(
             f"there is one document only, so its last {valid:.3g} (by characters) is held out, as with "
@@ -257,14 +249,11 @@ def _split(
         )
         last = True
     if last:
-        ends = np.cumsum(lengths[kept].astype(np.int64))
-        scan.cut = int(int(ends[-1]) * (1 - valid)) if len(ends) else 0
-        if len(ends):
-            place = min(int(np.searchsorted(ends, scan.cut, side="right")), len(ends) - 1)
-            scan.cut_document = int(kept[place])
-            scan.cut_inside = scan.cut - int(ends[place - 1] if place else 0)
-        return
-    if not len(kept):
+        ends = np.cumsum(lengths[kept])
+        scan.cut = int(int(ends[-1]) * (1 - valid))
+        place = min(int(np.searchsorted(ends, scan.cut, side="right")), len(ends) - 1)
+        scan.cut_document = int(kept[place])
+        scan.cut_inside = scan.cut - int(ends[place - 1] if place else 0)
         return
     keys = mix64(digests[kept] ^ mix64(np.array([seed & (2**64 - 1)], dtype=np.uint64)))
     held = keys < np.uint64(min(int(valid * 2.0**64), 2**64 - 1))
@@ -340,27 +329,23 @@ class Progressed:
 
     def total(self, split: int) -> _Tally:
         """Return the counts of a split over all sources."""
-        result = _Tally()
+        counts = Counter[str]()
         for entry in self.tallies[split]:
-            for name, value in asdict(entry).items():
-                setattr(result, name, getattr(result, name) + value)
-        return result
+            counts.update(asdict(entry))
+        return _Tally(**counts)
 
 
-@dataclass
-class _Batch:
-    """A batch of pieces to encode."""
+class _PlannedPiece(NamedTuple):
+    """A piece of a kept document, with the numbers of its split and its source; ``end`` for the last of a document."""
 
-    texts: list[str] = field(default_factory=list)
-    split: list[int] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
-    first: list[bool] = field(default_factory=list)
-    end: list[bool] = field(default_factory=list)
-    characters: int = 0
+    text: str
+    split: int
+    source: int
+    end: bool
 
 
-def planned(sources: Sequence[Source], scan: Scan) -> Iterator[tuple[str, int, int, bool]]:
-    """Yield ``(text, split, source, end)`` for the pieces of all kept documents, in order."""
+def planned(sources: Sequence[Source], scan: Scan) -> Iterator[_PlannedPiece]:
+    """Yield the pieces of all kept documents, in order."""
     states = scan.states
     document, passed = 0, 0
     for number, source in enumerate(sources):
@@ -374,38 +359,32 @@ def planned(sources: Sequence[Source], scan: Scan) -> Iterator[tuple[str, int, i
             if not state:
                 continue
             if scan.cut < 0:
-                yield text, state - 1, number, end
+                yield _PlannedPiece(text, state - 1, number, end)
                 continue
             left = scan.cut - passed
             passed += len(text)
             if left <= 0:
-                yield text, 1, number, end
+                yield _PlannedPiece(text, 1, number, end)
             elif left >= len(text):
                 # If the cut coincides with the end of this piece, the training part of the document ends here.
-                yield text, 0, number, end or left == len(text)
+                yield _PlannedPiece(text, 0, number, end or left == len(text))
             else:
-                yield text[:left], 0, number, True
-                yield text[left:], 1, number, end
+                yield _PlannedPiece(text[:left], 0, number, True)
+                yield _PlannedPiece(text[left:], 1, number, end)
         if document != scan.ends[number]:
             raise DataError(f"source {source.name!r} changed while it was read; run prepare again.")
 
 
-def _batches(
-    pieces: Iterator[tuple[str, int, int, bool]], inside: bool, chars: int
-) -> Iterator[_Batch]:
-    batch = _Batch()
-    for text, split, source, end in pieces:
-        batch.texts.append(text)
-        batch.split.append(split)
-        batch.source.append(source)
-        batch.first.append(not inside)
-        batch.end.append(end)
-        batch.characters += len(text)
-        inside = not end
-        if batch.characters >= chars or len(batch.texts) >= _BATCH_PIECES:
+def _batches(pieces: Iterator[_PlannedPiece]) -> Iterator[list[_PlannedPiece]]:
+    batch: list[_PlannedPiece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARS or len(batch) >= _BATCH_PIECES:
             yield batch
-            batch = _Batch()
-    if batch.texts:
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 
@@ -420,26 +399,23 @@ class _Writer:
         self.unk_id = tokenizer.unk_id
         self.prefix = np.array(tokenizer.prefix, dtype=np.int64)
         self.suffix = np.array(tokenizer.suffix, dtype=np.int64)
-        self.totals = [journal.total(split).tokens for split in range(2)]
-        self.tokens, self.documents = [], []
+        self.totals, self.tokens, self.documents = [], [], []
+
+        def opened(name: str, size: int) -> _Appended:
+            return stack.enter_context(closing(_Appended(folder / name, size)))
+
         for split, name in enumerate(SPLITS):
-            count = journal.total(split).documents
-            self.tokens.append(
-                stack.enter_context(
-                    _Appended(
-                        folder / f"{name}.tokens.bin", self.totals[split] * self.dtype.itemsize
-                    )
-                )
-            )
-            self.documents.append(
-                stack.enter_context(
-                    _Appended(folder / f"{name}.documents.bin", (count + 1) * 8 if count else 0)
-                )
-            )
-            if not count:
+            done = journal.total(split)
+            self.totals.append(done.tokens)
+            self.tokens.append(opened(f"{name}.tokens.bin", done.tokens * self.dtype.itemsize))
+            offsets = done.documents + 1 if done.documents else 0
+            self.documents.append(opened(f"{name}.documents.bin", offsets * 8))
+            if not offsets:
                 self.documents[split].write(np.zeros(1, dtype="<i8").tobytes())
 
-    def write(self, batch: _Batch, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+    def write(
+        self, batch: list[_PlannedPiece], ids: NDArray[Any], lengths: NDArray[np.int64]
+    ) -> None:
         journal = self.journal
         if ids.size:
             top = int(ids.max())
@@ -449,7 +425,8 @@ class _Writer:
                     "belong together. Train it again or copy it again."
                 )
             journal.max_id = max(journal.max_id, top)
-        first, end = np.array(batch.first), np.array(batch.end)
+        end = np.array([piece.end for piece in batch])
+        first = np.concatenate([[not journal.inside], end[:-1]])
         before, after = first * len(self.prefix), end * len(self.suffix)
         sizes = lengths + before + after
         stops = np.cumsum(sizes)
@@ -461,7 +438,7 @@ class _Writer:
             out[starts[first] + k] = token
         for k, token in enumerate(self.suffix):
             out[stops[end] - len(self.suffix) + k] = token
-        split = np.array(batch.split)
+        split = np.array([piece.split for piece in batch])
         for number in range(2):
             chosen = split == number
             if not chosen.any():
@@ -480,28 +457,23 @@ class _Writer:
                 )
                 opened = int(ends[-1])
             journal.open_tokens[number] = self.totals[number] - opened
-        for text, s, k, size, last in zip(
-            batch.texts, batch.split, batch.source, sizes.tolist(), batch.end, strict=True
-        ):
-            tally = journal.tallies[s][k]
-            tally.documents += last
+        for piece, size in zip(batch, sizes.tolist(), strict=True):
+            tally = journal.tallies[piece.split][piece.source]
+            tally.documents += piece.end
             tally.tokens += size
-            tally.characters += len(text)
-            count = len(text) if text.isascii() else len(text.encode("utf-8"))
+            tally.characters += len(piece.text)
+            count = len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8"))
             tally.bytes += count
             journal.text_bytes += count
-        journal.pieces += len(batch.texts)
-        journal.inside = not batch.end[-1]
+        journal.pieces += len(batch)
+        journal.inside = not batch[-1].end
 
     def commit(self) -> None:
         """Sync everything written so far to disk, then record it in the journal."""
         for stream in (*self.tokens, *self.documents):
             stream.flush()
             os.fsync(stream.fileno())
-        self.journal.written = {
-            stream.path.name: [stream.size, stream.digest.hexdigest()]
-            for stream in (*self.tokens, *self.documents)
-        }
+            self.journal.written[stream.path.name] = [stream.size, stream.digest.hexdigest()]
         write_sealed(self.folder / "journal.json", asdict(self.journal))
 
 
@@ -517,17 +489,12 @@ class _Appended:
         self._stream.truncate(size)
         self._stream.seek(size)
         self.flush, self.fileno = self._stream.flush, self._stream.fileno
+        self.close = self._stream.close
 
     def write(self, data: bytes) -> None:
         self._stream.write(data)
         self.digest.update(data)
         self.size += len(data)
-
-    def __enter__(self) -> _Appended:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
 
 
 def _hash_of(path: Path, size: int) -> Any:
@@ -568,8 +535,9 @@ def tokenise(
     with ExitStack() as stack:
         writer = _Writer(folder, tokenizer, journal, stack)
         workers = workers if scan.text_bytes >= _SMALL_BYTES else 1
-        batches = _batches(pieces, journal.inside, _BATCH_CHARS)
-        encoded = encode_batches(tokenizer, batches, lambda batch: batch.texts, workers)
+        encoded = encode_batches(
+            tokenizer, _batches(pieces), lambda batch: [piece.text for piece in batch], workers
+        )
         saved = time.monotonic()
         for batch, (ids, lengths) in stack.enter_context(closing(encoded)):
             before = journal.text_bytes
@@ -585,11 +553,7 @@ def tokenise(
 def pack_split(folder: Path, split: str, documents: Sequence[int], row_length: int) -> list[int]:
     """Pack the documents of one split, each source separately; return the number of rows of each source.
 
-    Args:
-        folder: directory of ``{split}.documents.bin``; segments and rows are written there too.
-        split: ``"train"`` or ``"valid"``.
-        documents: number of documents of each source.
-        row_length: tokens in a row.
+    ``documents`` are the numbers of documents of the sources; segments and rows are written beside the token offsets.
     """
     offsets = np.fromfile(folder / f"{split}.documents.bin", dtype="<i8")
     counts, segments, done = [], 0, 0
@@ -617,8 +581,7 @@ def unigram_baseline(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
     ``nats``: cross-entropy of the validation tokens under the training counts plus one; ``most_frequent``: accuracy of
     always predicting the most frequent training token. Tokens that are never predicted (the prefix) are not counted.
     """
-    counts = [_count(folder / f"{split}.tokens.bin", tokenizer) for split in SPLITS]
-    train, valid = counts
+    train, valid = (_count(folder / f"{split}.tokens.bin", tokenizer) for split in SPLITS)
     total = int(valid.sum())
     if not total:
         return {}

@@ -133,6 +133,11 @@ def prepare(
     return prepared
 
 
+def _printer(quiet: bool) -> Callable[[str], None]:
+    """Return a function that shows a line, or nothing if quiet."""
+    return (lambda line: None) if quiet else (lambda line: show(printable(line)))
+
+
 # ------------------------------------------------------------------------------------------------ images
 
 
@@ -163,10 +168,7 @@ def _of_images(source: str | None, sources: Any, given: Mapping[str, Any]) -> bo
 def _images(
     source: Any, out: str | Path | None, cache: Path, size: Any, channels: Any, quiet: bool
 ) -> Any:
-    def say(line: str) -> None:
-        if not quiet:
-            show(printable(line))
-
+    say = _printer(quiet)
     place = os.path.abspath(os.path.expanduser(str(source)))
     name = hashlib.sha256(f"{place} {size} {channels}".encode()).hexdigest()
     target = _place(out) if out is not None else cache / "prepared" / f"images-{name[:20]}"
@@ -251,15 +253,10 @@ def _understand(
         "tokenizer": given.fingerprint if given else SAMPLE_BYTES,
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def say(line: str) -> None:
-        if not quiet:
-            show(printable(line))
-
     return _Job(
         sources=[*train, *held], training=len(train), weights=weights, valid=share, last=last, tokenizer=given,
         options=options, fingerprint=fingerprint, notes=notes,
-        workers=workers or os.cpu_count() or 1, say=say, quiet=quiet,
+        workers=workers or os.cpu_count() or 1, say=_printer(quiet), quiet=quiet,
     )  # fmt: skip
 
 
@@ -464,8 +461,7 @@ def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
         tallies = done.tallies[index]
         rows = pack_split(work, split, [tally.documents for tally in tallies], row_length)
         total = done.total(index)
-        first = 0 if index == 0 or not len(tallies) > job.training else job.training
-        listed = [k for k in range(len(tallies)) if k < job.training or k >= first > 0]
+        listed = range(job.training if split == "train" else len(tallies))
         splits[split] = {
             **asdict(total),
             "targets": total.tokens - total.documents,
@@ -534,13 +530,11 @@ def _vocabulary_notes(job: _Job, tokenizer: Tokenizer, done: Progressed) -> list
 def _source_entry(
     job: _Job, k: int, split: int, tally: dict[str, int], rows: list[int]
 ) -> dict[str, Any]:
-    training = range(job.training)
-    weight = job.weights[k] if job.weights is not None and split == 0 else None
-    usable = (
-        [job.weights[i] if rows[i] else 0.0 for i in training] if job.weights is not None else []
-    )
-    if split == 0 and usable:
-        share = usable[k] / sum(usable)
+    weights = job.weights if split == 0 else None
+    if weights is None:
+        weight, share = None, rows[k] / max(1, sum(rows))
     else:
-        share = rows[k] / max(1, sum(rows))
+        weight = weights[k]
+        usable = sum(w for i, w in enumerate(weights) if rows[i])
+        share = weight / usable if rows[k] else 0.0
     return {"name": job.sources[k].name, "weight": weight, "share": share, "rows": rows[k], **tally}

@@ -30,7 +30,7 @@ from pretrain.errors import DataError, suggestion
 __all__ = [
     "COMPRESSIONS", "ESCAPED", "FORMATS", "MAX_WHOLE", "TABLE_FORMATS", "Fault", "Piece", "Reading", "cell_text",
     "decode_line", "file_format", "found_in_folders", "has_transform", "lines", "needs_encoding", "no_column",
-    "read_file", "table_kind", "text_of", "whole_characters",
+    "plain_value", "read_file", "table_kind", "text_of",
 ]  # fmt: skip
 
 Piece = tuple[str, bool]
@@ -102,22 +102,23 @@ def read_file(path: Path, how: Reading) -> Iterator[Piece]:
         blocks = _decoded(path, how)
         if how.separator is None:
             return _whole(blocks, how)
-        return _separated(blocks, _line_feeds(how.separator), how)
+        separator = how.separator.replace("\r\n", "\n").replace("\r", "\n")  # as in the blocks
+        return _separated(blocks, separator, how)
     if kind == "html":
         return _html(path, how)
-    from pretrain.data.table_readers import documents  # plain text does without
+    from pretrain.data import table_readers  # plain text does without
 
-    return documents(path, kind, how)
+    if kind == "jsonl":
+        return table_readers.json_texts(path, how)
+    if kind == "parquet":
+        return table_readers.parquet_texts(path, how)
+    return table_readers.delimited_texts(path, kind, how)
 
 
 # --------------------------------------------------------------------------------------------------- plain text
 
 # Surrogates that stand for invalid bytes until the document that contains them is skipped.
 ESCAPED = re.compile("[\udc80-\udcff]")
-
-
-def _line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _decoded(path: Path, how: Reading) -> Iterator[tuple[str, Fault | None]]:
@@ -340,11 +341,7 @@ def needs_encoding(path: Path, encoding: str) -> bool:
     """Whether a file of text is read in ``encoding``, which is that of other files, and not as UTF-8.
 
     So are files that are not UTF-8, have no byte order mark and, as HTML, declare nothing; and all files if the
-    encoding writes text in ASCII bytes, which are UTF-8 as well.
-
-    Args:
-        path: the file.
-        encoding: its name by :func:`check_encoding`.
+    encoding writes text in ASCII bytes, which are UTF-8 as well. ``encoding`` is a name by :func:`check_encoding`.
     """
     if encoding.startswith(("iso2022", "hz", "utf-7")):
         return True
@@ -380,7 +377,7 @@ def cell_text(row: Any, column: str, where: str) -> str:
             f"{where}: column {column!r} holds {type(value).__name__}, not text. Choose the column with "
             f"{column_option('text')}, or turn the values into strings."
         )
-    return str(whole_characters(value))
+    return str(plain_value(value))
 
 
 def has_transform(dataset: Any) -> bool:
@@ -388,17 +385,22 @@ def has_transform(dataset: Any) -> bool:
     return bool((getattr(dataset, "format", None) or {}).get("type") == "custom")
 
 
-def whole_characters(value: Any) -> Any:
-    """Return a JSON value with all lone surrogates in its strings replaced.
+def plain_value(value: Any) -> Any:
+    """Return a value of Python in place of NumPy's, with all lone surrogates in its strings replaced, at any depth.
 
-    A JSON escape can denote one, but it is not a character and has no UTF-8 encoding.
+    A JSON escape can denote a surrogate, but it is not a character and has no UTF-8 encoding.
     """
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list):
-        return [whole_characters(item) for item in value]
-    if isinstance(value, dict):
-        return {whole_characters(name): whole_characters(item) for name, item in value.items()}
+    if value is None or kind in (int, float, bool):
+        return value
+    if kind is list or kind is tuple:
+        return [plain_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {plain_value(str(key)): plain_value(item) for key, item in value.items()}
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return plain_value(value.tolist())
     return value
 
 

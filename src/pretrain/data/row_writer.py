@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import json
@@ -10,10 +11,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from pretrain.errors import DataError
-from pretrain.utils.files import HashingFile, replacing, temporary_name
+from pretrain.utils.files import replacing, temporary_name
 from pretrain.utils.strict_json import without_nan
 
 __all__ = ["WRITABLE", "RowWriter"]
@@ -48,13 +49,14 @@ class RowWriter:
         self.answers: dict[str, str] = {}  # key of an answer -> column
         self._waiting: list[Mapping[str, Any]] = []  # rows before the first answer
         self._stack = contextlib.ExitStack()
-        self._lines: _Lines | None = None
+        self._lines: Any = None
         self._csv: Any = None
 
     def __enter__(self) -> RowWriter:
         self._stack.push(self._settle)  # runs last, when the table is complete or removed
         with self._saying():
-            self._lines = _Lines(self._stack.enter_context(replacing(self.path, buffer=_BUFFER)))
+            file = self._stack.enter_context(replacing(self.path, buffer=_BUFFER))
+        self._lines = codecs.getwriter("utf-8")(cast(Any, file))
         if self.path.suffix.lower() != ".jsonl":
             mark = "," if self.path.suffix.lower() == ".csv" else "\t"
             self._csv = csv.writer(self._lines, delimiter=mark, lineterminator="\n")
@@ -119,7 +121,6 @@ class RowWriter:
         self._waiting = []
 
     def _put(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        assert self._lines is not None
         added = {column: self._plain(answer.get(key)) for key, column in self.answers.items()}
         if self._csv is None:
             self._lines.write(_json({**row, **added}) + "\n")
@@ -157,17 +158,6 @@ class RowWriter:
             yield
         except OSError as error:
             raise DataError(f"Cannot write {self.path}: {error.strerror}.") from error
-
-
-class _Lines:
-    """Text adapter that writes UTF-8 to a binary file."""
-
-    def __init__(self, file: HashingFile) -> None:
-        self._file = file
-
-    def write(self, text: str) -> None:
-        """Append a string."""
-        self._file.write(text.encode("utf-8"))
 
 
 def _cell(value: Any) -> Any:

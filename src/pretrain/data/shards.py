@@ -8,9 +8,8 @@ row order) and ``rows`` (int64 offsets into the segments).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,71 +140,36 @@ class Rows:
         )
         return float(tokens / order.epoch_length)
 
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """Convert a mean loss in nats per predicted token into bits per byte of text."""
-        return nats_per_token / float(np.log(2)) * self.num_targets / max(1, self.num_bytes)
-
-    def tokens_in(self, index: int) -> int:
-        """Return the number of tokens in a row, padding excluded."""
-        self._check(index)
-        return int(self._pieces(np.array([index % len(self)]))[1][:, 1].sum())
-
-    def _check(self, index: int) -> None:
+    def __getitem__(self, index: int) -> Example:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        return {name: values[0] for name, values in self.gather([index % len(self)]).items()}
 
-    def _pieces(self, chosen: Ints) -> tuple[Ints, Ints]:
-        """Return (B,) the number of pieces of each row, and (N, 2) first token and length of all of them.
+    def gather(self, indices: Sequence[int] | Ints) -> dict[str, Ints]:
+        """Return B rows as one batch: ``input_ids``, ``document_ids`` and ``position_ids``, each (B, T) int64.
 
         Raises:
             DataError: an offset points outside the file it refers to, or a row has more tokens than its length.
         """
-        pairs = self._rows.read(chosen, np.full(len(chosen), 2), chosen).reshape(-1, 2)
-        counts = np.diff(pairs, axis=1)[:, 0]
-        wrong = (pairs[:, 0] < 0) | (counts < 0) | (2 * pairs[:, 1] > len(self._segments))
+        chosen = np.asarray(indices, dtype=np.int64)
+        bounds = self._rows.read(chosen, np.full(len(chosen), 2), chosen).reshape(-1, 2)
+        first, counts = bounds[:, 0], np.diff(bounds, axis=1)[:, 0]  # pieces of each row
+        wrong = (first < 0) | (counts < 0) | (2 * bounds[:, 1] > len(self._segments))
         if wrong.any():
             raise self._inconsistent("rows", int(chosen[wrong.argmax()]))
-        pieces = self._segments.read(2 * pairs[:, 0], 2 * counts, chosen).reshape(-1, 2)
-        row = np.repeat(np.arange(len(chosen)), counts)
+        pieces = self._segments.read(2 * first, 2 * counts, chosen).reshape(-1, 2)
+        starts, lengths = pieces[:, 0], pieces[:, 1]
+        row = np.repeat(np.arange(len(chosen)), counts)  # of each piece
+        used = np.bincount(row, weights=lengths, minlength=len(chosen))  # tokens of each row
         outside = (pieces < 0).any(axis=1) | (pieces > len(self._tokens)).any(axis=1)
-        outside |= pieces.sum(axis=1) > len(self._tokens)
-        if not outside.any():
-            used = np.bincount(row, weights=pieces[:, 1], minlength=len(chosen))
-            outside = (used > self.row_length)[row]
+        outside |= (starts + lengths > len(self._tokens)) | (used > self.row_length)[row]
         if outside.any():
             raise self._inconsistent("segments", int(chosen[row[outside.argmax()]]))
-        return counts, pieces
-
-    def _inconsistent(self, kind: str, row: int) -> DataError:
-        return DataError(
-            f"{self.folder}/{self.split}.{kind}.bin is damaged: row {row} refers to positions that do not exist. "
-            "Prepare the data again (delete the directory first)."
-        )
-
-    def __getitem__(self, index: int) -> Example:
-        self._check(index)
-        return {name: values[0] for name, values in self.gather([index % len(self)]).items()}
-
-    def gather(self, indices: Sequence[int] | Ints) -> dict[str, Ints]:
-        """Return rows as one batch.
-
-        Args:
-            indices: B row numbers.
-
-        Returns:
-            ``input_ids``, ``document_ids`` and ``position_ids``, each (B, T) int64.
-        """
-        chosen = np.asarray(indices, dtype=np.int64)
-        counts, pieces = self._pieces(chosen)
-        row = np.repeat(np.arange(len(chosen)), counts)
-        before = np.cumsum(counts) - counts
-        rank = np.arange(len(row)) - before[row]
-        starts, lengths = pieces[:, 0], pieces[:, 1]
+        rank = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
         document = np.repeat(rank + 1, lengths)
         position = np.arange(len(document))
         position -= np.repeat(np.cumsum(lengths) - lengths, lengths)
         # The pieces of a row follow each other from its first column on; padding is at its end.
-        used = np.bincount(row, weights=lengths, minlength=len(chosen))
         filled = np.arange(self.row_length) < used[:, None]
         tokens = self._tokens.read(starts, lengths, chosen[row])
         columns = {
@@ -214,6 +178,12 @@ class Rows:
             "position_ids": (position, 0),
         }
         return {name: _laid_out(values, filled, fill) for name, (values, fill) in columns.items()}
+
+    def _inconsistent(self, kind: str, row: int) -> DataError:
+        return DataError(
+            f"{self.folder}/{self.split}.{kind}.bin is damaged: row {row} refers to positions that do not exist. "
+            "Prepare the data again (delete the directory first)."
+        )
 
 
 def _laid_out(values: NDArray[Any], filled: NDArray[np.bool_], fill: int) -> Ints:
@@ -366,19 +336,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
     try:
-        manifest = parse_json(data, file)
-        if isinstance(manifest, dict) and "digest" in manifest and "format" in manifest:
+        found = parse_json(data, file)
+        manifest: dict[str, Any] = found if isinstance(found, dict) else {}
+        if {"digest", "format"} <= manifest.keys():
             manifest = unsealed(manifest)
     except CheckpointCorrupt as error:
         raise _damaged(file, f"expected {error.expected}, found {error.found}") from error
     except ValueError as error:
         raise _damaged(file, str(error)) from error
-    if not isinstance(manifest, dict) or "format" not in manifest or "schema" in manifest:
-        what = (
-            "a checkpoint"
-            if isinstance(manifest, dict) and "schema" in manifest
-            else "something else"
-        )
+    if "format" not in manifest or "schema" in manifest:
+        what = "a checkpoint" if "schema" in manifest else "something else"
         raise DataError(
             f"{folder} is not prepared data: its {MANIFEST} belongs to {what}. Give a directory that `pretrain "
             "prepare` wrote."
@@ -399,33 +366,26 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     """Check the types and ranges of all manifest fields that are read, since a manifest is untrusted input."""
     _check(file, "", manifest, _SHAPE)
-    for split in SPLITS:
-        stats = manifest["splits"].get(split)
-        _check(file, f"splits.{split}", stats, _SPLIT_SHAPE)
-        if "unknown" in stats:  # absent from data prepared by older releases
-            _check(file, f"splits.{split}", stats, {"unknown": _COUNT})
-        for entry in stats["sources"]:
-            _check(file, f"splits.{split}.sources", entry, _SOURCE_SHAPE)
-            if entry.get("weight") is not None:
-                _check(
-                    file, f"splits.{split}.sources", entry, {"weight": _Range(float, 1e-300, 1e300)}
-                )
-        if sum(entry["rows"] for entry in stats["sources"]) != stats["rows"]:
-            raise _damaged(file, f"the sources of splits.{split} do not have {stats['rows']} rows")
-    _check(file, "options", manifest["options"], {"row_length": _Range(int, 2, 1 << 24)})
-    if "vocab_size" in manifest["options"]:
-        _check(file, "options", manifest["options"], {"vocab_size": _Range(int, 1, 1 << 32)})
+    _check(file, "options", manifest["options"], _OPTIONS, optional=("vocab_size",))
     _check(file, "tokenizer", manifest["tokenizer"], _TOKENIZER_SHAPE)
-    if manifest["unigram"]:
-        _check(file, "unigram", manifest["unigram"], {"nats": _Range(float, 0, 1e6)})
+    _check(
+        file, "unigram", manifest["unigram"], {"nats": _Range(float, 0, 1e6)}, optional=("nats",)
+    )
+    for split in SPLITS:
+        where, stats = f"splits.{split}", manifest["splits"].get(split)
+        # Data prepared by older releases do not count unknown tokens.
+        _check(file, where, stats, _SPLIT_SHAPE, optional=("unknown",))
+        for entry in stats["sources"]:
+            _check(file, f"{where}.sources", entry, _SOURCE_SHAPE, optional=("weight",))
+        if sum(entry["rows"] for entry in stats["sources"]) != stats["rows"]:
+            raise _damaged(file, f"the sources of {where} do not have {stats['rows']} rows")
     for name, record in manifest["files"].items():
         _check(file, f"files.{name[:80]}", record, {"size": _COUNT, "sha256": str})
     if any(not isinstance(note, str) for note in manifest["notes"]):
         raise _damaged(file, "an entry of notes is not a string")
 
 
-@dataclass(frozen=True)
-class _Range:
+class _Range(NamedTuple):
     """An allowed range of numbers, bounds included."""
 
     kind: type
@@ -445,9 +405,15 @@ _SHAPE: dict[str, Any] = {
 }  # fmt: skip
 _SPLIT_SHAPE: dict[str, Any] = {
     "documents": _COUNT, "bytes": _COUNT, "tokens": _COUNT, "characters": _COUNT, "targets": _COUNT,
-    "longest": _COUNT, "rows": _COUNT, "padding": _SHARE, "sources": list,
+    "longest": _COUNT, "rows": _COUNT, "padding": _SHARE, "sources": list, "unknown": _COUNT,
 }  # fmt: skip
-_SOURCE_SHAPE: dict[str, Any] = {"name": str, "share": _SHARE, "rows": _COUNT, "tokens": _COUNT}
+_SOURCE_SHAPE: dict[str, Any] = {
+    "name": str, "share": _SHARE, "rows": _COUNT, "tokens": _COUNT, "weight": _Range(float, 1e-300, 1e300),
+}  # fmt: skip
+_OPTIONS: dict[str, Any] = {
+    "row_length": _Range(int, 2, 1 << 24),
+    "vocab_size": _Range(int, 1, 1 << 32),
+}
 _TOKENIZER_SHAPE: dict[str, Any] = {
     "kind": str, "vocab_size": _Range(int, 1, 1 << 32), "trained_on_bytes": _COUNT,
 }  # fmt: skip
@@ -459,15 +425,19 @@ def _damaged(file: Path, fault: str) -> DataError:
     )
 
 
-def _check(file: Path, where: str, value: Any, shape: dict[str, Any]) -> None:
-    """Raise DataError unless a part of the manifest has the required keys, types and ranges."""
+def _check(
+    file: Path, where: str, value: Any, shape: dict[str, Any], optional: Sequence[str] = ()
+) -> None:
+    """Raise DataError unless a part of the manifest has these keys, types and ranges; ``optional`` ones may be None."""
     if not isinstance(value, dict):
         raise _damaged(file, f"{where} is missing or not an object")
     for key, kind in shape.items():
         name = f"{where}.{key}".lstrip(".")
+        found: Any = value.get(key)
+        if found is None and key in optional:
+            continue
         if key not in value:
             raise _damaged(file, f"{name} is missing")
-        found: Any = value[key]
         types = (int, kind.kind) if isinstance(kind, _Range) else kind
         if not isinstance(found, types) or isinstance(found, bool):
             raise _damaged(file, f"{name} holds {type(found).__name__}")
@@ -485,7 +455,7 @@ def _tokenizer_line(prepared: Prepared) -> str:
         of = f" ({asked:,} asked for)" if tokenizer["kind"] != "char" else ""
         line += f"{of}, trained on {trained / 1e6:,.1f} MB"
     name = prepared.tokenizer.roles.get("unk")
-    if name and all("unknown" in splits[split] for split in SPLITS):
+    if name and all(splits[split].get("unknown") is not None for split in SPLITS):
         tokens = sum(splits[split]["tokens"] for split in SPLITS)
         unknown = sum(splits[split]["unknown"] for split in SPLITS)
         line += f"; {100 * unknown / max(1, tokens):.2f} % of the tokens are {name}"

@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,8 +36,8 @@ from pretrain.errors import DataError
 from pretrain.utils.files import replacing
 
 __all__ = [
-    "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "documents",
-    "options_read", "resolve_sources", "sized_pieces", "unused_options",
+    "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "options_read",
+    "resolve_sources", "sized_pieces", "unused_options",
 ]  # fmt: skip
 
 PIECE_CHARS = 32_768
@@ -62,6 +63,7 @@ class Source(Protocol):
 _FEW = 0.05
 
 
+@dataclass(eq=False)
 class FileSource:
     """Files read in sequence; see :func:`pretrain.data.readers.read_file`.
 
@@ -74,24 +76,19 @@ class FileSource:
         legacy: without ``encoding``, that of ``legacy_files``, which are those that are not UTF-8.
     """
 
-    def __init__(
-        self,
-        name: str,
-        files: Sequence[Path],
-        text: str | Mapping[str, str] = "text",
-        separator: str | None = None,
-        encoding: str | None = None,
-        remark: str = "",
-        legacy: str | None = None,
-    ) -> None:
-        self.name = name
-        self.files = list(files)
-        self.text = text
-        self.separator = separator
-        self.encoding = check_encoding(encoding)
-        self.legacy = check_encoding(legacy) if encoding is None else None
-        self._remark = remark
-        self.notes: list[str] = []
+    name: str
+    files: Sequence[Path]
+    text: str | Mapping[str, str] = "text"
+    separator: str | None = None
+    encoding: str | None = None
+    remark: str = ""
+    legacy: str | None = None
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        """Raise DataError if Python does not know an encoding."""
+        self.legacy = check_encoding(self.legacy) if self.encoding is None else None
+        self.encoding = check_encoding(self.encoding)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents of all files in pieces; documents that cannot be decoded are skipped and counted.
@@ -99,7 +96,7 @@ class FileSource:
         Raises:
             DataError: a file cannot be read, or more than 5 % of the documents cannot be decoded.
         """
-        self.notes[:] = [self._remark] if self._remark else []
+        self.notes[:] = [self.remark] if self.remark else []
         left_out: list[Callable[[], DataError]] = []
         count = undivided = 0
         for file in self.files:
@@ -336,7 +333,10 @@ class HubSource:
             stream = datasets.load_dataset(
                 self.repository, self.config or None, split=self.split, streaming=True
             )
-            _spool(stream, self.text, self.name, self.file)
+            with replacing(self.file) as out:
+                for number, row in enumerate(stream):
+                    text = cell_text(row, self.text, f"{self.name}, row {number}")
+                    out.write(json.dumps({"text": text}).encode() + b"\n")
         except DataError:
             raise
         except Exception as error:  # many types, for a missing name, split or network
@@ -344,14 +344,6 @@ class HubSource:
                 f"{self.name} cannot be streamed ({type(error).__name__}: {error}). Check the name, the config after "
                 "'@', the split after ':', and the network."
             ) from error
-
-
-def _spool(stream: Any, column: str, name: str, target: Path) -> None:
-    """Write the text column of an iterable of rows as JSON lines."""
-    with replacing(target) as out:
-        for number, row in enumerate(stream):
-            text = cell_text(row, column, f"{name}, row {number}")
-            out.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 class PythonSource:
@@ -403,16 +395,6 @@ class PythonSource:
         ]
         digest = hashlib.sha256("\n".join([sys.version, *listing]).encode()).hexdigest()
         return f"python:{digest}"
-
-
-def documents(source: Source) -> Iterator[str]:
-    """Yield whole documents; each must fit in memory."""
-    parts: list[str] = []
-    for text, end in source.pieces():
-        parts.append(text)
-        if end:
-            yield "".join(parts)
-            parts.clear()
 
 
 def sized_pieces(pieces: Iterator[Piece], limit: int = PIECE_CHARS) -> Iterator[Piece]:

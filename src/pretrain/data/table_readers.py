@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import option, reads_with
-from pretrain.data.encodings import (
-    COMPRESSIONS,
-    not_decodable,
-    open_packed,
-)
+from pretrain.data.encodings import COMPRESSIONS, not_decodable, open_packed
 from pretrain.data.readers import (
     ESCAPED,
     MAX_WHOLE,
@@ -29,36 +26,18 @@ from pretrain.data.readers import (
     decode_line,
     lines,
     no_column,
+    plain_value,
     text_of,
-    whole_characters,
 )  # fmt: skip
 from pretrain.errors import DataError
 from pretrain.utils.files import note
 
 __all__ = [
-    "Sentence", "cell_form", "conll_sentences", "conllu_sentences", "csv_rows", "delimiter_of", "documents",
-    "json_rows", "json_value", "open_parquet",
+    "Sentence", "cell_form", "conll_sentences", "conllu_sentences", "csv_rows", "delimited_texts", "delimiter_of",
+    "json_rows", "json_texts", "json_value", "open_parquet", "parquet_texts",
 ]  # fmt: skip
 
 Sentence = tuple[int, list[str], list[str]]  # first line, words, tags
-
-
-def documents(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
-    """Yield the documents in the text column of a table, each in one piece.
-
-    Args:
-        path: the file.
-        kind: ``jsonl`` (also of a ``.json`` file), ``csv``, ``tsv`` or ``parquet``.
-        how: names the column.
-
-    Raises:
-        DataError: the file cannot be read; names the file, and the line and byte or column.
-    """
-    if kind == "jsonl":
-        return _jsonl(path, how)
-    if kind in ("csv", "tsv"):
-        return _delimited(path, kind, how)
-    return _parquet(path, how.text)
 
 
 # --------------------------------------------------------------------------------------------------------- JSON
@@ -71,11 +50,8 @@ def _no_constant(name: str) -> None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise DataError(f"the key {name!r} stands twice in one object")
-            seen.add(name)
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise DataError(f"the key {twice!r} stands twice in one object")
     return row
 
 
@@ -88,7 +64,7 @@ def _parse_json(text: str) -> Any:
     """
     value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
     escapes = "\\ud" in text or "\\uD" in text
-    return whole_characters(value) if escapes else value
+    return plain_value(value) if escapes else value
 
 
 def json_rows(
@@ -185,7 +161,8 @@ def json_value(path: Path, encoding: str | None, limit: int | None = None) -> An
         raise DataError(f"{path}: {error}. Correct the file.") from error
 
 
-def _jsonl(path: Path, how: Reading) -> Iterator[Piece]:
+def json_texts(path: Path, how: Reading) -> Iterator[Piece]:
+    """Yield the documents in a column of JSON lines, or of a ``.json`` file that holds one value."""
     if _is_one_value(path, how.encoding):
         places = enumerate(_values(json_value(path, how.encoding, MAX_WHOLE), how.text), start=1)
         rows = ((f"{path}, row {number}", row) for number, row in places)
@@ -230,13 +207,7 @@ _CELL = re.compile(
 
 
 def delimiter_of(path: Path, kind: str, encoding: str | None = None) -> str:
-    """Return the delimiter in the first non-empty line of a file: the usual one of its kind, or else another one.
-
-    Args:
-        path: the file.
-        kind: ``csv`` or ``tsv``.
-        encoding: None is UTF-8.
-    """
+    """Return the delimiter in the first non-empty line of a file: the usual one of ``csv`` or ``tsv``, or another."""
     usual = "\t" if kind == "tsv" else ","
     for _, line in lines(path, encoding):
         bare = re.sub(r'"[^"]*"', "", line.decode("utf-8", "replace")).strip("\r\n")
@@ -262,16 +233,15 @@ def cell_form(
     return between, quoting
 
 
-def _written_with_quotes(path: Path, delimiter: str, encoding: str | None = None) -> bool:
+def _written_with_quotes(path: Path, delimiter: str, encoding: str | None) -> bool:
     """Whether quotes enclose cells, as CSV writers use them, or are ordinary characters.
 
     They enclose cells if every cell with a quote is entirely quoted with inner quotes doubled, and either all cells of
     the file are quoted or only those that need it, at least one of them because of a delimiter, a line end or a quote.
     Otherwise quotes are part of the text.
     """
-    needed, needless, all_quoted, seen = False, False, True, False
+    needed, needless, all_quoted, seen, odd = False, False, True, False, False
     pending: list[str] = []
-    odd = False
     for _, raw in lines(path, encoding):
         line = raw.decode("utf-8", "surrogateescape")
         seen = True
@@ -390,7 +360,8 @@ def _quoted_rows(
         ) from error
 
 
-def _delimited(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
+def delimited_texts(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
+    """Yield the documents in a column of a file of the kind ``csv`` or ``tsv``."""
     delimiter, quoting = cell_form(path, kind, None, None, how.encoding)
     rows = csv_rows(
         path, delimiter=delimiter, quoting=quoting, encoding=how.encoding, escaped=how.undecodable is not None
@@ -400,7 +371,7 @@ def _delimited(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
         return
     header = [cell.strip() for cell in header]
     if how.text not in header:
-        raise no_column(f"{path}:1", how.text, [whole_characters(name) for name in header])
+        raise no_column(f"{path}:1", how.text, [plain_value(name) for name in header])
     place = header.index(how.text)
     for number, row in rows:
         cell = row[place]
@@ -450,7 +421,9 @@ def _unpacked(path: Path) -> Path | io.BytesIO:
     return io.BytesIO(data)
 
 
-def _parquet(path: Path, column: str) -> Iterator[Piece]:
+def parquet_texts(path: Path, how: Reading) -> Iterator[Piece]:
+    """Yield the documents in a column of a parquet file."""
+    column = how.text
     with open_parquet(path) as table:
         names = table.schema_arrow.names
         if column not in names:

@@ -20,8 +20,8 @@ from pretrain.data.readers import (
     COMPRESSIONS,
     TABLE_FORMATS,
     has_transform,
+    plain_value,
     table_kind,
-    whole_characters,
 )
 from pretrain.data.table_readers import (
     cell_form,
@@ -79,7 +79,8 @@ class Table:
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise DataError(
-                f"{self.name}: the columns differ in length: {lengths}. Every row needs a value in each column."
+                f"{self.origin or self.name}: the columns differ in length: {lengths}. Every row needs a value in each "
+                "column; otherwise give a list of objects, one for each row."
             )
         if self.places is not None and len(self.places) != len(self):
             raise DataError(
@@ -296,22 +297,6 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
 # ----------------------------------------------------------------------------------------------- objects
 
 
-def _plain(value: Any) -> Any:
-    """Convert NumPy values to Python values, and replace lone surrogates in strings, recursively."""
-    kind = type(value)
-    if kind is str:
-        return whole_characters(value)
-    if value is None or kind in (int, float, bool):
-        return value
-    if kind is list or kind is tuple:
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "dtype") and hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return value
-
-
 def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Table:
     if columns is not None:
         names = distinct("columns", list(columns))
@@ -341,10 +326,11 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
         raise DataError(
             f"row {k + 1} of {name} (index {k}) is {type(row).__name__} {shortened(row)}, which has no columns. {cure}"
         )
-    named = ((f"row {k + 1} of a list (index {k})", _plain(row)) for k, row in enumerate(source))
-    made, count = columns_of_rows(named, name)
-    called = f"a list of {count:,} rows"
-    return Table(called, made, origin="a list", unit="index")
+    named = (
+        (f"row {k + 1} of a list (index {k})", plain_value(row)) for k, row in enumerate(source)
+    )
+    called = f"a list of {len(source):,} rows"
+    return Table(called, columns_of_rows(named, name), origin="a list", unit="index")
 
 
 def _columns(source: Mapping[Any, Any], name: str) -> Table:
@@ -358,27 +344,23 @@ def _columns(source: Mapping[Any, Any], name: str) -> Table:
             )
         if str(key) in made:
             raise DataError(f"{name} has the column {str(key)!r} twice.")
-        made[str(key)] = [_plain(value) for value in column]
+        made[str(key)] = [plain_value(value) for value in column]
     count = len(next(iter(made.values()), ()))
     return Table(f"a dict of {count:,} rows", made, origin="a dict of columns", unit="index")
 
 
 def _frame(frame: Any) -> Table:
-    names = distinct("the pandas frame", [str(name) for name in frame.columns])
-    made = {}
-    for k, name in enumerate(names):
+    columns = {}
+    for k, name in enumerate(distinct("the pandas frame", [str(name) for name in frame.columns])):
         series = frame.iloc[:, k]
-        missing = series.isna().tolist()
-        pairs = zip(series.tolist(), missing, strict=True)
-        made[name] = [None if absent else _plain(value) for value, absent in pairs]
-    return Table(
-        f"a pandas frame of {len(frame):,} rows", made, origin="a pandas frame", unit="position"
-    )
+        pairs = zip(series.tolist(), series.isna().tolist(), strict=True)
+        columns[name] = [None if absent else value for value, absent in pairs]
+    return _made(columns, len(frame), "a pandas frame", unit="position")
 
 
-def _made(columns: dict[str, list[Any]], count: int, what: str) -> Table:
-    plain = {name: [_plain(value) for value in column] for name, column in columns.items()}
-    return Table(f"{what} of {count:,} rows", plain, origin=what, unit="index")
+def _made(columns: dict[str, list[Any]], count: int, what: str, unit: str = "index") -> Table:
+    made = {name: [plain_value(value) for value in column] for name, column in columns.items()}
+    return Table(f"{what} of {count:,} rows", made, origin=what, unit=unit)
 
 
 def _dataset(dataset: Any, name: str) -> Table:
@@ -391,10 +373,9 @@ def _dataset(dataset: Any, name: str) -> Table:
     features = getattr(dataset, "features", None) or {}
     if has_transform(dataset):
         note(f"{name}: the transform of the data set is applied once to each row")
-        found, _ = columns_of_rows(
-            ((f"row {i}", _plain(row)) for i, row in enumerate(dataset)), name
-        )
-        made = stored | found  # what it leaves out, as many do with images, is read as it is stored
+        rows = ((f"row {i}", plain_value(row)) for i, row in enumerate(dataset))
+        # What the transform leaves out, as many do with images, is read as it is stored.
+        made = stored | columns_of_rows(rows, name)
     # A feature describes the stored column: names of classes do not belong to numbers that were changed.
     kept = {key: feature for key, feature in features.items() if made[key] == stored[key]}
     called = f"a data set of {len(dataset):,} rows"
@@ -583,8 +564,7 @@ def numbered_names(count: int) -> list[str]:
 
 def distinct(where: str, names: list[str]) -> list[str]:
     """Return `names`; raise DataError if one occurs twice."""
-    seen: set[str] = set()
-    twice = [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise DataError(
             f"{where} names the column {twice[0]!r} twice: {shown(names)}. Names must differ; if this line is a row "
@@ -627,10 +607,8 @@ def _give_names(names: Sequence[Any]) -> str:
     return f"name the columns, in their order in the file: {option('names', names)}"
 
 
-def columns_of_rows(
-    rows: Iterable[tuple[str, Any]], source: str
-) -> tuple[dict[str, list[Any]], int]:
-    """Turn (location, object) pairs into columns and the number of rows.
+def columns_of_rows(rows: Iterable[tuple[str, Any]], source: str) -> dict[str, list[Any]]:
+    """Turn (location, object) pairs into columns.
 
     A key that is missing from some rows is None there, which is reported in one line.
 
@@ -661,7 +639,7 @@ def columns_of_rows(
         ]
         more = f" and {len(told) - 3} other columns" if len(told) > 3 else ""
         note(f"{source}: rows that lack a column get None in it: {', '.join(told[:3])}{more}")
-    return columns, count
+    return columns
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -681,7 +659,7 @@ def _json_lines(path: Path, encoding: str | None = None) -> Table:
             lines.append(line)
             yield f"{path}:{line}", row
 
-    columns, _ = columns_of_rows(rows(), str(path))
+    columns = columns_of_rows(rows(), str(path))
     return _of_file(path, columns, lines)
 
 
@@ -698,14 +676,8 @@ def _json(path: Path, encoding: str | None) -> Table:
             return _squad(path, value)
     if isinstance(value, list):
         named = ((f"row {k} of {path}", row) for k, row in enumerate(value, start=1))
-        return _of_file(path, columns_of_rows(named, str(path))[0])
+        return _of_file(path, columns_of_rows(named, str(path)))
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        lengths = {name: len(column) for name, column in value.items()}
-        if len(set(lengths.values())) > 1:
-            raise DataError(
-                f"{path} holds lists of different lengths: {lengths}. As columns of a table they must be equal; "
-                "otherwise write a list of objects."
-            )
         return _of_file(path, value)
     keys = f" with the keys {shown(list(value))}" if isinstance(value, dict) else ""
     raise DataError(
@@ -743,7 +715,7 @@ def _squad(path: Path, articles: list[Any]) -> Table:
             f"{path}: {where or 'data'} {what}. Expected data[].paragraphs[] with context and qas[], each of these "
             "with question and answers[] of text and answer_start."
         ) from error
-    return _of_file(path, columns_of_rows(rows, str(path))[0])
+    return _of_file(path, columns_of_rows(rows, str(path)))
 
 
 def _parquet(path: Path) -> Table:

@@ -149,15 +149,6 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
         lengths = self.lengths
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])[:count]
 
-    def batches(self, max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-        """Yield batches of example indices for forward passes, grouped by length.
-
-        Args:
-            max_rows: maximum examples in a batch.
-            max_tokens: maximum tokens of a batch, padding to its longest included; a longer example is a batch alone.
-        """
-        return batches_by_length(self.lengths, max_rows, max_tokens)
-
     def take(self, indices: Iterable[int]) -> TaskRows:
         """Return the examples at ``indices`` with their owners and info, but no ``cut``, ``dropped`` or ``remarks``."""
         chosen = list(indices)
@@ -172,7 +163,13 @@ class TaskRows(Sequence[Mapping[str, NDArray[Any]]]):
 def batches_by_length(
     lengths: Sequence[int], max_rows: int, max_tokens: int
 ) -> Iterator[list[int]]:
-    """Yield batches of indices of similar length, shortest first; see ``TaskRows.batches``."""
+    """Yield batches of indices of similar length for forward passes, shortest first.
+
+    Args:
+        lengths: number of tokens of each example.
+        max_rows: maximum examples in a batch.
+        max_tokens: maximum tokens of a batch, padding to its longest included; a longer example is a batch alone.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) == max_rows or (len(batch) + 1) * lengths[i] > max_tokens):
@@ -223,8 +220,6 @@ def blanks_before_words(tokenizer: Tokenizer) -> Tokenizer:
     from tokenizers import normalizers, pre_tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.no_truncation()
-    backend.no_padding()
     if _reads_words_as_text(backend):
         return tokenizer
     config = dict(tokenizer.config)

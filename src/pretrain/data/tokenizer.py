@@ -124,7 +124,6 @@ class Tokenizer:
         )
         self.kind = kind_of(backend)
         self._siblings: dict[tuple[Any, ...], tokenizers.Tokenizer] = {}
-        self._words: WordFinder | None = None
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -145,11 +144,7 @@ class Tokenizer:
     @property
     def named_tokens(self) -> dict[str, str]:
         """The named tokens as transformers has them, ``{"bos_token": "<s>", ...}``: those of files, class and roles."""
-        found = self.class_tokens | {
-            key: name
-            for key, name in self.config.items()
-            if key.endswith("_token") and isinstance(name, str)
-        }
+        found = self.class_tokens | _tokens_in(self.config)
         for role, name in self.stated_roles.items():
             if name not in [found.get(key) for key in ROLE_KEYS[role]]:
                 found[f"{role}_token"] = name
@@ -404,11 +399,11 @@ class Tokenizer:
 
     def word_starts(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.bool_]:
         """Return (T,) True where a token begins a word; see :mod:`pretrain.data.word_boundaries`."""
-        if self._words is None:
-            self._words = WordFinder(
-                token_bytes(self.backend, self.vocab, self.special_ids, self.vocab_size)
-            )
         return self._words.starts(np.asarray(ids, dtype=np.int64))
+
+    @functools.cached_property
+    def _words(self) -> WordFinder:
+        return WordFinder(token_bytes(self.backend, self.vocab, self.special_ids, self.vocab_size))
 
     def word_ids(self, ids: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
         """Return (T,) the number of the word that each token belongs to, counted from 0."""
@@ -445,19 +440,12 @@ class Tokenizer:
             if key not in self.class_tokens or name in held:
                 config[key] = name
         # A token that the file names and the vocabulary lacks would be added when the directory is opened again.
-        lacking = [
-            key
-            for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, str) and value not in self.vocab
-        ]
-        for key in lacking:
-            del config[key]
-        named = {v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
-        named |= set(self._guessed.values())
-        inverse = {index: name for name, index in self.vocab.items()}
-        others = [
-            inverse[index] for index in sorted(self.special_ids) if inverse[index] not in named
-        ]
+        for key, name in _tokens_in(config).items():
+            if name not in self.vocab:
+                del config[key]
+        named = {*_tokens_in(config).values(), *self._guessed.values()}
+        special = map(self.backend.id_to_token, sorted(self.special_ids))
+        others = [name for name in special if name not in named]
         if others:  # transformers 5 and 4 use different keys
             config["extra_special_tokens"] = config["additional_special_tokens"] = others
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
@@ -545,10 +533,7 @@ class Tokenizer:
 def _encoding(inputs: Sequence[Any], what: str, fix: str = "") -> Iterator[None]:
     """Convert errors of the library, and name a lone surrogate, which it refuses, by its text and place.
 
-    Args:
-        inputs: texts, pairs of texts, or lists of words.
-        what: the message on other errors.
-        fix: further advice on other errors.
+    ``what`` and ``fix`` are the message and further advice on other errors.
     """
     try:
         with library_errors(what, f"Use a vocabulary with an unknown token.{fix}"):
@@ -564,6 +549,15 @@ def _encoding(inputs: Sequence[Any], what: str, fix: str = "") -> Iterator[None]
                         "character. Remove it, or decode the text again from its bytes."
                     ) from error
         raise
+
+
+def _tokens_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the named tokens of a tokenizer_config.json: ``{"bos_token": "<s>", ...}``."""
+    return {
+        key: name
+        for key, name in config.items()
+        if key.endswith("_token") and isinstance(name, str)
+    }
 
 
 def _templates_in(value: Any) -> dict[str, str]:

@@ -107,10 +107,7 @@ _PROGRAMS = {f"{name}Tokenizer" for name in _PROGRAM_NAMES.split()}
 def _class_name(config: Mapping[str, Any], model: Mapping[str, Any], byte_level: bool) -> str:
     """Return the class that AutoTokenizer chooses; ``TokenizersBackend`` if tokenizer.json is used as it is.
 
-    Args:
-        config: content of tokenizer_config.json.
-        model: content of config.json.
-        byte_level: ``tokenizer.json`` is byte-level BPE.
+    ``config`` and ``model`` are tokenizer_config.json and config.json; ``byte_level`` that tokenizer.json is such BPE.
     """
     family = model.get("model_type")
     registered = _CLASS_OF_MODEL.get(family) if isinstance(family, str) else None
@@ -201,13 +198,17 @@ _ROBERTA = {
 }
 
 
-def _mpnet(config: Mapping[str, Any]) -> _Rules:
-    def frame(named: dict[str, tuple[str, int]]) -> Any:
-        return processors.RobertaProcessing(
-            named["sep"], named["cls"], trim_offsets=True, add_prefix_space=False
-        )
+def _roberta_frame(
+    *, trim: bool = True, blank: bool = False
+) -> Callable[[dict[str, tuple[str, int]]], Any]:
+    """Return a function that builds RoBERTa's post-processor from the named tokens."""
+    return lambda named: processors.RobertaProcessing(
+        named["sep"], named["cls"], trim_offsets=trim, add_prefix_space=blank
+    )
 
-    return _wordpiece(config, {**_ROBERTA, "unk": "[UNK]"}, frame)
+
+def _mpnet(config: Mapping[str, Any]) -> _Rules:
+    return _wordpiece(config, {**_ROBERTA, "unk": "[UNK]"}, _roberta_frame())
 
 
 def _byte_level(config: Mapping[str, Any], **rules: Any) -> _Rules:
@@ -218,14 +219,8 @@ def _byte_level(config: Mapping[str, Any], **rules: Any) -> _Rules:
 
 
 def _roberta(config: Mapping[str, Any]) -> _Rules:
-    def frame(named: dict[str, tuple[str, int]]) -> Any:
-        return processors.RobertaProcessing(
-            named["sep"],
-            named["cls"],
-            trim_offsets=_flag(config, "trim_offsets", True),
-            add_prefix_space=_flag(config, "add_prefix_space", False),
-        )
-
+    trim, blank = _flag(config, "trim_offsets", True), _flag(config, "add_prefix_space", False)
+    frame = _roberta_frame(trim=trim, blank=blank)
     return _byte_level(config, frame=frame, defaults={**_ROBERTA, "unk": "<unk>"})
 
 
@@ -259,8 +254,7 @@ def _qwen(config: Mapping[str, Any], letters: str, others: str) -> _Rules:
 
 
 def _llama(config: Mapping[str, Any]) -> _Rules:
-    blank = config.get("add_prefix_space")
-    blank = blank if isinstance(blank, bool) else True
+    blank = _flag(config, "add_prefix_space", True)
     scheme = "never" if not blank else "always" if config.get("legacy", False) else "first"
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     return _Rules(
@@ -360,12 +354,7 @@ class _Beside:
 
     @classmethod
     def read(cls, folder: Path, stored: Mapping[str, Any]) -> _Beside:
-        """Read the companion files of a directory.
-
-        Args:
-            folder: directory of the tokenizer.
-            stored: the content of ``tokenizer.json``, empty if there is none.
-        """
+        """Read the companion files of a directory; ``stored`` is the content of its ``tokenizer.json``, or empty."""
         config = _object(folder / "tokenizer_config.json")
         decoder = config.pop("added_tokens_decoder", None)
         found = {k: v for k, v in config.items() if k.endswith("_token") and _content(v)}
@@ -506,13 +495,14 @@ def open_directory(
             f"holds its rules. Use a model with a tokenizer.json.{keep}"
         )
     rules = _BUILT[name](config) if name in _BUILT else None
-    if stored:
-        if rules is not None and not (model.get("model_type") in _MISNAMED and _made_here(stored)):
-            backend = _rebuilt(file, stored, rules)
-        else:
-            rules, backend = None, _from_content(file, stored)
+    if stored and model.get("model_type") in _MISNAMED and _made_here(stored):
+        rules = None
+    if not stored:
+        backend = _from_vocabulary(folder, name, rules)
+    elif rules is not None:
+        backend = _rebuilt(file, stored, rules)
     else:
-        rules, backend = _from_vocabulary(folder, name, config)
+        backend = _from_content(file, stored)
     with library_errors(odd, _DAMAGED):
         _add(backend, beside, rules, model.get("vocab_size"))
         if rules is not None:
@@ -598,13 +588,8 @@ _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 def _canonical(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a tokenizer file as the installed library writes it, or {} if it cannot be read."""
-    base: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-    }
-    base |= {"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    unset = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    base = {"version": "1.0", "added_tokens": []} | dict.fromkeys(unset)
     try:
         text = tokenizers.Tokenizer.from_str(json.dumps(base | dict(content))).to_str()
     except Exception:  # raised by the library; errors are reported when the whole file is opened
@@ -627,20 +612,16 @@ def _plain(model: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v or None for k, v in model.items() if k not in ("vocab", "merges")}
 
 
-def _from_vocabulary(
-    folder: Path, name: str, config: Mapping[str, Any]
-) -> tuple[_Rules, tokenizers.Tokenizer]:
-    """Build a tokenizer from ``vocab.txt``, or ``vocab.json`` and ``merges.txt``."""
+def _from_vocabulary(folder: Path, name: str, rules: _Rules | None) -> tokenizers.Tokenizer:
+    """Build a tokenizer of the class ``name`` from ``vocab.txt``, or ``vocab.json`` and ``merges.txt``."""
     pieces = (folder / "vocab.txt").is_file()
     pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    rules = _BUILT[name](config) if name in _BUILT else None
-    kind = rules.model["type"] if rules is not None else ""
-    if rules is not None and kind == "WordPiece" and pieces:
-        return rules, _pieces(folder / "vocab.txt", rules)
-    if rules is not None and kind == "BPE" and pairs and name != "LlamaTokenizer":
+    if rules is not None and rules.model["type"] == "WordPiece" and pieces:
+        return _pieces(folder / "vocab.txt", rules)
+    if rules is not None and rules.model["type"] == "BPE" and pairs and name != "LlamaTokenizer":
         with library_errors(f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer"):
             model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            return rules, _dressed(model, rules)
+            return _dressed(model, rules)
     found = sorted(p.name for p in folder.iterdir() if p.suffix == ".model" or p.name in _OTHERS)
     if not (pieces or pairs or found):
         raise TokenizerError(
@@ -702,11 +683,7 @@ def _reframe(
 ) -> None:
     """Set the post-processor of a rebuilt tokenizer to that of its class.
 
-    Args:
-        backend: the tokenizer.
-        beside: its companion files.
-        rules: the rules of its class.
-        explicit: there is no tokenizer.json, so ``add_bos_token`` and ``add_eos_token`` of the config apply.
+    If ``explicit``, there is no tokenizer.json, so ``add_bos_token`` and ``add_eos_token`` of the config apply.
     """
     config = {} if not explicit else beside.config
     texts = dict(rules.defaults)
@@ -727,9 +704,8 @@ def _reframe(
         wanted = rules.frame(named)
     except KeyError:  # the vocabulary lacks a token of the frame
         return
-    if not explicit and _frames_alike(backend, wanted):
-        return
-    backend.post_processor = wanted
+    if explicit or not _frames_alike(backend, wanted):
+        backend.post_processor = wanted
 
 
 def _frames_alike(backend: tokenizers.Tokenizer, frame: Any) -> bool:

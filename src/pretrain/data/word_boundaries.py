@@ -56,13 +56,9 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 def token_bytes(
     backend: tokenizers.Tokenizer, vocab: Mapping[str, int], special: Collection[int], size: int
 ) -> list[bytes]:
-    """Return the UTF-8 bytes, possibly of part of a character, that each id represents; never empty.
+    """Return the UTF-8 bytes, possibly of part of a character, that each id below ``size`` represents; never empty.
 
-    Args:
-        backend: determines how the names of its tokens spell text.
-        vocab: id of every name.
-        special: ids that are not text.
-        size: length of the result.
+    The backend determines how the names of its tokens spell text; ``special`` ids are no text.
     """
     byte_level = _is_byte_level(backend)
     model = type(backend.model).__name__

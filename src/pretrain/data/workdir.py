@@ -25,18 +25,12 @@ _OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
 def foreign(target: Path) -> str | None:
     """Return the first entry of a directory that ``prepare`` did not write, or None if it may be replaced."""
     for name in sorted(os.listdir(target)):
-        if name not in _OURS:
+        is_tokenizer = name == "tokenizer"
+        if name not in _OURS or (target / name).is_dir() != is_tokenizer:
             return name
-        inside = target / name
-        if name != "tokenizer":
-            if inside.is_dir():
-                return name
-        elif not inside.is_dir():
-            return name
-        else:
-            strange = sorted(set(os.listdir(inside)) - _OURS_INSIDE)
-            if strange:
-                return f"{name}/{strange[0]}"
+        strange = set(os.listdir(target / name)) - _OURS_INSIDE if is_tokenizer else None
+        if strange:
+            return f"{name}/{min(strange)}"
     return None
 
 

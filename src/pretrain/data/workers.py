@@ -127,11 +127,7 @@ def encode_batches(
 ) -> Generator[tuple[T, Encoded], None, None]:
     """Yield every batch, in order, with the concatenated ids of its texts and the number of ids of each.
 
-    Args:
-        tokenizer: a tokenizer of any kind; special tokens spelt in a text are read as plain text.
-        batches: the batches.
-        texts: returns the texts of a batch.
-        workers: number of child processes; below 2, texts are encoded in this process.
+    Special tokens spelt in a text are read as plain text. With less than two workers, this process encodes.
     """
     if workers < 2:
         encoder = FastEncoder(tokenizer.plain)

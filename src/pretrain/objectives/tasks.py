@@ -26,7 +26,7 @@ import torch
 from pretrain.data.labelled import Role, is_missing
 from pretrain.data.labels import LabelMap, spelled
 from pretrain.data.tables import read_table
-from pretrain.data.task_rows import TaskEncoder, TaskRows
+from pretrain.data.task_rows import TaskEncoder, TaskRows, batches_by_length
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
 from pretrain.nn.loss import IGNORE
@@ -626,7 +626,7 @@ class Task(Objective):
     def batches(self, rows: TaskRows, batch_rows: int) -> Iterator[tuple[list[int], Batch]]:
         """Yield the indices of examples of similar length, and their batch for evaluation on the model's device."""
         device = self.model.device
-        for chosen in rows.batches(batch_rows, tokens_at_once(device)):
+        for chosen in batches_by_length(rows.lengths, batch_rows, tokens_at_once(device)):
             # Each example has its own generator, so that its masks do not depend on the batching.
             rngs = [np.random.default_rng(0) for _ in chosen]
             batch = self.collate([rows[i] for i in chosen], rngs, evaluation=True)

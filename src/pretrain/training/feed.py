@@ -136,7 +136,7 @@ class Feed:
             self._objective.progress = min(1.0, position / self._total_rows)
         place = position + self._first
         examples = self._loader.examples(place, self.share_rows)
-        rngs = self._loader.rngs(place, self.share_rows)
+        rngs = row_rngs(self._loader.seed, "collate", place, self.share_rows)
         rows, batches = self._loader.indices(place, self.share_rows), []
         for i in range(0, self.share_rows, micro_rows):
             end = i + micro_rows
