@@ -15,7 +15,7 @@ import pretrain
 from contract import check_objective, check_row_randomness, check_sums
 from pretrain.cli.main import main
 from pretrain.data.audio import AudioProcessor
-from pretrain.data.audio.source import labelled_audio
+from pretrain.data.audio.rows import labelled_audio
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.measure import labelled

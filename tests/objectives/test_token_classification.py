@@ -484,7 +484,7 @@ def test_labels_are_learned_from_names_and_numbers() -> None:
         DataError, match=r"item 1: tags .* is not among .* stand for the classes O, PER,"
     ):
         task().encode(unknown)
-    with pytest.raises(ConfigError, match="codes names 'B-ORG'"):
+    with pytest.raises(ConfigError, match="codes maps '1' to 'B-ORG'"):
         task(codes={"1": "B-ORG"})
 
 

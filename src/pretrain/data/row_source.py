@@ -83,7 +83,7 @@ class RowSource:
 # Sources of this package that have a short name.
 SOURCES = {
     "images": "pretrain.data.images.source:labelled_images",
-    "audio": "pretrain.data.audio.source:labelled_audio",
+    "audio": "pretrain.data.audio.rows:labelled_audio",
     "image_text": "pretrain.data.images.captions:captioned_images",
 }
 

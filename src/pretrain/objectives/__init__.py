@@ -186,11 +186,7 @@ def check_objective(class_path: str, init_args: Mapping[str, Any]) -> type[Objec
 def build_objective(
     class_path: str, init_args: dict[str, Any], model: Any, seed: int = 0
 ) -> Objective:
-    """Build an objective around ``model``; modules of its own (a decoder) are initialised with ``seed``.
-
-    Raises:
-        ConfigError: there is no such objective, or an argument is unknown, missing or of the wrong type.
-    """
+    """Build an objective around ``model``, see `check_objective`; its own modules are initialised with ``seed``."""
     cls = check_objective(class_path, init_args)
     given = as_json(init_args)  # a class may change what it is given
     with torch.random.fork_rng(devices=[]):

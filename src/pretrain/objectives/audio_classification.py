@@ -10,17 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.data.audio.augment import SpectrogramChanges
-from pretrain.data.audio.rows import AUDIO, mel_vectors
-from pretrain.data.audio.source import CLIP
-from pretrain.data.images.given import given_table
+from pretrain.data.audio.rows import AUDIO, CLIP, mel_vectors
 from pretrain.data.images.rows import Medium
 from pretrain.data.labelled import Role
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.image_classification import ImageClassification
-from pretrain.objectives.tasks import Learned
 
 if TYPE_CHECKING:
-    from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
     from pretrain.models.base import Model
 
@@ -78,16 +74,6 @@ class AudioClassification(ImageClassification):
         )
         self.augmentation = SpectrogramChanges(shift, mask_time, mask_bands)
 
-    @classmethod
-    def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """As for images; a recording then knows what the columns beside it say of it."""
-        tidied, further = (
-            super().tidy(table, learned, options),
-            {role.name for role in AUDIO.beside},
-        )
-        columns = {name: held for name, held in tidied.columns.items() if name not in further}
-        return tidied.with_columns(columns, tidied.label_names)
-
     @property
     def reading(self) -> str:
         return (
@@ -113,17 +99,3 @@ class AudioClassification(ImageClassification):
             f"recordings are read as {frames} frames of {bands} mel bands ({self.processor.seconds:.2f} seconds at "
             f"{self.processor.rate:,} Hz), {rows.size} {self.unit_name} each"
         )
-
-    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
-        """One recording (a path, an array (samples,), a mapping with ``array`` and ``sampling_rate``), or several."""
-        if isinstance(inputs, Mapping) and self.medium.holds(inputs):
-            return given_table([inputs], self.medium), True
-        several = isinstance(inputs, list | tuple) and len(inputs)
-        if several and isinstance(inputs[0], Mapping) and self.medium.holds(inputs[0]):
-            return given_table(list(inputs), self.medium), False
-        dimensions = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
-        if dimensions == 1:
-            return given_table([inputs], self.medium), True
-        if dimensions == 2:
-            return given_table(list(inputs), self.medium), False
-        return super().inputs(inputs)

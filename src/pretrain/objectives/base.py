@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.loader import Example, Examples
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
 from pretrain.nn.tensor_parallel import Group, gather_from_tensor_parallel
 from pretrain.utils.strict_json import as_json
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = [
-    "Batch", "Example", "ExampleList", "Loss", "Objective", "Rngs", "TokenObjective", "drop_plain_documents", "stack",
+    "Batch", "Example", "ExampleList", "Loss", "Objective", "Rngs", "TokenObjective", "at_targets",
+    "checked_smoothing", "drop_plain_documents", "stack", "target_places",
 ]  # fmt: skip
 
 Batch = dict[str, Tensor]
@@ -88,6 +89,34 @@ def drop_plain_documents(batch: Batch) -> Batch:
     if documents is not None and bool((documents == 1).all()):
         del batch["document_ids"]
     return batch
+
+
+def target_places(labels: Tensor) -> Tensor:
+    """Return the places of the targets in the flattened labels, (N,), for ``target_index`` of a batch.
+
+    A batch has them from the CPU, because on an accelerator finding them would synchronise every step.
+    """
+    return (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+
+
+def at_targets(model: Model, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states (N, D) and labels (N,) of the targets, and their places in the flattened batch (N,)."""
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "target_index")}
+    hidden = model.backbone(inputs)  # (B, T, D)
+    labels = batch["labels"]
+    index = batch["target_index"] if "target_index" in batch else target_places(labels)
+    return hidden.reshape(-1, hidden.shape[-1])[index], labels.reshape(-1)[index], index
+
+
+def checked_smoothing(label_smoothing: float) -> float:
+    """Return the share of a target that is spread over all classes.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
+    return label_smoothing
 
 
 class Objective(nn.Module):
@@ -284,20 +313,8 @@ class TokenObjective(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """Gather the target positions before the projection, so that logits exist only for targets."""
-        hidden, targets, _ = self.at_targets(batch)
+        hidden, targets, _ = at_targets(self.model, batch)
         return self.loss_at(hidden, targets)
-
-    def at_targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden states (N, D) and labels (N,) of the targets, and their places in the flattened batch (N,)."""
-        inputs = {
-            key: value for key, value in batch.items() if key not in ("labels", "target_index")
-        }
-        hidden = self.model.backbone(inputs)  # (B, T, D)
-        labels = batch["labels"].reshape(-1)
-        index = batch.get("target_index")
-        if index is None:
-            index = (labels != IGNORE).nonzero().squeeze(1)
-        return hidden.reshape(-1, hidden.shape[-1])[index], labels[index], index
 
     def loss_at(self, hidden: Tensor, targets: Tensor) -> Loss:
         """Return the loss of hidden states (N, D) against labels (N,)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.captions import listed
 from pretrain.data.images.pairs import PairProcessor
-from pretrain.data.images.rows import decoded, pictures
+from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -30,13 +30,22 @@ from pretrain.errors import DataError, ModelError
 from pretrain.models.git import Git
 from pretrain.nn.attention import KVCache
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs, TokenObjective
+from pretrain.objectives.base import (
+    Batch,
+    ExampleList,
+    Loss,
+    Rngs,
+    TokenObjective,
+    at_targets,
+    target_places,
+)
 from pretrain.objectives.image_task import ImageTask
 from pretrain.objectives.row_pixels import check_processor, pixel_values
-from pretrain.objectives.tasks import Learned, Task
+from pretrain.objectives.tasks import Learned, Task, empty_texts
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
+    from pretrain.data.images.decode import Stored
     from pretrain.models.base import Model
 
 __all__ = ["Captioning"]
@@ -107,11 +116,7 @@ class Captioning(ImageTask, TokenObjective):
         self.start, self.end = self._frame()
 
     def check_processor(self) -> None:
-        """Check that the model has a tokenizer and an image processor; without one, that of its sizes is taken.
-
-        Raises:
-            ModelError: the tokenizer is missing, or the image processor does not fit.
-        """
+        """Check that the model has a tokenizer and an image processor; without one, that of its sizes is taken."""
         Task.check_processor(self)
         model = self.model
         if getattr(model.processor, "images", None) is None:
@@ -121,8 +126,7 @@ class Captioning(ImageTask, TokenObjective):
 
     def _frame(self) -> tuple[int, int]:
         """Return the first and the last token of every text."""
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
+        tokenizer = self.tokenizer
         framed, bare = (tokenizer.frame_texts(["a"], framed=f)[0].ids for f in (True, False))
         if framed[1:-1] == bare and len(framed) == len(bare) + 2:
             return framed[0], framed[-1]
@@ -167,64 +171,52 @@ class Captioning(ImageTask, TokenObjective):
         return table.with_columns({**table.columns, "image": pictures(table)}, table.label_names)
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
-        rows = TaskRows()
         names = [name for name in ("question", "text") if name in table.names]
         names = names if targets else [name for name in names if name != "text"]
-        kept = []
-        for i, image, text in decoded(table, required=targets):
-            if image is None:
-                rows.drop(i, text or "no image")
-            elif all(_is_text(table, name, i) for name in names):
-                kept.append((i, image))
-                if text is not None:
-                    rows.remark(i, text)
-            else:
-                empty = [name for name in names if not _is_text(table, name, i)]
-                rows.drop(i, f"empty {' and '.join(empty)}")
-        ids = {name: self._ids([table.columns[name][i] for i, _ in kept]) for name in names}
-        for k, (i, image) in enumerate(kept):
-            question = ids["question"][k] if "question" in names else []
-            answer = ids["text"][k] if "text" in names else []
+        empty = [empty_texts(table, names, i) for i in range(len(table))]
+        ids = {name: self._ids(table.columns[name]) for name in names}
+
+        def target(rows: TaskRows, i: int, image: Stored) -> Any:
+            if empty[i]:
+                return f"empty {' and '.join(empty[i])}"
+            question = ids["question"][i] if "question" in names else []
+            answer = ids["text"][i] if "text" in names else []
             room = self.max_length - len(question) - 1
             if room < 1:
-                rows.drop(i, f"the question leaves no room for a text in {self.max_length} tokens")
-                continue
+                return f"the question leaves no room for a text in {self.max_length} tokens"
             if len(answer) > room:
                 rows.cut.append(i)
+            if not targets:
+                return {"input_ids": np.asarray([self.start, *question], np.int64)}
             tokens = [self.start, *question, *answer, self.end][: self.max_length + 1]
-            example: dict[str, Any] = {"image": image}
-            if targets:
-                labels = np.asarray(tokens[1:], np.int64)
-                labels[: len(question)] = IGNORE
-                why = self._unwritable(table.columns["text"][i], answer)
-                if why:
-                    rows.remark(i, f"{why}, so the text never counts as exact")
-                example |= {"input_ids": np.asarray(tokens[:-1], np.int64), "labels": labels}
-                example["writable"] = np.asarray(not why and len(answer) <= room)
-            else:
-                example["input_ids"] = np.asarray([self.start, *question], np.int64)
-            rows.add(i, example)
-        longest = max((len(example["input_ids"]) for example in rows.examples), default=0)
-        rows.size = longest + int(self.model.backbone.config.num_patches)
+            labels = np.asarray(tokens[1:], np.int64)
+            labels[: len(question)] = IGNORE
+            why = ""  # no answer of the model can be this text
+            if self.tokenizer.decode(answer).strip() != table.columns["text"][i]:
+                why = "the tokens of the text spell another one"
+            elif len(answer) > self.max_new_tokens:
+                why = f"the text has more than max_new_tokens={self.max_new_tokens} tokens"
+            if why:
+                rows.remark(i, f"{why}, so the text never counts as exact")
+            return {
+                "input_ids": np.asarray(tokens[:-1], np.int64),
+                "labels": labels,
+                "writable": np.asarray(not why and len(answer) <= room),
+            }
+
+        rows, _ = self.encode_inputs(table, targets=targets, target=target)
+        rows.size += max((len(example["input_ids"]) for example in rows.examples), default=0)
         return rows
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts without their frame."""
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
-        return [e.ids for e in tokenizer.frame_texts(texts, special=False, framed=False)]
+    def _patches(self) -> int:
+        return int(self.model.backbone.config.num_patches)
 
-    def _unwritable(self, text: str, ids: list[int]) -> str:
-        """Return why no answer of the model can be this text, encoded as ``ids``; empty if one can."""
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
-        if tokenizer.decode(ids).strip() != text:
-            return "the tokens of the text spell another one"
-        long = len(ids) > self.max_new_tokens
-        return f"the text has more than max_new_tokens={self.max_new_tokens} tokens" if long else ""
+    def _ids(self, cells: Sequence[str | None]) -> list[list[int]]:
+        """Encode texts without their frame; an empty cell has no tokens."""
+        texts = [cell or "" for cell in cells]
+        return [e.ids for e in self.tokenizer.frame_texts(texts, special=False, framed=False)]
 
     def truth(self, table: Table) -> list[Any]:
-        """The texts, to compare with ``answer`` of ``decode``."""
         return list(table.columns["text"])
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
@@ -245,9 +237,7 @@ class Captioning(ImageTask, TokenObjective):
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Read the images, and pad the texts on the right; ``labels[:, t]`` is the target at position t."""
-        pixels = pixel_values(
-            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
-        )
+        pixels = pixel_values(self, examples, rngs, evaluation=evaluation)
         lengths = [len(example["input_ids"]) for example in examples]
         shape = (len(examples), max(lengths))
         ids, labels = np.full(shape, self.pad_id, np.int64), np.full(shape, IGNORE, np.int64)
@@ -268,7 +258,7 @@ class Captioning(ImageTask, TokenObjective):
             return batch
         batch["labels"] = torch.from_numpy(labels)
         batch["writable"] = torch.from_numpy(np.stack([e["writable"] for e in examples]))
-        batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)
+        batch["target_index"] = target_places(batch["labels"])
         return batch
 
     def units(self, batch: Batch) -> int:
@@ -280,7 +270,7 @@ class Captioning(ImageTask, TokenObjective):
 
     def forward(self, batch: Batch) -> Loss:
         """Compute the loss; in evaluation also the number of texts that can be written, and whose tokens are right."""
-        hidden, targets, index = self.at_targets(batch)
+        hidden, targets, index = at_targets(self.model, batch)
         loss = self.loss_at(hidden, targets)
         if self.training:
             return loss
@@ -320,8 +310,7 @@ class Captioning(ImageTask, TokenObjective):
 
     def _write(self, batch: Batch) -> list[str]:
         """Return the texts behind images and questions of one length."""
-        model, head, tokenizer = self.model, self.model.head, self.model.tokenizer
-        assert head is not None and tokenizer is not None
+        model, head = self.model, cast(Any, self.model.head)
         count, length = batch["input_ids"].shape
         most = min(self.max_new_tokens, self.max_length + 1 - length)
         cache = KVCache(model.backbone.config.num_patches + 1 + length + most)
@@ -342,24 +331,9 @@ class Captioning(ImageTask, TokenObjective):
         texts = []
         for row in torch.stack(written, 1).tolist():
             end = row.index(self.end) if self.end in row else len(row)
-            texts.append(tokenizer.decode(row[:end]).strip())
+            texts.append(self.tokenizer.decode(row[:end]).strip())
         return texts
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``answer``, the text."""
         return {"answer": outputs[0]}
-
-
-def _is_text(table: Table, name: str, i: int) -> bool:
-    """Whether a value is a text that is not empty.
-
-    Raises:
-        DataError: it is no text.
-    """
-    value = table.columns[name][i]
-    if value is not None and not isinstance(value, str):
-        raise DataError(
-            f"{table.where(i)}: the {name} is {type(value).__name__} {str(value)[:40]!r}, not a text. Name the column "
-            "that holds it, or turn its values into strings."
-        )
-    return bool(value and value.strip())

@@ -33,6 +33,7 @@ from pretrain.objectives.tasks import (
     ClassTask,
     Learned,
     Task,
+    class_codes,
     count_examples,
     read_texts,
     sequence_labels,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
-__all__ = ["PAIR", "TEXT", "Classification", "encode_texts"]
+__all__ = ["PAIR", "TEXT", "Classification", "best_classes", "encode_texts"]
 
 TEXT = Role(
     "text",
@@ -139,7 +140,7 @@ class Classification(ClassTask):
             raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1.")
         self.problem, self.threshold = problem, threshold
         self.label_separator = label_separator
-        self._map = LabelMap(self.labels, _checked_codes(codes, self.labels))
+        self._map = LabelMap(self.labels, class_codes(codes, self.labels))
         model.extra_config["problem_type"] = f"{problem}_classification"
 
     @property
@@ -245,7 +246,6 @@ class Classification(ClassTask):
         return list(targets)
 
     def truth(self, table: Table) -> list[Any]:
-        """The correct answers, in the form that ``decode`` returns."""
         if self.single:
             return [self.labels[int(i)] for i in self.targets(table)]
         return [
@@ -258,8 +258,8 @@ class Classification(ClassTask):
         if "labels" in examples[0]:
             kind = torch.int64 if self.single else torch.float32
             batch["labels"] = sequence_labels(examples, kind)
-            if self._weights is not None and not evaluation and self.single:
-                batch["weights"] = torch.tensor(self._weights, dtype=torch.float32)[batch["labels"]]
+            if self.single and not evaluation:
+                batch |= self.weights_of(batch["labels"])
         return batch
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
@@ -274,7 +274,8 @@ class Classification(ClassTask):
         logits, labels = self.model(batch).float(), batch["labels"]  # (N, C)
         if not self.single:
             total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-            chosen, wanted = logits > _logit(self.threshold), labels > 0.5
+            least = math.log(self.threshold / (1 - self.threshold))  # the threshold as a logit
+            chosen, wanted = logits > least, labels > 0.5
             counts = torch.stack(
                 [(chosen & wanted).sum(0), (chosen & ~wanted).sum(0), (~chosen & wanted).sum(0)]
             )
@@ -300,12 +301,10 @@ class Classification(ClassTask):
                 "macro_f1": figures_of.macro_f1(matrix),
                 "mcc": figures_of.matthews(matrix),
             }
-        hit, extra, missed = np.asarray(metrics["counts"], dtype=float)
-        return figures | {
-            "accuracy": float(metrics["exact"]) / count if count else math.nan,
-            "micro_f1": _f1(hit.sum(), extra.sum(), missed.sum()),
-            "macro_f1": float(np.mean([_f1(*c) for c in zip(hit, extra, missed, strict=True)])),
-        }
+        hits, extra, missed = metrics["counts"]
+        exact = float(metrics["exact"])
+        scores = figures_of.multilabel_scores(hits, extra, missed, exact, count)
+        return figures | {"accuracy": scores.pop("exact_match"), **scores}
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Majority baseline: accuracy of the most frequent class of the training rows."""
@@ -336,20 +335,12 @@ class Classification(ClassTask):
             ConfigError: ``top_k`` is none of these.
         """
         chances = outputs[0]
-        if top_k == "best":
-            if self.single:
-                best = int(chances.argmax())
-                return {"label": self.labels[best], "score": float(chances[best])}
-            order = [k for k, chance in enumerate(chances) if chance > self.threshold]
-        elif top_k is None or (type(top_k) is int and top_k >= 1):
-            order = np.argsort(-chances, kind="stable")[:top_k].tolist()
-        else:
-            raise ConfigError(
-                f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."
-            )
+        if self.single or top_k != "best":
+            return best_classes(self.labels, chances, top_k)
+        chosen = [k for k, chance in enumerate(chances) if chance > self.threshold]
         return {
-            "label": [self.labels[k] for k in order],
-            "score": [float(chances[k]) for k in order],
+            "label": [self.labels[k] for k in chosen],
+            "score": [float(chances[k]) for k in chosen],
         }
 
     def describe(self) -> dict[str, Any]:
@@ -360,6 +351,25 @@ class Classification(ClassTask):
         if self.label_separator is not None:
             own["label_separator"] = self.label_separator
         return super().describe() | own
+
+
+def best_classes(
+    labels: Sequence[str], scores: np.ndarray, top_k: int | str | None
+) -> dict[str, Any]:
+    """Return ``label`` and ``score`` of the best class; with a number lists of so many, with None of all, best first.
+
+    Raises:
+        ConfigError: ``top_k`` is none of these.
+    """
+    if top_k == "best":
+        best = int(scores.argmax())
+        return {"label": labels[best], "score": float(scores[best])}
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ConfigError(
+            f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."
+        )
+    order = np.argsort(-scores, kind="stable")[:top_k].tolist()
+    return {"label": [labels[k] for k in order], "score": [float(scores[k]) for k in order]}
 
 
 def _class_numbers(
@@ -405,24 +415,3 @@ def _only(rows: Sequence[Sequence[Any]], where: Callable[[int], str]) -> list[An
                 f"{option('problem', _MULTI)} allows any number."
             )
     return [row[0] for row in rows]
-
-
-def _checked_codes(codes: Mapping[str, int] | None, labels: Sequence[str]) -> dict[str, int]:
-    """Check the class numbers of label spellings, which may come from a file; by default number the labels."""
-    if codes is None:
-        return {label.strip(): k for k, label in enumerate(labels)}
-    for spelling, k in codes.items():
-        if type(k) is not int or not 0 <= k < len(labels):
-            raise ConfigError(
-                f"codes maps {spelling!r} to the class {k!r}, but the classes are 0 to {len(labels) - 1}."
-            )
-    return dict(codes)
-
-
-def _f1(hit: float, extra: float, missed: float) -> float:
-    whole = 2 * hit + extra + missed
-    return float(2 * hit / whole) if whole else 0.0
-
-
-def _logit(chance: float) -> float:
-    return math.log(chance / (1 - chance))

@@ -21,10 +21,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.data.images.augment import Augmentation
-from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.errors import DataError, ModelError
 from pretrain.models.clip import TwoTowers
 from pretrain.nn.layout import local
-from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
+from pretrain.objectives.base import (
+    Batch,
+    ExampleList,
+    Loss,
+    Objective,
+    Rngs,
+    checked_smoothing,
+)
 from pretrain.objectives.row_pixels import pixel_values
 
 if TYPE_CHECKING:
@@ -103,7 +110,8 @@ class Contrastive(Objective):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(model)
-        self.change(Augmentation(crop, flip, randaugment), label_smoothing)
+        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.label_smoothing = checked_smoothing(label_smoothing)
         if not isinstance(model.backbone, TwoTowers):
             raise ModelError(
                 f"Contrastive needs a model with a tower for images and one for texts; this one is a "
@@ -114,16 +122,6 @@ class Contrastive(Objective):
                 f"A {model.backbone.model_type} model reads the padding of a text like any token, and this one has no "
                 "pad_id. Set it to that of the tokenizer: model.overrides.pad_id."
             )
-
-    def change(self, augmentation: Augmentation, label_smoothing: float) -> None:
-        """Set the changes of training images and the smoothing of targets.
-
-        Raises:
-            ConfigError: the smoothing is out of range.
-        """
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
-        self.augmentation, self.label_smoothing = augmentation, label_smoothing
 
     @property
     def towers(self) -> TwoTowers:
@@ -136,19 +134,16 @@ class Contrastive(Objective):
         """Read the images, draw a text of each, and pad the texts on the right.
 
         In evaluation the further texts of all rows stand after the first of each, and ``owners`` (M - n,) says to which
-        row of the batch they belong.
-
-        Raises:
-            DataError: a text is longer than the positions of the model, or lacks the end token at which it is read.
+        row of the batch they belong. See also ``padded_texts``.
         """
-        pixels = pixel_values(
-            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=type(self).__name__
-        )  # fmt: skip
+        pixels = pixel_values(self, examples, rngs, evaluation=evaluation)
         if "input_ids" not in examples[0]:  # images whose texts are to be found
             return {"pixel_values": pixels}
         texts, further, owners = list[np.ndarray](), list[np.ndarray](), list[int]()
         for row, example in enumerate(examples):
-            several = _texts_of(example)
+            ids = np.asarray(example["input_ids"]).reshape(-1)
+            lengths = example.get("lengths", [len(ids)])
+            several = np.split(ids, np.cumsum(lengths)[:-1])
             drawn = 0 if evaluation or len(several) == 1 else int(rngs[row].integers(len(several)))
             texts.append(several[drawn])
             if evaluation:
@@ -235,12 +230,9 @@ class Contrastive(Objective):
 
     def describe(self) -> dict[str, Any]:
         """Name, and the changes of the images and the smoothing if there are any."""
-        given = {
-            **vars(self.augmentation),
-            "label_smoothing": self.label_smoothing,
-        }
-        changed = vars(Augmentation()) | {"label_smoothing": 0.0}
-        return super().describe() | {k: v for k, v in given.items() if v != changed[k]}
+        given = vars(self.augmentation) | {"label_smoothing": self.label_smoothing}
+        usual = vars(Augmentation()) | {"label_smoothing": 0.0}
+        return super().describe() | {k: v for k, v in given.items() if v != usual[k]}
 
     def head_weights(self) -> int:
         """0, because there is no head."""
@@ -332,14 +324,6 @@ def _ranks(rows: Tensor, others: Tensor, row_owner: Tensor, other_owner: Tensor)
         best = scores.masked_fill(~own, -math.inf).max(dim=1, keepdim=True).values
         found.append(((scores >= best) & ~own).sum(1))
     return torch.cat(found)
-
-
-def _texts_of(example: Mapping[str, Any]) -> list[np.ndarray]:
-    """Return the texts of a row."""
-    ids = np.asarray(example["input_ids"]).reshape(-1)
-    if "lengths" not in example:
-        return [ids]
-    return np.split(ids, np.cumsum(example["lengths"])[:-1])
 
 
 def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from pretrain.config.spelling import option
-from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.mixing import Mixing
-from pretrain.data.images.rows import IMAGES, Medium, pictures
+from pretrain.data.images.augment import Augmentation, Mixing
+from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
@@ -58,11 +57,9 @@ class ImageClassification(ImageTask, Classification):
 
     name: ClassVar[str] = "image-classification"
     roles: ClassVar[tuple[Role, ...]] = (IMAGE, Classification.roles[-1])
-    recorded: ClassVar[tuple[str, ...]] = ("problem", "threshold")
     baseline: ClassVar[str | None] = "pixels"
     head_kind: ClassVar[str | None] = "image-classification"
     figures: ClassVar[tuple[str, ...] | None] = Classification.figures
-    medium: ClassVar[Medium] = IMAGES
 
     def __init__(
         self,
@@ -111,16 +108,19 @@ class ImageClassification(ImageTask, Classification):
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """As for texts; and every image becomes an item, whose content tells duplicates and fingerprints."""
+        """As for texts; and every image becomes an item, whose content tells duplicates and fingerprints.
+
+        It then knows what the columns beside it say of it, such as the sampling rate of a recording.
+        """
         tidied = super().tidy(table, learned, options)
         columns = {**tidied.columns, cls.medium.column: pictures(tidied, medium=cls.medium)}
+        for role in cls.medium.beside:
+            columns.pop(role.name, None)
         return tidied.with_columns(columns, tidied.label_names)
 
     def collate_inputs(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool) -> Batch:
         """Change training images at random, each by its own generator, and normalise; see ``Augmentation``."""
-        found = pixel_values(
-            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what=self.name
-        )
+        found = pixel_values(self, examples, rngs, evaluation=evaluation)
         batch = {values_key(self.model): found}
         if lead := getattr(self.model.head, "lead", 0):
             # The last block need not compute the tokens that the head does not read.
@@ -130,12 +130,7 @@ class ImageClassification(ImageTask, Classification):
     # ------------------------------------------------------------------ rows of pre-training
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
-        """Collate as for texts, after checking the labels of rows that no table was encoded to, and mix training rows.
-
-        Raises:
-            DataError: a label is no number of a class, or not one zero or one for each class.
-            ConfigError: training rows are to be mixed, and there are none to draw from.
-        """
+        """Collate as for texts, after checking labels of rows that no table was encoded to, and mix training rows."""
         self._check_labels(examples)
         batch = super().collate(examples, rngs, evaluation=evaluation)
         if self.mixing and not evaluation and "labels" in batch:

@@ -6,29 +6,34 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from pretrain.config.spelling import option
-from pretrain.data.images import ImageProcessor
+from pretrain.data.images import ImageProcessor, Picture
+from pretrain.data.images.augment import View
 from pretrain.data.images.given import given_images, is_one
 from pretrain.data.images.rows import (
     IMAGES,
     Medium,
     decoded,
     parts_of,
+    pictures,
     pixel_vectors,
     read_images,
 )
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, ModelError
+from pretrain.objectives.base import Batch, ExampleList, Rngs
 from pretrain.objectives.row_pixels import check_processor, values_key
 from pretrain.objectives.tasks import Task
 from pretrain.utils.files import note
 
-__all__ = ["ImageTask", "shown_answers", "spread"]
+__all__ = ["ImageTask", "class_figures"]
 
 _JUDGED = 60  # rows among which those of the report are chosen
+_SHOWN = 24  # classes up to which each has its own figure
 
 
 class ImageTask(Task):
@@ -38,20 +43,20 @@ class ImageTask(Task):
         medium: what the files of the rows hold.
         vectors: function from tables to the vectors of a classical baseline, and the rows that can be read.
         closed: sentence for the model card on classes that the model does not know; not given, the usual one.
+
+    Attributes:
+        augmentation: changes of training images, an ``Augmentation``, or those of another medium.
     """
 
     medium: ClassVar[Medium] = IMAGES
     vectors: ClassVar[Callable[..., Any]] = staticmethod(pixel_vectors)
     reads_files: ClassVar[bool] = True
     closed: ClassVar[str | None] = None
+    augmentation: Any
 
     @classmethod
     def refuse_length(cls, max_length: int | None) -> None:
-        """Refuse the maximum length of a text.
-
-        Raises:
-            ConfigError: it is given.
-        """
+        """Raise ``ConfigError`` if the maximum length of a text is given."""
         if max_length is not None:
             raise ConfigError(
                 f"{option('max_length', max_length)} counts the tokens of a text, and the task {cls.name} reads "
@@ -59,11 +64,7 @@ class ImageTask(Task):
             )
 
     def check_processor(self) -> None:
-        """Check that the model has an image processor that fits; a model without any gets that of its sizes.
-
-        Raises:
-            ModelError: it does not fit.
-        """
+        """Check that the model has an image processor that fits; a model without any gets that of its sizes."""
         model = self.model
         if model.processor is None:
             model.processor = model.backbone.default_processor(model.backbone.config)
@@ -116,21 +117,26 @@ class ImageTask(Task):
         return parts_of(source, cls.medium)
 
     def encode_inputs(
-        self, table: Table, *, targets: bool, target: Callable[[int, Any], Any] | None = None
+        self,
+        table: Table,
+        *,
+        targets: bool,
+        target: Callable[[TaskRows, int, Any], Any] | None = None,
     ) -> tuple[TaskRows, list[int]]:
         """Decode every image once, so that a broken one is counted and named before the first step.
 
         Args:
             table: the rows.
             targets: whether a file that does not exist is an error.
-            target: returns further values of the example of a row, or as a text the reason why it has none.
+            target: given the rows so far, the number of a row and its image, returns further values of its example,
+                or as a text the reason why it has none.
         """
         rows, kept = TaskRows(size=self._patches()), []
         for i, image, text in decoded(table, required=targets, medium=self.medium):
             if image is None:
                 rows.drop(i, text or f"no {self.medium.column}")
                 continue
-            more = {} if target is None else target(i, image)
+            more = {} if target is None else target(rows, i, image)
             if isinstance(more, str):
                 rows.drop(i, more)
                 continue
@@ -140,6 +146,25 @@ class ImageTask(Task):
             rows.add(i, {self.medium.column: image, **more}, getattr(image, "size", None))
             kept.append(i)
         return rows, kept
+
+    def seen(
+        self, examples: ExampleList, rngs: Rngs, *, evaluation: bool
+    ) -> tuple[Batch, list[View]]:
+        """Return ``pixel_values`` of images, changed at random in training, and the view of each.
+
+        In evaluation ``sizes`` (B, 2), the height and width of the images, stand beside them.
+        """
+        held: Any = [example["image"] for example in examples]
+        pixels, views = self.augmentation.seen(held, self.processor, rngs, evaluation=evaluation)
+        batch = {"pixel_values": torch.from_numpy(pixels)}
+        if evaluation:
+            batch["sizes"] = torch.tensor([image.size[::-1] for image in held])
+        return batch, views
+
+    def map_scores(self, batch: Batch) -> torch.Tensor:
+        """Return the scores at the places of the map, (B, scores, h, w)."""
+        scores: torch.Tensor = self.model({"pixel_values": batch["pixel_values"]}).float()
+        return scores
 
     def remark(self, stored: Any) -> str | None:
         """Return a remark on a decoded input, such as on what of it is not read."""
@@ -180,19 +205,46 @@ class ImageTask(Task):
         channels = getattr(self.processor, "channels", 0)
         return given_images(inputs, channels, self.medium, self.read)
 
+    def compared_pictures(
+        self,
+        table: Table,
+        count: int,
+        judge: Callable[[int, dict[str, Any]], tuple[float, Any, Any] | None],
+        draw: Callable[[Picture, Any], str],
+    ) -> list[dict[str, Any]]:
+        """Return rows with their targets and answers as pictures; see ``Task.pictures``.
 
-def shown_answers(task: Task, table: Table) -> list[tuple[int, dict[str, Any]]]:
-    """Return index and answer of at most ``_JUDGED`` rows, spread evenly over a table."""
-    rows = range(len(table))
-    chosen = (
-        [rows[k * len(rows) // _JUDGED] for k in range(_JUDGED)] if len(rows) > _JUDGED else rows
-    )
-    return list(zip(chosen, task.predict(table.take(list(chosen))), strict=True))
+        Args:
+            table: see there; at most ``_JUDGED`` rows are predicted, spread evenly over it.
+            count: see there; the rows are chosen from the lowest score to the highest, evenly by rank.
+            judge: given the number of a row and its answer, returns the score, the target and what was found; None to
+                leave the row out.
+            draw: returns a picture with a target, or with what was found, over its image.
+        """
+        size = min(len(table), _JUDGED)
+        asked = [k * len(table) // size for k in range(size)]
+        judged = []
+        for i, answer in zip(asked, self.predict(table.take(asked)), strict=True):
+            if answer and (found := judge(i, answer)) is not None:
+                judged.append((i, *found))
+        judged.sort(key=lambda row: (math.isfinite(row[1]), row[1]))
+        if (last := len(judged) - 1) >= count:
+            judged = [judged[round(k * last / (count - 1))] for k in range(count)]
+        of_rows = pictures(table.take([row[0] for row in judged]))
+        return [
+            {
+                "right": draw(picture, truth),
+                "predicted": draw(picture, found),
+                "score": score,
+                "where": table.where(i),
+            }
+            for (i, score, truth, found), picture in zip(judged, of_rows, strict=True)
+            if picture is not None
+        ]
 
 
-def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Return ``count`` rows from the lowest score to the highest, evenly by rank."""
-    order = sorted(rows, key=lambda row: (math.isfinite(row["score"]), row["score"]))
-    if len(order) <= count:
-        return order
-    return [order[round(k * (len(order) - 1) / (count - 1))] for k in range(count)]
+def class_figures(name: str, labels: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Return a figure of each class, called by its label; none if there are very many classes."""
+    if len(labels) > _SHOWN:
+        return {}
+    return {f"{name}_{label}": value for label, value in zip(labels, values.tolist(), strict=True)}

@@ -25,7 +25,8 @@ from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError
-from pretrain.objectives.base import Batch
+from pretrain.objectives.base import Batch, checked_smoothing
+from pretrain.objectives.classification import best_classes
 from pretrain.objectives.contrastive import Contrastive, SigmoidContrastive, padded_texts
 from pretrain.objectives.image_task import ImageTask
 from pretrain.objectives.row_pixels import check_processor
@@ -74,7 +75,8 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         max_length: int | None = None,
     ) -> None:
         super().__init__(model, max_length=max_length, pack=False)
-        self.change(Augmentation(crop, flip, randaugment), label_smoothing)
+        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.label_smoothing = checked_smoothing(label_smoothing)
         # A model whose scores have a bias is trained on single decisions.
         self.loss: Any = (
             SigmoidContrastive if hasattr(model.backbone, "logit_bias") else Contrastive
@@ -86,11 +88,7 @@ class ImageTextRetrieval(ImageTask, Contrastive):
             )
 
     def check_processor(self) -> None:
-        """Check that the model has a tokenizer and an image processor that fits.
-
-        Raises:
-            ModelError: it has not.
-        """
+        """Check that the model has a tokenizer and an image processor that fits."""
         Task.check_processor(self)
         check_processor(self.model, f"The task {self.name}")
 
@@ -112,10 +110,9 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         rows = TaskRows(size=self._patches())
         owners, fields = list(range(len(table))), list[dict[str, Any]]()
         if targets:
-            several, tokenizer = captions_by_row(table), self.model.tokenizer
-            assert tokenizer is not None
+            several = captions_by_row(table)
             owners, table = list(several), table.take(list(several))
-            fields, cut = caption_fields(list(several.values()), tokenizer, self.max_length)
+            fields, cut = caption_fields(list(several.values()), self.tokenizer, self.max_length)
             rows.cut = [owners[k] for k in cut]
         for k, image, text in decoded(table, required=targets):
             if image is None:
@@ -186,16 +183,8 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         labels = _listed("labels", labels, ["cat", "dog"])
         template = [template] if isinstance(template, str) else template
         template = _listed("template", template, ["a photo of a {}.", "a drawing of a {}."])
-        if not (top_k in ("best", None) or (type(top_k) is int and top_k >= 1)):
-            raise ConfigError(
-                f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."
-            )
         scores = self._class_scores(outputs[0], tuple(labels), tuple(template))
-        order = np.argsort(-scores, kind="stable")
-        if top_k == "best":
-            return {"label": labels[int(order[0])], "score": float(scores[order[0]])}
-        chosen = order[: None if top_k is None else int(top_k)].tolist()
-        return {"label": [labels[k] for k in chosen], "score": [float(scores[k]) for k in chosen]}
+        return best_classes(labels, scores, top_k)
 
     @torch.inference_mode()
     def _class_scores(
@@ -217,10 +206,8 @@ class ImageTextRetrieval(ImageTask, Contrastive):
             raise ConfigError("labels must be the names of the classes, at least one.")
         if wrong := [text for text in templates if "{}" not in str(text)] or not templates:
             raise ConfigError(f"template is {wrong!r}; it must hold {{}} for the name of a class.")
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
         texts = [text.replace("{}", label) for label in labels for text in templates]
-        encodings = tokenizer.frame_texts(texts, max_length=self.max_length)
+        encodings = self.tokenizer.frame_texts(texts, max_length=self.max_length)
         if cut := sum(bool(encoding.overflowing) for encoding in encodings):
             note(
                 f"{cut} of {len(texts)} prompts have more than {self.max_length} tokens and are cut"

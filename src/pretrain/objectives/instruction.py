@@ -7,6 +7,7 @@ learns to stop.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 import math
@@ -33,7 +34,14 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, suggestion
 from pretrain.hub import function
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, ExampleList, Rngs, TokenObjective
+from pretrain.objectives.base import (
+    Batch,
+    Example,
+    ExampleList,
+    Rngs,
+    TokenObjective,
+    target_places,
+)
 from pretrain.objectives.tasks import Learned, Task
 from pretrain.utils.files import note
 
@@ -88,12 +96,10 @@ def chat_template_of(model: Model, source: str | None = None) -> tuple[ChatTempl
 def store_chat_template(model: Model, source: str | None = None) -> ChatTemplate:
     """Store the chat template in a model that is trained with it, with the ids that end an answer, and return it.
 
-    Args:
-        model: a causal model with a tokenizer.
-        source: template that replaces that of the tokenizer.
+    Arguments are those of `chat_template_of`.
 
     Raises:
-        DataError: the tokenizer has named templates and no default; see also `chat_template_of`.
+        DataError: the tokenizer has named templates and no default; see also there.
     """
     tokenizer = model.tokenizer
     if (
@@ -107,7 +113,6 @@ def store_chat_template(model: Model, source: str | None = None) -> ChatTemplate
             "default. Give the one to train with (chat_template=)."
         )
     template, ends = chat_template_of(model, source)
-    tokenizer = model.tokenizer
     assert tokenizer is not None
     if source or tokenizer.chat_template != template.source:
         # The tokenizer is copied, because other models may share it.
@@ -342,9 +347,8 @@ class Instruction(Task, TokenObjective):
         """Shorten or split the conversation into parts that fit, as set by ``long``, and record what does not fit."""
 
         def fits(part: Sequence[Message]) -> bool:
-            assert self.model.tokenizer is not None
             text = self.template.render(part, where=where, tools=tools)
-            return len(encode_rendered(self.model.tokenizer, text)[0]) <= self.max_length
+            return len(encode_rendered(self.tokenizer, text)[0]) <= self.max_length
 
         def fits_together(lead: list[Message], parts: list[list[Message]], count: int) -> bool:
             return fits(_together(lead, parts[:count]))
@@ -419,8 +423,7 @@ class Instruction(Task, TokenObjective):
             parts.append([int(t) for row in rows for t in row["labels"] if t != IGNORE])
         if not all(parts):
             return {}
-        assert self.model.tokenizer is not None
-        counts, total = Counter(parts[0]), len(parts[0]) + len(self.model.tokenizer)
+        counts, total = Counter(parts[0]), len(parts[0]) + len(self.tokenizer)
         loss = -sum(math.log((counts[t] + 1) / total) for t in parts[1]) / len(parts[1])
         return {"loss": loss, "perplexity": math.exp(loss)}
 
@@ -442,14 +445,11 @@ class Instruction(Task, TokenObjective):
         else:
             start = ids[:first]
         room = min(48, int(self.model.backbone.max_length) - len(start))
-        if room < 1 or self.model.tokenizer is None:
+        if room < 1:
             return []
-        question = prompt or self.model.tokenizer.decode(start)[-200:]
-        return [
-            f"{question} -> {_write(self.model, [start], room, {'do_sample': False})[0]}".replace(
-                "\n", " "
-            )
-        ]
+        question = prompt or self.tokenizer.decode(start)[-200:]
+        answer = _write(self.model, [start], room, {"do_sample": False})[0]
+        return [f"{question} -> {answer}".replace("\n", " ")]
 
     def predict(
         self, table: Table, batch_rows: int = 16, max_new_tokens: int | None = None, **options: Any
@@ -498,7 +498,7 @@ class Instruction(Task, TokenObjective):
 def token_batch(task: Task, examples: ExampleList) -> Batch:
     """Pack examples with ``labels`` (n,) into a batch with the positions of its targets, ``target_index`` (M,)."""
     batch = task.pack_batch(examples, {"labels": IGNORE})
-    batch["target_index"] = (batch["labels"].reshape(-1) != IGNORE).nonzero().squeeze(1)
+    batch["target_index"] = target_places(batch["labels"])
     return batch
 
 
@@ -539,14 +539,7 @@ def last_turns(
 
 def _most(count: int, fits: Callable[[int], bool]) -> int:
     """Find the largest number up to ``count`` that fits by bisection, if all smaller ones fit; 0 if none does."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect.bisect_left(range(1, count + 1), True, key=lambda number: not fits(number))
 
 
 def _answered(messages: Sequence[Message]) -> bool:
@@ -557,12 +550,11 @@ def prompt_ids(
     model: Model,
     template: ChatTemplate,
     messages: Sequence[Message],
-    where: str = "",
     tools: Sequence[Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation with the generation prompt."""
     assert model.tokenizer is not None
-    text = template.render(messages, add_generation_prompt=True, where=where, tools=tools)
+    text = template.render(messages, add_generation_prompt=True, tools=tools)
     return encode_rendered(model.tokenizer, text)[0]
 
 

@@ -99,11 +99,10 @@ class LanguageModelling(Task):
         """
         rows = TaskRows()
         kept = read_texts(table, ("text",), rows)
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
         # Special tokens that are typed into a text are encoded as plain text, as in data preparation.
-        encoded = tokenizer.encode_batch([table.columns["text"][i] for i in kept], special=False)
-        documents = [tokenizer.frame_document(ids) for ids in encoded]
+        texts = [table.columns["text"][i] for i in kept]
+        encoded = self.tokenizer.encode_batch(texts, special=False)
+        documents = [self.tokenizer.frame_document(ids) for ids in encoded]
         if targets and self.pack and documents:
             self._pack(rows, kept, documents)
             return rows
@@ -120,19 +119,16 @@ class LanguageModelling(Task):
         plan = pack(offsets, width)
         owners = np.searchsorted(offsets, plan.segments[:, 0], side="right") - 1
         for r in range(len(plan.rows) - 1):
+            mine = range(int(plan.rows[r]), int(plan.rows[r + 1]))
+            pieces = [stream[first : first + length] for first, length in plan.segments[mine]]
+            lengths = [len(piece) for piece in pieces]
+            behind = (0, width - sum(lengths))  # padding
+            ids, places = np.concatenate(pieces), np.concatenate([np.arange(n) for n in lengths])
             arrays = {
-                "input_ids": np.full(width, self.pad_id, np.int64),
-                "document_ids": np.zeros(width, np.int64),
-                "position_ids": np.zeros(width, np.int64),
+                "input_ids": np.pad(ids, behind, constant_values=self.pad_id),
+                "document_ids": np.pad(np.repeat(np.arange(1, len(mine) + 1), lengths), behind),
+                "position_ids": np.pad(places, behind),
             }
-            at, mine = 0, range(int(plan.rows[r]), int(plan.rows[r + 1]))
-            for number, s in enumerate(mine, start=1):
-                first, length = (int(v) for v in plan.segments[s])
-                place = slice(at, at + length)
-                arrays["input_ids"][place] = stream[first : first + length]
-                arrays["document_ids"][place] = number
-                arrays["position_ids"][place] = np.arange(length)
-                at += length
             # A packed row belongs to the table row that it begins with; its info lists all of its table rows.
             texts = [int(kept[int(owners[s])]) for s in mine]
             rows.add(texts[0], arrays, texts)
@@ -160,11 +156,9 @@ class LanguageModelling(Task):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """Metrics of the pre-training objective: loss, perplexity, accuracy."""
         return self.inner.summarize(total, count, metrics, stats)
 
     def survey(self, rows: Examples) -> list[str]:
-        """Notes of the pre-training objective on the rows."""
         return self.inner.survey(rows)
 
     def expected_first_loss(self) -> float | None:
@@ -172,11 +166,9 @@ class LanguageModelling(Task):
         return None
 
     def head_weights(self) -> int:
-        """Number of head weights that each target is multiplied with."""
         return self.inner.head_weights()
 
     def preview(self, examples: ExampleList, prompt: str, seed: int) -> list[str]:
-        """A continuation, or masked words with their predictions."""
         return self.inner.preview(examples, prompt, seed)
 
     def outputs(self, batch: Batch) -> list[Any]:

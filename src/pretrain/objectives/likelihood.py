@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.nn.loss import IGNORE
 from pretrain.nn.tensor_parallel import copy_to_tensor_parallel
+from pretrain.objectives.base import Batch, at_targets
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
-    from pretrain.objectives.base import Batch
 
 __all__ = ["target_log_probs"]
 
@@ -33,16 +32,10 @@ def target_log_probs(model: Model, batch: Batch) -> Tensor:
         model: a model with a vocabulary head.
         batch: ``input_ids`` and the other inputs (B, T), ``labels`` (B, T), and optionally ``target_index`` (M,).
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "target_index")}
-    hidden = model.backbone(inputs)  # (B, T, D)
-    labels = batch["labels"].reshape(-1)
-    index = batch.get("target_index")
-    if index is None:
-        index = (labels != IGNORE).nonzero().squeeze(1)
+    hidden, targets, _ = at_targets(model, batch)
     head: Any = model.head
-    features = head.features(hidden.reshape(-1, hidden.shape[-1])[index])  # (M, D)
-    targets, weight, bias = labels[index], head.weight(), head.bias()
-    vocab = head.vocab
+    features = head.features(hidden)  # (M, D)
+    weight, bias, vocab = head.weight(), head.bias(), head.vocab
     # Ranks that shard the vocabulary must use the same chunks, although the shard of the last may be smaller.
     size = max(32, _LOGITS // (weight.shape[0] if vocab is None else vocab.rows))
     if vocab is not None:

@@ -87,9 +87,7 @@ class MaskedImage(Objective):
         orders = [rng.permutation(self.num_patches) for rng in rngs]
         parts = [(order[: self.num_visible], order[self.num_visible :]) for order in orders]
         visible, hidden = (np.sort(np.stack(part), axis=1) for part in zip(*parts, strict=True))
-        pixels = pixel_values(
-            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what="MaskedImage"
-        )
+        pixels = pixel_values(self, examples, rngs, evaluation=evaluation)
         return {
             self.key: pixels,
             "visible_index": torch.from_numpy(visible),
@@ -133,7 +131,6 @@ class MaskedImage(Objective):
         return self._numel(p for m in modules for p in m.parameters() if p.ndim == 2)
 
     def survey(self, rows: Examples) -> list[str]:
-        """Say how many patches are hidden."""
         hidden = self.num_patches - self.num_visible
         return [
             f"hides {hidden} of {self.num_patches} patches of every row ({hidden / self.num_patches:.0%}); the "

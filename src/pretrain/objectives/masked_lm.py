@@ -24,6 +24,7 @@ from pretrain.objectives.base import (
     TokenObjective,
     drop_plain_documents,
     stack,
+    target_places,
 )
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class MaskedLM(TokenObjective):
             labels[row, chosen] = ids[row, chosen]
             ids[row, chosen] = self._corrupt(ids[row, chosen], rng)
         batch["labels"] = torch.from_numpy(labels)
-        batch["target_index"] = torch.from_numpy(np.flatnonzero(labels.reshape(-1) != IGNORE))
+        batch["target_index"] = target_places(batch["labels"])
         return drop_plain_documents(batch)
 
     def _rate_now(self) -> float:
@@ -188,7 +189,9 @@ class MaskedLM(TokenObjective):
             return np.sort(rng.choice(candidates, count, replace=False))
         first = begins[candidates]
         first[1:] |= np.diff(candidates) != 1
-        words = _cut(first, _longest_word(candidates.size, wanted))
+        # A row stays below half even with the last word drawn.
+        longest = min(wanted, max(candidates.size / 2 - wanted, wanted / 4))
+        words = _cut(first, max(1, int(longest)))
         sizes = np.bincount(words)
         hidden = np.zeros(sizes.size, dtype=bool)
         hidden[_draw_words(sizes, wanted, candidates.size, rng)] = True
@@ -286,21 +289,9 @@ class MaskedLM(TokenObjective):
         return [f"{passage}\n{_LEGEND}"]
 
     def describe(self) -> dict[str, Any]:
-        """Name and masking rates."""
-        return {
-            "name": "MaskedLM",
-            "rate": self.rate,
-            "eval_rate": self.eval_rate,
-            "mask_share": self.mask_share,
-            "random_share": self.random_share,
-            "whole_word": self.whole_word,
-            **({} if self.final_rate is None else {"final_rate": self.final_rate}),
-        }
-
-
-def _longest_word(count: int, wanted: float) -> int:
-    """Maximum tokens of a word that are masked together; keeps a row below half even with the last word drawn."""
-    return max(1, int(min(wanted, max(count / 2 - wanted, wanted / 4))))
+        names = ["rate", "eval_rate", "mask_share", "random_share", "whole_word"]
+        names += [] if self.final_rate is None else ["final_rate"]
+        return {"name": "MaskedLM", **{name: getattr(self, name) for name in names}}
 
 
 def _cut(begins: np.ndarray, most: int) -> np.ndarray:

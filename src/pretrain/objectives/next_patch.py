@@ -71,9 +71,7 @@ class NextPatch(Objective):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Draw the prefix of each row, 0 to N - 1 patches, with the row's own generator, and read its image."""
         prefixes = np.array([rng.integers(self.num_patches) for rng in rngs])
-        pixels = pixel_values(
-            self.model, self.augmentation, examples, rngs, evaluation=evaluation, what="NextPatch"
-        )
+        pixels = pixel_values(self, examples, rngs, evaluation=evaluation)
         size = self.model.backbone.config.image_size
         if pixels.shape[2:] != (size, size):
             raise DataError(
@@ -107,7 +105,6 @@ class NextPatch(Objective):
         return self._weights
 
     def survey(self, rows: Examples) -> list[str]:
-        """Say what is predicted."""
         return [
             f"predicts the patches of an image behind a prefix of 0 to {self.num_patches - 1} of {self.num_patches}"
         ]

@@ -17,6 +17,7 @@ from pretrain.objectives.base import (
     TokenObjective,
     drop_plain_documents,
     stack,
+    target_places,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class NextToken(TokenObjective):
         inside = (documents[:, :-1] == documents[:, 1:]) & (documents[:, :-1] != 0)
         labels[:, :-1] = torch.where(inside, tokens[:, 1:], labels[:, :-1])
         batch["labels"] = labels
-        batch["target_index"] = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
+        batch["target_index"] = target_places(labels)
         return drop_plain_documents(batch)
 
     def summarize(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option, trains
-from pretrain.data.images.augment import Augmentation
+from pretrain.data.images.augment import Augmentation, View
 from pretrain.data.images.boxes import (
     BOXES,
     SIZE,
@@ -31,22 +31,21 @@ from pretrain.data.images.boxes import (
     read_boxes,
     stated_size,
 )
-from pretrain.data.images.decode import FileItem
+from pretrain.data.images.decode import FileItem, Picture
 from pretrain.data.images.draw import colour, with_boxes
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata, make_tag_map
-from pretrain.data.labels import LabelMap
+from pretrain.data.labels import LabelMap, flattened
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
-from pretrain.objectives.image_task import ImageTask, shown_answers, spread
+from pretrain.objectives.image_task import ImageTask, class_figures
 from pretrain.objectives.regions import region_boxes
-from pretrain.objectives.tasks import Learned
+from pretrain.objectives.tasks import Learned, class_codes
 
 if TYPE_CHECKING:
     from pretrain.data.images.decode import Stored
-    from pretrain.data.images.view import View
     from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
@@ -67,7 +66,6 @@ _LEAST = 0.01  # score of a box that is evaluated
 _VISIBLE = 0.3  # share of a box that a crop must keep
 # Held-out images times classes that the classical baseline reads; 60 take a second.
 _MOST_SCENES = 600
-_SHOWN = 24  # classes up to which each has its own figure
 
 
 class ObjectDetection(ImageTask):
@@ -110,8 +108,8 @@ class ObjectDetection(ImageTask):
         self.labels: tuple[str, ...] = tuple(model.labels or ())
         self.augmentation = Augmentation(crop, flip)
         self.box_format = box_format
-        self.codes = dict(codes or {label: k for k, label in enumerate(self.labels)})
         own = {label: k for k, label in enumerate(self.labels)}
+        self.codes = class_codes(codes, self.labels) if codes else own
         self._map = LabelMap(self.labels, {**own, **self.codes})
         self.check_whole()
 
@@ -170,9 +168,8 @@ class ObjectDetection(ImageTask):
         if not targets:
             return self.encode_inputs(table, targets=False)[0]
         boxes, numbers = _boxes_of(table, self.label_map, self.box_format)
-        remarks: list[tuple[int, str]] = []
 
-        def target(i: int, image: Stored) -> Any:
+        def target(rows: TaskRows, i: int, image: Stored) -> Any:
             width, height = image.size
             stated = stated_size(table.columns[SIZE.name][i]) if SIZE.name in table.names else None
             if stated not in (None, (width, height)):
@@ -186,20 +183,17 @@ class ObjectDetection(ImageTask):
             if len(found) and (
                 found[:, :2].min() < -1 or (found[:, 2:] > np.asarray(image.size) + 1).any()
             ):
-                remarks.append((i, "boxes reach beyond the image, and are cut at its border"))
+                rows.remark(i, "boxes reach beyond the image, and are cut at its border")
             inside = found.clip(0, [width, height, width, height])
             kept = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
             if not kept.all():
-                remarks.append((i, "boxes without an area in the image, which are left out"))
+                rows.remark(i, "boxes without an area in the image, which are left out")
             return {
                 "boxes": inside[kept].astype(np.float32),
                 "labels": np.asarray(numbers[i], np.int64)[kept],
             }
 
-        rows, _ = self.encode_inputs(table, targets=True, target=target)
-        for i, text in remarks:
-            rows.remark(i, text)
-        return rows
+        return self.encode_inputs(table, targets=True, target=target)[0]
 
     def describe(self) -> dict[str, Any]:
         # The default is left out, as in the descriptions of earlier runs.
@@ -232,11 +226,7 @@ class ObjectDetection(ImageTask):
         ``truth`` (B, N, 5),
         whose rows beyond those of an image have the class -1.
         """
-        held: Any = [example["image"] for example in examples]
-        pixels, views = self.augmentation.seen(held, self.processor, rngs, evaluation=evaluation)
-        batch = {"pixel_values": torch.from_numpy(pixels)}
-        if evaluation:
-            batch["sizes"] = torch.tensor([image.size[::-1] for image in held])
+        batch, views = self.seen(examples, rngs, evaluation=evaluation)
         if "boxes" not in examples[0]:
             return batch
         targets = [
@@ -298,7 +288,7 @@ class ObjectDetection(ImageTask):
         return batch["counts"].sum()
 
     def forward(self, batch: Batch) -> Loss:
-        scores = self._scores(batch)
+        scores = self.map_scores(batch)  # logits of the classes, distances to the four sides
         logits, sides = scores[:, : len(self.labels)], scores[:, len(self.labels) :]
         total = _focal(logits, batch["bumps"])
         overlap = _generalised_iou(self._corners(sides), batch["sides"])
@@ -309,11 +299,6 @@ class ObjectDetection(ImageTask):
         found = self._found(scores, batch)
         images = [(t[t[:, 4] >= 0], f) for t, f in zip(truth, found, strict=True)]
         return Loss(total, self.count(batch), {"images": images})
-
-    def _scores(self, batch: Batch) -> Tensor:
-        """Return logits of the classes and distances to the sides at every place, (B, C + 4, h, w)."""
-        scores: Tensor = self.model({"pixel_values": batch["pixel_values"]}).float()
-        return scores
 
     def _corners(self, sides: Tensor) -> Tensor:
         """Return the boxes of all places, left, top, right, bottom in pixels, of their distances; (B, 4, h, w)."""
@@ -360,10 +345,7 @@ class ObjectDetection(ImageTask):
             "ap50": float(found[0, known].mean()) if known.any() else math.nan,
             "ap": float(found[:, known].mean()) if known.any() else math.nan,
         }
-        if len(self.labels) <= _SHOWN:
-            of_classes = zip(self.labels, found[0].tolist(), strict=True)
-            figures |= {f"ap50_{label}": value for label, value in of_classes}
-        return figures
+        return figures | class_figures("ap50", self.labels, found[0])
 
     def head_weights(self) -> int:
         """Weights for each target: those of all places of an image, of which one object has about a tenth."""
@@ -375,7 +357,7 @@ class ObjectDetection(ImageTask):
     # ------------------------------------------------------------------ answers
 
     def outputs(self, batch: Batch) -> list[Any]:
-        return self._found(self._scores(batch), batch)
+        return self._found(self.map_scores(batch), batch)
 
     def decode(
         self, outputs: Sequence[Any], infos: Sequence[Any], *, threshold: float = 0.3
@@ -414,29 +396,21 @@ class ObjectDetection(ImageTask):
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Boxes and predicted boxes over their images; the score is the mean overlap of an object with its best box."""
         boxes, numbers = _boxes_of(table, self.label_map, self.box_format)
-        rows = []
-        for i, answer in shown_answers(self, table):
-            if answer:
-                said = [self.labels.index(label) for label in answer["label"]]
-                overlap = figures_of.box_iou(boxes[i], answer["box"])
-                overlap *= np.asarray(numbers[i])[:, None] == np.asarray(said)[None]
-                missed = overlap.max(1).tolist() if said else [0.0] * len(boxes[i])
-                extra = overlap.max(0).tolist() if boxes[i] else [0.0] * len(said)
-                both = [*missed, *extra]
-                score = float(np.mean(both)) if both else 1.0
-                rows.append({"i": i, "box": answer["box"], "class": said, "score": score})
-        chosen = spread(rows, count)
-        of_rows = pictures(table.take([row["i"] for row in chosen]))
-        return [
-            {
-                "right": with_boxes(picture, boxes[row["i"]], numbers[row["i"]]),
-                "predicted": with_boxes(picture, row["box"], row["class"]),
-                "score": row["score"],
-                "where": table.where(row["i"]),
-            }
-            for row, picture in zip(chosen, of_rows, strict=True)
-            if picture is not None
-        ]
+
+        def judge(i: int, answer: dict[str, Any]) -> Any:
+            said = [self.labels.index(label) for label in answer["label"]]
+            overlap = figures_of.box_iou(boxes[i], answer["box"])
+            overlap *= np.asarray(numbers[i])[:, None] == np.asarray(said)[None]
+            missed = overlap.max(1).tolist() if said else [0.0] * len(boxes[i])
+            extra = overlap.max(0).tolist() if boxes[i] else [0.0] * len(said)
+            both = [*missed, *extra]
+            score = float(np.mean(both)) if both else 1.0
+            return score, (boxes[i], numbers[i]), (answer["box"], said)
+
+        def draw(picture: Picture, found: Any) -> str:
+            return with_boxes(picture, *found)
+
+        return self.compared_pictures(table, count, judge, draw)
 
 
 def _lists(table: Table, role: str) -> list[list[Any]]:
@@ -516,12 +490,8 @@ def _boxes_of(
             f"{table.name}: all coordinates of the boxes lie between 0 and 1, so they look like shares of the image, "
             "and boxes are in pixels. Multiply left and right by the width of the image, top and bottom by its height."
         )
-    flat, where = [], []
-    for i, row in enumerate(labels):
-        flat += row
-        where += [i] * len(row)
-    names = table.label_names.get("label")
-    ids = iter(known.ids(flat, names=names, where=lambda n: table.where(where[n])))
+    flat, inside = flattened(labels, table.where)
+    ids = iter(known.ids(flat, names=table.label_names.get("label"), where=inside))
     return boxes, [[next(ids) for _ in row] for row in labels]
 
 

@@ -10,9 +10,8 @@ Letters: N pairs, M targets.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -189,12 +188,7 @@ class Preference(Task):
         return math.log(2)
 
     @torch.no_grad()
-    def prepare_reference(
-        self,
-        rows: TaskRows,
-        batch_rows: int = 8,
-        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    ) -> None:
+    def prepare_reference(self, rows: TaskRows, batch_rows: int = 8) -> None:
         """Add the current log-probabilities of the answers to the examples: ``ref_chosen``, ``ref_rejected``, in nats.
 
         Call it before the first step, on the rows for training and on those for evaluation. A resumed run computes
@@ -203,15 +197,13 @@ class Preference(Task):
         Args:
             rows: rows from ``encode``.
             batch_rows: pairs in one forward pass.
-            context: context manager of the forward passes, such as autocast.
         """
         was_training = self.training
         self.eval()
         try:
             for chosen, batch in self.batches(rows, batch_rows):
-                with context():
-                    log_probs = self.log_probs(batch)
-                for i, pair in zip(chosen, log_probs.float().cpu().numpy(), strict=True):
+                log_probs = self.log_probs(batch).float().cpu().numpy()
+                for i, pair in zip(chosen, log_probs, strict=True):
                     for key, value in zip(_REFERENCE, pair, strict=True):
                         rows.examples[i][key] = np.asarray(value, dtype=np.float32)
         finally:
@@ -226,7 +218,6 @@ class Preference(Task):
         return {"logprob_chosen": chosen, "logprob_rejected": rejected, "margin": chosen - rejected}
 
     def head_weights(self) -> int:
-        """The vocabulary projection, counted even if it is tied to the embedding."""
         head: Any = self.model.head
         return self._numel([head.weight()])
 
@@ -251,9 +242,10 @@ def _conversation(row: Mapping[str, Any], side: str, where: str) -> list[Message
     else:
         end = as_messages(answer, f"{where}, {side}")
         spoken = [*map(_spoken, end), ("user", "")]
+        asks = any(turn["role"] == "user" for turn in end)
         if all(_spoken(turn) in spoken for turn in start):
             start = []
-        elif start[-1]["role"] == "user" and _asks(end) and end[0]["role"] != "assistant":
+        elif start[-1]["role"] == "user" and asks and end[0]["role"] != "assistant":
             raise DataError(
                 f"{where}: {side} is a conversation of its own, of which not every turn of the prompt "
                 f"{shortened(prompt)} is one, so it would have two questions. Give whole conversations with the same "
@@ -272,7 +264,3 @@ def _spoken(turn: Message) -> tuple[str, Any]:
     """The role and the content of a turn, whatever its white space, its parts and other keys."""
     content = content_text(turn["content"])
     return turn["role"], " ".join(content.split()) if isinstance(content, str) else content
-
-
-def _asks(messages: Sequence[Message]) -> bool:
-    return any(turn["role"] == "user" for turn in messages)

@@ -38,7 +38,7 @@ _MATCH = 0.5  # overlap from which the box of a region is one of the object
 
 
 def region_boxes(
-    train: Table, held: Table, labels: Sequence[str], *, images: int = 300, seed: int = 0
+    train: Table, held: Table, labels: Sequence[str], *, images: int = 300
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Return the true and the predicted boxes of every held-out image that can be read.
 
@@ -47,7 +47,6 @@ def region_boxes(
         held: held-out rows.
         labels: the classes.
         images: most training images times classes, but 10 images at least; they lie at even distances.
-        seed: seed of the pixels that are drawn.
 
     Returns:
         For each image its boxes (N, 5), with their classes, and those found (M, 6), with score and class, best first;
@@ -55,7 +54,7 @@ def region_boxes(
     """
     most = max(10, images // max(1, len(labels)))
     part = train.take(range(0, len(train), max(1, -(-len(train) // most))))
-    own, rng, pixels, classes = _scenes(part, labels), np.random.default_rng(seed), [], []
+    own, rng, pixels, classes = _scenes(part, labels), np.random.default_rng(0), [], []
     for features, truth, shape, scale in own:
         drawn = rng.permutation(len(features))[:_PIXELS]
         pixels.append(features[drawn])

@@ -127,11 +127,9 @@ class Regression(Task):
         return rows
 
     def truth(self, table: Table) -> list[Any]:
-        """The correct answers, in the form that ``decode`` returns."""
         return [float(value) for value in numbers(table)]
 
     def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
-        """The distance from the target."""
         return abs(float(answer["score"]) - truth) or None
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from pretrain.data.audio import AudioProcessor
-from pretrain.data.audio.augment import SpectrogramChanges
 from pretrain.data.images.augment import Augmentation
 from pretrain.data.images.processor import ImageProcessor
 from pretrain.errors import DataError, ModelError
@@ -16,8 +15,9 @@ from pretrain.objectives.base import ExampleList, Rngs, stack
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
+    from pretrain.objectives.base import Objective
 
-__all__ = ["check_processor", "given_pixels", "pixel_values", "reads_audio", "values_key"]
+__all__ = ["check_processor", "pixel_values", "reads_audio", "values_key"]
 
 
 def reads_audio(model: Model) -> bool:
@@ -78,44 +78,27 @@ def _check_audio(model: Model, what: str) -> AudioProcessor:
     return processor
 
 
-def given_pixels(examples: ExampleList, key: str = "pixel_values") -> Tensor:
-    """Stack the pixel values that rows hold, (B, C, H, W) in fp32, or the spectrograms under another key.
-
-    Raises:
-        DataError: images of different sizes, or bytes, which no processor has brought to the values of the model.
-    """
-    values = stack(examples, (key,))[key]
-    if not values.is_floating_point():
-        kind = getattr(examples[0][key], "dtype", "integers")
-        column = AudioProcessor.column if key == AudioProcessor.key else "image"
-        raise DataError(
-            f"{key} of the rows are {kind}, and a model reads normalised numbers. Give what the {column} processor "
-            f'returns, processor(...)["{key}"], or rows with "{column}" instead, which it then reads.'
-        )
-    return values.to(torch.float32)
-
-
 def pixel_values(
-    model: Model, augmentation: Augmentation | SpectrogramChanges, examples: ExampleList, rngs: Rngs, *,
-    evaluation: bool, what: str,
-) -> Tensor:  # fmt: skip
-    """Return the pixel values of rows with ``image`` or ``pixel_values``, (B, C, H, W); images are changed in training.
+    objective: Objective, examples: ExampleList, rngs: Rngs, *, evaluation: bool
+) -> Tensor:
+    """Return the pixel values of rows with ``image`` or ``pixel_values``, (B, C, H, W) in fp32.
 
     Of rows with ``audio`` or ``input_values`` it returns the spectrograms, (B, T, M).
 
     Args:
-        model: its processor reads the images.
-        augmentation: random changes of training images, or of training spectrograms.
+        objective: the processor of its model reads the images, and its ``augmentation`` changes those of training.
         examples: the rows.
         rngs: one generator per row.
         evaluation: whether nothing is changed.
-        what: the objective, for messages.
 
     Raises:
-        DataError: the rows hold neither, or pixel values that are to be changed.
+        DataError: the rows hold neither; or pixel values that are to be changed, of different sizes, or bytes, which
+            no processor has brought to the values of the model.
         ModelError: the processor of the model does not fit.
     """
     first: Any = examples[0]
+    model, augmentation = objective.model, cast(Any, objective.augmentation)
+    what = getattr(objective, "name", type(objective).__name__)
     key, column = values_key(model), AudioProcessor.column if reads_audio(model) else "image"
     if column in first:
         processor = check_processor(model, what)
@@ -130,4 +113,11 @@ def pixel_values(
             else "Set shift, mask_time and mask_bands to 0, or give rows of recordings (data.source audio)."
         )
         raise DataError(f"The rows hold {key}, which are not changed at random. {advice}")
-    return given_pixels(examples, key)
+    values = stack(examples, (key,))[key]
+    if not values.is_floating_point():
+        kind = getattr(first[key], "dtype", "integers")
+        raise DataError(
+            f"{key} of the rows are {kind}, and a model reads normalised numbers. Give what the {column} processor "
+            f'returns, processor(...)["{key}"], or rows with "{column}" instead, which it then reads.'
+        )
+    return values.to(torch.float32)

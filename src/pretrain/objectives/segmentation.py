@@ -39,8 +39,8 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
-from pretrain.objectives.image_task import ImageTask, shown_answers, spread
-from pretrain.objectives.tasks import ClassTask, Learned
+from pretrain.objectives.image_task import ImageTask, class_figures
+from pretrain.objectives.tasks import ClassTask, Learned, class_codes
 
 if TYPE_CHECKING:
     from pretrain.data.images.decode import Stored
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Segmentation"]
 
-_SHOWN = 24  # classes up to which each has its own figure
 _BINARY = ("background", "foreground")
 _BAND = 1 << 23  # scores that are interpolated to the size of an image at once
 
@@ -93,7 +92,8 @@ class Segmentation(ImageTask, ClassTask):
         self.refuse_length(max_length)
         super().__init__(model, class_weights, label_smoothing, None, False)
         self.augmentation = Augmentation(crop, flip)
-        self.codes = dict(codes or {str(k): k for k in range(len(self.labels))})
+        numbered = {str(k): k for k in range(len(self.labels))}
+        self.codes = class_codes(codes or numbered, self.labels)
         self.check_whole()
 
     # ------------------------------------------------------------------ rows
@@ -173,7 +173,7 @@ class Segmentation(ImageTask, ClassTask):
             return self.encode_inputs(table, targets=False)[0]
         masks, counts = self._masks(table), np.zeros(UNLABELLED + 1, np.int64)
 
-        def target(i: int, image: Stored) -> Any:
+        def target(rows: TaskRows, i: int, image: Stored) -> Any:
             mask = masks[i]
             if not isinstance(mask, Mask):
                 return "no mask" if mask is None else f"broken mask ({mask.cause})"
@@ -224,26 +224,19 @@ class Segmentation(ImageTask, ClassTask):
         ``labels`` are (B, H, W). In evaluation they are padded to the largest mask and stay uint8, ``UNLABELLED`` where
         there is no class; ``sizes`` (B, 2) are those of the images.
         """
-        held: Any = [example["image"] for example in examples]
-        pixels, views = self.augmentation.seen(held, self.processor, rngs, evaluation=evaluation)
-        batch = {"pixel_values": torch.from_numpy(pixels)}
+        batch, views = self.seen(examples, rngs, evaluation=evaluation)
         masks: Any = [example["mask"].values for example in examples if "mask" in example]  # type: ignore[attr-defined]
-        if evaluation:
-            sizes = np.asarray([image.size[::-1] for image in held])
-            batch["sizes"] = torch.from_numpy(sizes)
-            if masks:
-                whole = np.full((len(masks), *sizes.max(0)), UNLABELLED, np.uint8)
-                for labels, mask in zip(whole, masks, strict=True):
-                    labels[: mask.shape[0], : mask.shape[1]] = mask
-                batch["labels"] = torch.from_numpy(whole)
+        if not masks:
             return batch
-        if masks:
-            seen = [view.mask(mask) for view, mask in zip(views, masks, strict=True)]
-            batch["labels"] = _as_targets(torch.from_numpy(np.stack(seen)))
-            if self._weights is not None:
-                weights = torch.tensor([*self._weights, 0.0], dtype=torch.float32)
-                batch["weights"] = weights[batch["labels"].clamp(min=-1)]
-        return batch
+        if evaluation:
+            sizes = batch["sizes"].amax(0).tolist()
+            whole = np.full((len(masks), *sizes), UNLABELLED, np.uint8)
+            for labels, mask in zip(whole, masks, strict=True):
+                labels[: mask.shape[0], : mask.shape[1]] = mask
+            return batch | {"labels": torch.from_numpy(whole)}
+        seen = [view.mask(mask) for view, mask in zip(views, masks, strict=True)]
+        batch["labels"] = _as_targets(torch.from_numpy(np.stack(seen)))
+        return batch | self.weights_of(batch["labels"])
 
     def count(self, batch: Batch) -> Tensor:
         if "sizes" in batch:
@@ -251,7 +244,7 @@ class Segmentation(ImageTask, ClassTask):
         return super().count(batch)
 
     def forward(self, batch: Batch) -> Loss:
-        labels, scores = batch["labels"], self._scores(batch)
+        labels, scores = batch["labels"], self.map_scores(batch)
         if "sizes" not in batch:
             total = self.cross_entropy(self._to_pixels(scores, batch), labels, batch.get("weights"))
             return Loss(total, self.count(batch))
@@ -266,11 +259,6 @@ class Segmentation(ImageTask, ClassTask):
                 pairs = truth[known] * classes + band.argmax(0)[known]
                 matrix += torch.bincount(pairs, minlength=classes**2)
         return Loss(total, self.count(batch), {"confusion": matrix.view(classes, classes)})
-
-    def _scores(self, batch: Batch) -> Tensor:
-        """Return the scores of the classes at the places of the map, (B, C, h, w)."""
-        scores: Tensor = self.model({"pixel_values": batch["pixel_values"]}).float()
-        return scores
 
     def _to_pixels(self, scores: Tensor, batch: Batch) -> Tensor:
         """Return scores (B, C, h, w) at every pixel that the model reads, (B, C, H, W)."""
@@ -292,10 +280,7 @@ class Segmentation(ImageTask, ClassTask):
 
     def _figures(self, matrix: np.ndarray) -> dict[str, float]:
         figures = {"miou": figures_of.mean_iou(matrix), "accuracy": figures_of.accuracy(matrix)}
-        if len(self.labels) <= _SHOWN:
-            of_classes = zip(self.labels, figures_of.iou(matrix).tolist(), strict=True)
-            figures |= {f"iou_{label}": value for label, value in of_classes}
-        return figures
+        return figures | class_figures("iou", self.labels, figures_of.iou(matrix))
 
     def expected_first_loss(self) -> float | None:
         """The log of the number of classes: an untrained head predicts a uniform distribution."""
@@ -310,7 +295,7 @@ class Segmentation(ImageTask, ClassTask):
 
     def outputs(self, batch: Batch) -> list[Any]:
         """The number of every pixel's class, and the highest score, which is NaN if any is."""
-        scores = self._scores(batch)
+        scores = self.map_scores(batch)
         masks = [
             torch.cat([band.argmax(0).to(torch.uint8) for _, band in bands]).cpu().numpy()
             for bands in self._at_sizes(scores, batch)
@@ -335,26 +320,17 @@ class Segmentation(ImageTask, ClassTask):
 
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Masks and predicted masks over their images; the score is the mean intersection over union of the image."""
-        masks, rows = self._masks(table), list[dict[str, Any]]()
-        for i, answer in shown_answers(self, table):
-            if answer and isinstance(masks[i], Mask):
-                truth, said = masks[i].values, answer["mask"]
-                known = truth != UNLABELLED
-                matrix = figures_of.confusion_matrix(truth[known], said[known], len(self.labels))
-                score = figures_of.mean_iou(matrix)
-                rows.append({"i": i, "truth": truth, "said": said, "score": score})
-        chosen = spread(rows, count)
-        of_rows = pictures(table.take([row["i"] for row in chosen]))
-        return [
-            {
-                "right": with_mask(picture, row["truth"]),
-                "predicted": with_mask(picture, row["said"]),
-                "score": row["score"],
-                "where": table.where(row["i"]),
-            }
-            for row, picture in zip(chosen, of_rows, strict=True)
-            if picture is not None
-        ]
+        masks = self._masks(table)
+
+        def judge(i: int, answer: dict[str, Any]) -> Any:
+            if not isinstance(masks[i], Mask):
+                return None
+            truth, said = masks[i].values, answer["mask"]
+            known = truth != UNLABELLED
+            matrix = figures_of.confusion_matrix(truth[known], said[known], len(self.labels))
+            return figures_of.mean_iou(matrix), truth, said
+
+        return self.compared_pictures(table, count, judge, with_mask)
 
 
 def row_bands(scores: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:

@@ -30,13 +30,23 @@ from pretrain.data.task_rows import TaskEncoder, TaskRows, batches_by_length
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
 from pretrain.nn.loss import IGNORE
-from pretrain.objectives.base import Batch, Example, ExampleList, Objective
+from pretrain.objectives.base import Batch, Example, ExampleList, Objective, checked_smoothing
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
+    from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
-__all__ = ["ClassTask", "Learned", "Task", "pack_examples", "read_texts", "sequence_labels"]
+__all__ = [
+    "ClassTask",
+    "Learned",
+    "Task",
+    "class_codes",
+    "empty_texts",
+    "pack_examples",
+    "read_texts",
+    "sequence_labels",
+]
 
 _WIDTH_STEP = 32
 _PACKED_TOKENS = 1024  # wider rows gain nothing, and a dense mask over them costs more
@@ -124,17 +134,33 @@ def pack_examples(
         at = 0
         for number, i in enumerate(row, start=1):
             end = at + lengths[i]
-            for key in fills:
-                if key == "document_ids":
-                    arrays[key][r, at:end] = number
-                elif key == "position_ids":
-                    arrays[key][r, at:end] = np.arange(lengths[i])
-                elif key in examples[i]:
-                    arrays[key][r, at:end] = examples[i][key]
+            places: dict[str, Any] = {"document_ids": number, "position_ids": np.arange(lengths[i])}
+            for key, value in {**examples[i], **places}.items():
+                if key in fills:
+                    arrays[key][r, at:end] = value
             first[i], last[i] = r * width + at, r * width + end - 1
             at = end
     batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
     return batch | {"first_index": torch.from_numpy(first), "last_index": torch.from_numpy(last)}
+
+
+def empty_texts(table: Table, columns: Sequence[str], i: int) -> list[str]:
+    """Return those of ``columns`` in which row ``i`` has no text, or only white space.
+
+    Raises:
+        DataError: a value is no string; the message names the row.
+    """
+    for name in columns:
+        value = table.columns[name][i]
+        if value is not None and not isinstance(value, str):
+            cure = "Name the column that holds it, or turn its values into strings."
+            alone = len(columns) == 1 and "image" not in table.names
+            if isinstance(value, list | tuple) and alone:
+                cure = "This model reads one text for each row: join them, or train one on pairs."
+            raise DataError(
+                f"{table.where(i)}: the {name} is {type(value).__name__} {str(value)[:40]!r}, not a text. {cure}"
+            )
+    return [name for name in columns if not (table.columns[name][i] or "").strip()]
 
 
 def read_texts(table: Table, columns: Sequence[str], rows: TaskRows) -> list[int]:
@@ -145,21 +171,10 @@ def read_texts(table: Table, columns: Sequence[str], rows: TaskRows) -> list[int
     """
     kept = []
     for i in range(len(table)):
-        values = [table.columns[name][i] for name in columns]
-        for name, value in zip(columns, values, strict=True):
-            if value is not None and not isinstance(value, str):
-                cure = "Name the column that holds it, or turn its values into strings."
-                if isinstance(value, list | tuple) and len(columns) == 1:
-                    cure = (
-                        "This model reads one text for each row: join them, or train one on pairs."
-                    )
-                raise DataError(
-                    f"{table.where(i)}: the {name} is {type(value).__name__} {str(value)[:40]!r}, not a text. {cure}"
-                )
-        if all(value and value.strip() for value in values):
-            kept.append(i)
-        else:
+        if empty_texts(table, columns, i):
             rows.drop(i, "empty text")
+        else:
+            kept.append(i)
     return kept
 
 
@@ -241,6 +256,13 @@ class Task(Objective):
         self.labels_given = False
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model, which ``check_processor`` has found."""
+        found = self.model.tokenizer
+        assert found is not None
+        return found
+
+    @property
     def label_map(self) -> LabelMap:
         """The classes of a task that has them, as ``_map``, and whether the caller is known to have named them."""
         return replace(self._map, chosen=self.labels_given)
@@ -280,11 +302,9 @@ class Task(Objective):
     @cached_property
     def encoder(self) -> TaskEncoder:
         """The text encoder for this model."""
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
         several = getattr(self.model.backbone.config, "type_vocab_size", 1) > 1
-        segments = several and tokenizer.segments
-        return TaskEncoder(tokenizer, self.max_length, segments=segments)
+        segments = several and self.tokenizer.segments
+        return TaskEncoder(self.tokenizer, self.max_length, segments=segments)
 
     @property
     def pad_id(self) -> int:
@@ -513,17 +533,14 @@ class Task(Objective):
 
     def show(self, example: Example) -> list[tuple[str, bool]]:
         """The tokens of an example as text, each with whether it is trained on, for display."""
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
         ids = [int(i) for i in example["input_ids"]]
         labels = example.get("labels")
         marks = [False] * len(ids)
         if labels is not None and np.ndim(labels) == 1 and len(labels) == len(ids):
             marks = [bool(label != IGNORE) for label in labels]
-        pieces = [tokenizer.decode([i], skip_special=False) for i in ids]
-        if (
-            tokenizer.kind == "wordpiece"
-        ):  # its tokens mark the continuation of a word, not its beginning
+        pieces = [self.tokenizer.decode([i], skip_special=False) for i in ids]
+        # The tokens of WordPiece mark the continuation of a word, not its beginning.
+        if self.tokenizer.kind == "wordpiece":
             pieces = [p[2:] if p.startswith("##") else f" {p}" for p in pieces]
         return list(zip(pieces, marks, strict=True))
 
@@ -639,8 +656,24 @@ def _class_ids(codes: Mapping[str, Any] | None, labels: Sequence[str]) -> dict[s
     if codes is None:
         return places
     return {
-        text: k if isinstance(k, int) else places.get(k.strip(), -1) for text, k in codes.items()
+        text: places.get(k.strip(), -1) if isinstance(k, str) else k for text, k in codes.items()
     }
+
+
+def class_codes(codes: Mapping[str, Any] | None, labels: Sequence[str]) -> dict[str, int]:
+    """Return the class number of every spelling of a label, as codes say, which may come from a file; see `_class_ids`.
+
+    Raises:
+        ConfigError: a code is neither a label nor a class number.
+    """
+    found = _class_ids(codes, labels)
+    for text, k in found.items():
+        if type(k) is not int or not 0 <= k < len(labels):
+            raise ConfigError(
+                f"codes maps {text!r} to {(codes or {})[text]!r}, which is neither a label nor a class from 0 to "
+                f"{len(labels) - 1}. The labels are: {', '.join(labels[:20])}."
+            )
+    return found
 
 
 def _is_text(cell: Any) -> bool:
@@ -669,10 +702,8 @@ class ClassTask(Task):
         self, model: Model, class_weights: Any, label_smoothing: float, max_length: int | None, pack: bool
     ) -> None:  # fmt: skip
         super().__init__(model, max_length=max_length, pack=pack)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ConfigError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1).")
         self.labels: tuple[str, ...] = tuple(model.labels or ())
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checked_smoothing(label_smoothing)
         self._balanced = class_weights == "balanced"
         self._weights = None if self._balanced else _given_weights(class_weights, self.labels)
 
@@ -691,6 +722,16 @@ class ClassTask(Task):
         """Compute balanced weights from the number of targets of each class, (C,)."""
         if self.unbalanced:
             self._weights = counts.sum() / (len(self.labels) * np.maximum(counts, 1.0))
+
+    def weights_of(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the weights of the classes of a training batch as ``weights``, like the labels; none if not weighted.
+
+        What has no class weighs nothing.
+        """
+        if self._weights is None:
+            return {}
+        weights = torch.tensor([*self._weights, 0.0], dtype=torch.float32)
+        return {"weights": weights[labels.clamp(min=-1)]}
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Number of targets, or the sum of their weights, which normalises a weighted mean."""

@@ -29,7 +29,7 @@ from pretrain.data.task_rows import TaskEncoder, TaskRows, blanks_before_words, 
 from pretrain.errors import ConfigError
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
-from pretrain.objectives.tasks import ClassTask, Learned
+from pretrain.objectives.tasks import ClassTask, Learned, class_codes
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -115,13 +115,7 @@ class TokenClassification(ClassTask):
             )
         self.all_pieces, self.empty_tag = all_pieces, empty_tag
         self.codes = dict(codes) if codes else None
-        places = {label: k for k, label in enumerate(self.labels)}
-        spellings = self.codes or {label.strip(): label for label in self.labels}
-        if unknown := [label for label in spellings.values() if label not in places]:
-            raise ConfigError(
-                f"codes names {unknown[0]!r}, which is not a label. The labels are: {', '.join(self.labels[:20])}."
-            )
-        self._map = LabelMap(self.labels, {c: places[label] for c, label in spellings.items()})
+        self._map = LabelMap(self.labels, class_codes(self.codes, self.labels))
         if word_blanks and model.tokenizer is not None:
             model.tokenizer = blanks_before_words(model.tokenizer)
         self.foreign = word_blanks is None
@@ -198,14 +192,16 @@ class TokenClassification(ClassTask):
                 once=True,
             )
         for i in kept:
-            encoding, answers = encodings[i], None if tags is None else tags[i]
+            encoding, words = encodings[i], sentences[i]
             if not encoding.ids:
                 rows.drop(i, "no words that the tokenizer can see")
-            elif encoding.overflowing:
-                self._add_windows(rows, i, encoding, sentences[i], answers, encoders[i])
-            else:
-                own = (0, len(sentences[i]))
-                self._add(rows, i, encoding, sentences[i], answers, 0, own)
+                continue
+            windows, parts = [(0, len(words))], [encoding]
+            if encoding.overflowing:
+                windows, cut = _windows(encoding, len(words))
+                rows.cut += [i] * cut
+                parts = encoders[i].words([words[a:b] for a, b in windows])
+            self._add(rows, i, words, None if tags is None else tags[i], windows, parts)
         if tags is not None:
             self.balance(np.concatenate([tags[i] for i in kept]) if kept else ())
         return rows
@@ -225,57 +221,35 @@ class TokenClassification(ClassTask):
         text = isinstance(cell, str) and not cell.lstrip().startswith("[")
         return self.encoder_of_texts if text else self.encoder
 
-    def _add_windows(
-        self,
-        rows: TaskRows,
-        i: int,
-        encoding: Any,
-        words: Sequence[str],
-        tags: np.ndarray | None,
-        encoder: TaskEncoder,
-    ) -> None:
-        room = len(encoding.ids) - sum(encoding.special_tokens_mask)
-        sizes = np.zeros(len(words), np.int64)
-        for part in (encoding, *encoding.overflowing):
-            for word in part.word_ids:
-                if word is not None:
-                    sizes[word] += 1
-        windows = word_windows(sizes.tolist(), room, room // _OVERLAP)
-        if sizes.max() > room:
-            rows.cut.append(i)
-        parts = encoder.words([words[a:b] for a, b in windows])
-        begin = 0
-        for k, (part, (a, b)) in enumerate(zip(parts, windows, strict=True)):
-            end = b if k + 1 == len(windows) else (windows[k + 1][0] + b) // 2
-            self._add(rows, i, part, words, tags, a, (begin, end))
-            begin = end
-
     def _add(
         self,
         rows: TaskRows,
         i: int,
-        encoding: Any,
         words: Sequence[str],
         tags: np.ndarray | None,
-        offset: int,
-        own: tuple[int, int],
+        windows: Sequence[tuple[int, int]],
+        encodings: Sequence[Any],
     ) -> None:
-        """Add an example that begins at word ``offset`` and predicts the words ``own``, end exclusive."""
-        marks = np.full(len(encoding.ids), -1, np.int32)
-        labels = np.full(len(encoding.ids), IGNORE, np.int64)
-        before = None
-        for place, inside in enumerate(encoding.word_ids):
-            first, before = inside != before, inside
-            if inside is None or not own[0] <= inside + offset < own[1]:
-                continue
-            if first:
-                marks[place] = inside + offset
-            if tags is not None and (first or self.all_pieces):
-                labels[place] = tags[inside + offset]
-        example: dict[str, Any] = {**self.encoder.example(encoding), "words": marks}
-        if tags is not None:
-            example |= {"labels": labels, "tags": tags, "row": np.asarray(i)}
-        rows.add(i, example, words)
+        """Add an example for each window over the words, which predicts those that are farthest from its edges."""
+        begin = 0
+        for k, (encoding, (offset, last)) in enumerate(zip(encodings, windows, strict=True)):
+            end = last if k + 1 == len(windows) else (windows[k + 1][0] + last) // 2
+            marks = np.full(len(encoding.ids), -1, np.int32)
+            labels = np.full(len(encoding.ids), IGNORE, np.int64)
+            before = None
+            for place, inside in enumerate(encoding.word_ids):
+                first, before = inside != before, inside
+                if inside is None or not begin <= inside + offset < end:
+                    continue
+                if first:
+                    marks[place] = inside + offset
+                if tags is not None and (first or self.all_pieces):
+                    labels[place] = tags[inside + offset]
+            example: dict[str, Any] = {**self.encoder.example(encoding), "words": marks}
+            if tags is not None:
+                example |= {"labels": labels, "tags": tags, "row": np.asarray(i)}
+            rows.add(i, example, words)
+            begin = end
 
     def targets(self, table: Table) -> list[np.ndarray]:
         """The class numbers of the words of every row, (words,) each.
@@ -290,7 +264,6 @@ class TokenClassification(ClassTask):
         return [np.asarray([next(ids) for _ in row], dtype=np.int64) for row in tags]
 
     def truth(self, table: Table) -> list[Any]:
-        """The correct tags of every row, in the form that ``decode`` returns."""
         return [[self.labels[k] for k in row] for row in self.targets(table)]
 
     def mistake(self, truth: Any, answer: Mapping[str, Any]) -> float | None:
@@ -299,7 +272,6 @@ class TokenClassification(ClassTask):
         return max((score for right, tag, score in rows if tag != right), default=None)
 
     def choices(self, answer: Mapping[str, Any]) -> list[Any]:
-        """The tags of the words."""
         return list(answer.get("tags", ()))
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
@@ -338,9 +310,8 @@ class TokenClassification(ClassTask):
             batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
             batch["tags"] = torch.from_numpy(np.concatenate([e["tags"] for e in examples]))
             batch["tag_counts"] = torch.tensor([len(example["tags"]) for example in examples])
-        elif labelled and self._weights is not None:
-            weights = torch.tensor([*self._weights, 0.0], dtype=torch.float32)
-            batch["weights"] = weights[batch["labels"].clamp(min=-1)]
+        elif labelled:
+            batch |= self.weights_of(batch["labels"])
         return batch
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -424,6 +395,17 @@ class TokenClassification(ClassTask):
             for kind, first, last in spans
         ]
         return {"tags": tags, "entities": entities, "scores": scores}
+
+
+def _windows(encoding: Any, words: int) -> tuple[list[tuple[int, int]], bool]:
+    """Return windows over the words of a sentence that is too long, and whether one of the words alone is."""
+    room = len(encoding.ids) - sum(encoding.special_tokens_mask)
+    sizes = np.zeros(words, np.int64)
+    for part in (encoding, *encoding.overflowing):
+        for word in part.word_ids:
+            if word is not None:
+                sizes[word] += 1
+    return word_windows(sizes.tolist(), room, room // _OVERLAP), bool(sizes.max() > room)
 
 
 def _by_example(batch: Batch, values: Tensor) -> list[Any]:

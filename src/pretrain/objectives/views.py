@@ -42,10 +42,24 @@ class Views(Objective):
     """Base class: reads random views of every image, and projects the vectors that a classifier would read.
 
     Rows hold an ``image``, or ``pixel_values`` (V, C, H, W) of views that the source of the rows has made.
+
+    Args:
+        model: a model of images without a head.
+        views: views of an image, V.
+        crop: smallest share of the area of an image that a view shows.
+        flip: mirror half of the views.
+        randaugment: strength, 1 to 30, of two random operations on every view; 0 for none.
+        projection: size of a projection, P.
+        pooling: what is projected, see ``ImageBackbone.pooled``.
+
+    Raises:
+        ModelError: the model has a head, or reads no images.
+        ConfigError: a number is out of range.
     """
 
     couples_examples: ClassVar[bool] = True
     figures: ClassVar[tuple[str, ...] | None] = ("loss",)
+    described: ClassVar[tuple[str, ...]] = ("projection", "pooling")
 
     def __init__(
         self,
@@ -79,10 +93,7 @@ class Views(Objective):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Draw the views of each row with the row's own generator, in evaluation too: ``views`` (n, V, C, H, W)."""
         if "pixel_values" in examples[0]:
-            plain = Augmentation()
-            pixels = pixel_values(
-                self.model, plain, examples, rngs, evaluation=True, what=type(self).__name__
-            )
+            pixels = pixel_values(self, examples, rngs, evaluation=True)
             if pixels.ndim != 5 or pixels.shape[1] != self.views:
                 raise DataError(
                     f"pixel_values of a row have the shape {tuple(pixels.shape[1:])}; {type(self).__name__} reads "
@@ -90,17 +101,7 @@ class Views(Objective):
                     "instead, of which views are drawn."
                 )
             return {"views": pixels}
-        drawn = [
-            pixel_values(
-                self.model,
-                self.augmentation,
-                examples,
-                rngs,
-                evaluation=False,
-                what=type(self).__name__,
-            )
-            for _ in range(self.views)
-        ]
+        drawn = [pixel_values(self, examples, rngs, evaluation=False) for _ in range(self.views)]
         return {"views": torch.stack(drawn, dim=1)}
 
     def count(self, batch: Batch) -> Tensor:
@@ -125,12 +126,11 @@ class Views(Objective):
         return self.views * self._weights
 
     def survey(self, rows: Examples) -> list[str]:
-        """Say what is compared."""
         return [f"{self.views} random views of every image are compared"]
 
     def describe(self) -> dict[str, Any]:
-        """Name, changes that make the views, and what is projected."""
-        own = {"projection": self.projection, "pooling": self.pooling}
+        """Name, changes that make the views, and the arguments that ``described`` names."""
+        own = {name: getattr(self, name) for name in self.described}
         return {**super().describe(), **vars(self.augmentation), **own}
 
 
@@ -142,22 +142,13 @@ class LeJEPA(Views):
     There is no teacher and no negative pair; the loss tells how good the features are.
 
     Args:
-        model: a model of images without a head.
-        views: views of an image, V.
-        crop: smallest share of the area of an image that a view shows.
-        flip: mirror half of the views.
-        randaugment: strength, 1 to 30, of two random operations on every view; 0 for none.
-        projection: size of a projection, P.
+        model, views, crop, flip, randaugment, projection, pooling: see ``Views``.
         weight: share of SIGReg in the loss, λ of the paper.
         directions: random directions that each image of a batch adds to those along which SIGReg compares.
-        pooling: what is projected, see ``ImageBackbone.pooled``.
-
-    Raises:
-        ModelError: the model has a head, or reads no images.
-        ConfigError: a number is out of range.
     """
 
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "distance", "sigreg")
+    described: ClassVar[tuple[str, ...]] = (*Views.described, "views", "weight", "directions")
 
     def __init__(
         self,
@@ -196,10 +187,6 @@ class LeJEPA(Views):
         total = (1 - self.weight) * distance + self.weight * apart
         metrics: dict[str, Any] = {"distance": distance.detach(), "sigreg": apart.detach()}
         return Loss(total, self.count(batch).to(total.device), metrics)
-
-    def describe(self) -> dict[str, Any]:
-        own = {"views": self.views, "weight": self.weight, "directions": self.directions}
-        return {**super().describe(), **own}
 
 
 def gaussian_distance(
@@ -240,20 +227,12 @@ class SimCLR(Views):
     scores grows with the square of the batch.
 
     Args:
-        model: a model of images without a head.
-        crop: smallest share of the area of an image that a view shows.
-        flip: mirror half of the views.
-        randaugment: strength, 1 to 30, of two random operations on every view; 0 for none.
-        projection: size of a projection, P.
+        model, crop, flip, randaugment, projection, pooling: see ``Views``.
         temperature: by which cosines are divided.
-        pooling: what is projected, see ``ImageBackbone.pooled``.
-
-    Raises:
-        ModelError: the model has a head, or reads no images.
-        ConfigError: a number is out of range.
     """
 
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy")
+    described: ClassVar[tuple[str, ...]] = (*Views.described, "temperature")
 
     def __init__(
         self,
@@ -284,9 +263,6 @@ class SimCLR(Views):
             right = right + (scores.detach().argmax(-1) == targets).sum() / 2
         return Loss(total, self.count(batch).to(total.device), {"accuracy": right})
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "temperature": self.temperature}
-
 
 class MoCo(SimCLR):
     """Tell what a slowly moving average of the model sees in the other view from other images (MoCo v3).
@@ -295,22 +271,13 @@ class MoCo(SimCLR):
     paper). The average is saved under ``training/``.
 
     Args:
-        model: a model of images without a head.
-        crop: smallest share of the area of an image that a view shows.
-        flip: mirror half of the views.
-        randaugment: strength, 1 to 30, of two random operations on every view; 0 for none.
-        projection: size of a projection, P.
-        temperature: by which cosines are divided.
+        model, crop, flip, randaugment, projection, temperature, pooling: see ``SimCLR``.
         momentum: decay of the average after every step; smaller in the first steps, so that it begins at the model.
         freeze_patches: keep the projection of the patches as it is.
-        pooling: what is projected, see ``ImageBackbone.pooled``.
-
-    Raises:
-        ModelError: the model has a head, or reads no images.
-        ConfigError: a number is out of range.
     """
 
     figures: ClassVar[tuple[str, ...] | None] = SimCLR.figures
+    described: ClassVar[tuple[str, ...]] = (*SimCLR.described, "momentum", "freeze_patches")
     copies_model: ClassVar[bool] = True
     constant_buffers: ClassVar[tuple[str, ...]] = ("steps",)  # no forward pass changes it
     steps: Tensor
@@ -370,10 +337,6 @@ class MoCo(SimCLR):
                 mine, theirs = local(value), local(weights[name].detach())
                 mine.lerp_(theirs, share.to(mine))
         self.steps += 1
-
-    def describe(self) -> dict[str, Any]:
-        own = {"momentum": self.momentum, "freeze_patches": self.freeze_patches}
-        return {**super().describe(), **own}
 
 
 def _perceptron(inputs: int, outputs: int) -> nn.Sequential:

@@ -11,8 +11,7 @@ import pytest
 from data.audio.test_audio_decode import wav
 from pretrain.data.audio import AudioProcessor, Clip
 from pretrain.data.audio.augment import SpectrogramChanges, StoredClip
-from pretrain.data.audio.rows import AUDIO, mel_vectors
-from pretrain.data.audio.source import labelled_audio
+from pretrain.data.audio.rows import AUDIO, labelled_audio, mel_vectors
 from pretrain.data.images.rows import decoded, parts_of, pictures, read_images
 from pretrain.errors import ConfigError, DataError
 

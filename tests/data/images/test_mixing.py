@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.images.mixing import Mixing, Mixture
+from pretrain.data.images.augment import Mixing, Mixture
 from pretrain.data.loader import row_rng
 from pretrain.errors import ConfigError
 

@@ -112,11 +112,7 @@ class SpectrogramChanges:
     ) -> NDArray[np.float32]:
         """Return the spectrograms of a batch, (B, T, M); in evaluation nothing is changed.
 
-        Args:
-            held: the recordings, ``StoredClip`` or whatever a ``Clip`` is made from.
-            processor: computes the spectrograms.
-            rngs: generators of the recordings.
-            evaluation: whether the batch is for evaluation.
+        What is held are recordings, ``StoredClip`` or whatever a ``Clip`` is made from, each with its generator.
         """
         found = [
             item.values(processor)

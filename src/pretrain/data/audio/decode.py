@@ -13,7 +13,6 @@ import wave
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -72,11 +71,6 @@ class Clip(FileItem):
     rate: int | None = None
     broken: ClassVar[type[BrokenFile]] = BrokenAudio
 
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a file or the bytes of one, which name their own rate."""
-        return isinstance(self.source, bytes | str | Path)
-
     def read(self) -> tuple[Sound, str | None]:
         """Decode the recording.
 
@@ -88,9 +82,8 @@ class Clip(FileItem):
         """
         remark: str | None = None
         rate = self.rate
-        if self.is_file:
-            content = self.source if isinstance(self.source, bytes) else self._bytes()
-            samples, rate, remark = _decode(content, self.name)
+        if self.is_file:  # which names its own rate
+            samples, rate, remark = _decode(self._bytes(), self.name)
         else:
             samples = _from_array(np.asarray(self.source), self.name)
         if rate is not None and not is_rate(rate):

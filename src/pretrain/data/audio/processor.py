@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from pretrain.data.audio.decode import Clip, Sound, resampled
-from pretrain.data.images.processor import SavedProcessor
-from pretrain.errors import ConfigError, did_you_mean
+from pretrain.data.images.processor import FILE, NESTED, SavedProcessor
+from pretrain.errors import ConfigError
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AudioProcessor", "clip_of", "whole_rate"]
 
-_FILE, _NESTED, _KIND = "preprocessor_config.json", "processor_config.json", "ASTFeatureExtractor"
+_KIND = "ASTFeatureExtractor"
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples, whatever the rate
 _LOWEST, _FLOOR, _EMPHASIS = 20.0, 1.192092955078125e-07, 0.97
 _DEFAULTS: dict[str, Any] = {
@@ -64,31 +64,21 @@ class AudioProcessor(SavedProcessor):
         ConfigError: an unknown key, or a value that is not possible.
     """
 
-    file_name: ClassVar[str] = _FILE
+    only = _ONLY
+    makes = "spectrograms"
     column: ClassVar[str] = "audio"  # of rows
     key: ClassVar[str] = "input_values"  # of batches
 
     def __init__(self, **settings: Any) -> None:
         self.settings = dict(_DEFAULTS)
         for key, value in settings.items():
-            if key in _ONLY:
-                if value not in _ONLY[key]:
-                    raise ConfigError(
-                        f"{_FILE}: {key!r} is {value!r}, which is not implemented; supported: "
-                        f"{', '.join(map(repr, _ONLY[key]))}."
-                    )
-            elif key in self.settings:
+            if key not in _WITHOUT_EFFECT and self.check_key(key, value):
                 self.settings[key] = value
-            elif key not in _WITHOUT_EFFECT:
-                raise ConfigError(
-                    f"{_FILE} has the key {key!r}, which is not known, so the spectrograms might be wrong."
-                    f"{did_you_mean(key, self.settings)} If it has no effect, remove it."
-                )
         for key, (low, high) in _RANGES.items():
             value = self.settings[key]
             if type(value) is not int or not low <= value <= high:
                 raise ConfigError(
-                    f"{_FILE}: {key} is {value!r}; it must be a whole number from {low:,} to {high:,}."
+                    f"{FILE}: {key} is {value!r}; it must be a whole number from {low:,} to {high:,}."
                 )
         for key in ("mean", "std"):
             value = self.settings[key]
@@ -98,11 +88,11 @@ class AudioProcessor(SavedProcessor):
                 or (key == "std" and not value > 0)
             ):
                 raise ConfigError(
-                    f"{_FILE}: {key} is {value!r}; it must be a number{' above 0' * (key == 'std')}."
+                    f"{FILE}: {key} is {value!r}; it must be a number{' above 0' * (key == 'std')}."
                 )
         if type(self.settings["do_normalize"]) is not bool:
             raise ConfigError(
-                f"{_FILE}: do_normalize is {self.settings['do_normalize']!r}; it must be true or false."
+                f"{FILE}: do_normalize is {self.settings['do_normalize']!r}; it must be true or false."
             )
 
     @property
@@ -136,12 +126,12 @@ class AudioProcessor(SavedProcessor):
             ConfigError: another feature extractor, or a key or a value that is not supported.
             CheckpointCorrupt: the file is no JSON object.
         """
-        for name in (_FILE, _NESTED):
+        for name in (FILE, NESTED):
             path = Path(directory) / name
             if not path.is_file():
                 continue
             found = parse_json(read_bytes(path, limit=1 << 20), path)
-            if isinstance(found, dict) and name == _NESTED:
+            if isinstance(found, dict) and name == NESTED:
                 found = found.get("feature_extractor")
             if not isinstance(found, dict):
                 raise ConfigError(f"{path} holds no settings of a feature extractor.")
@@ -155,7 +145,6 @@ class AudioProcessor(SavedProcessor):
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``preprocessor_config.json``."""
         fixed = {key: values[0] for key, values in _ONLY.items()}
         return {"feature_extractor_type": _KIND, **fixed, **self.settings}
 

@@ -1,4 +1,5 @@
-"""Random changes of training images: resized crops (arXiv 1409.4842), mirroring, RandAugment (1909.13719).
+"""Random changes of training images: resized crops (arXiv 1409.4842), mirroring, RandAugment (1909.13719), and mixtures
+of two images: mixup (1710.09412) and CutMix (1905.04899).
 
 Each image has its own generator, keyed by its position in the run, so that the changes depend neither on the other
 images of a batch nor on the number of workers, and a resumed run draws the same.
@@ -14,21 +15,66 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.data.images.decode import Picture, Stored, in_threads, pillow, to_channels
-from pretrain.data.images.view import View
 from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
+    from torch import Tensor
 
     from pretrain.data.images.processor import ImageProcessor
 
-__all__ = ["Augmentation"]
+__all__ = ["Augmentation", "Mixing", "Mixture", "View"]
 
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 _LARGE = 96 * 96  # pixels of an image from which a batch is decoded by several threads
 _STEPS = 30  # strengths of RandAugment
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of an image, scaled to the size that the model reads, mirrored or not.
+
+    Attributes:
+        box: left, top, right and bottom of the part, in pixels of the image.
+        size: height and width that it is scaled to.
+        flip: mirrored from left to right.
+    """
+
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    flip: bool = False
+
+    @classmethod
+    def whole(cls, image: tuple[int, int], size: tuple[int, int]) -> View:
+        """Return the view of a whole image, whose width and height are ``image``."""
+        return cls((0, 0, *image), size)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Pixels that the model reads for one of the image, along x and y."""
+        left, top, right, bottom = self.box
+        return self.size[1] / (right - left), self.size[0] / (bottom - top)
+
+    def mask(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the part of a mask (H, W): the number of the nearest pixel, since numbers of classes have no mean."""
+        module = pillow()
+        height, width = self.size
+        part = module.fromarray(values).resize((width, height), module.Resampling.NEAREST, self.box)
+        array = np.asarray(part)
+        return np.ascontiguousarray(array[:, ::-1]) if self.flip else array
+
+    def boxes(self, boxes: NDArray[Any]) -> NDArray[np.float64]:
+        """Return boxes (N, 4) of left, top, right, bottom, from pixels of the image to those that the model reads.
+
+        They are not cut at the border of the view.
+        """
+        found: NDArray[np.float64] = np.array(boxes, np.float64).reshape(-1, 4)
+        found = (found - np.tile(self.box[:2], 2)) * np.tile(self.scales, 2)
+        if self.flip:
+            found[:, [0, 2]] = self.size[1] - found[:, [2, 0]]
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,28 +103,10 @@ class Augmentation:
                 f"randaugment is {self.randaugment}; it must be 0 (none) to {_STEPS}."
             )
 
-    def __call__(
-        self, image: Image, processor: ImageProcessor, rng: np.random.Generator
-    ) -> NDArray[np.uint8]:
-        """Return the changed image in the size that the processor returns, (H, W, C).
-
-        Args:
-            image: decoded image.
-            processor: its ``size`` must be known.
-            rng: generator of this image.
-        """
-        return self.apply(image, self.view(image.size, processor, rng), processor, rng)
-
     def view(
         self, image: tuple[int, int], processor: ImageProcessor, rng: np.random.Generator
     ) -> View:
-        """Draw the part of an image that is seen, and whether it is mirrored.
-
-        Args:
-            image: width and height of the image.
-            processor: its ``size`` must be known.
-            rng: generator of this image.
-        """
+        """Draw what is seen of an image of this width and height, by a processor whose ``size`` is known."""
         assert processor.size is not None
         whole = View.whole(image, processor.size)
         box = crop_box(image[1], image[0], self.crop, rng) if self.crop < 1 else whole.box
@@ -87,7 +115,7 @@ class Augmentation:
     def apply(
         self, image: Image, view: View, processor: ImageProcessor, rng: np.random.Generator
     ) -> NDArray[np.uint8]:
-        """Return an image changed as ``view`` says, and by operations of RandAugment drawn with ``rng``."""
+        """Return an image changed as ``view`` says, and by operations of RandAugment drawn with ``rng``; (H, W, C)."""
         image = to_channels(image, processor.channels)
         if self.crop < 1:
             height, width = view.size
@@ -208,3 +236,83 @@ def _changed(image: Image, strength: int, rng: np.random.Generator) -> Image:
     if kind == 12:
         return ImageOps.equalize(image)
     return image
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one row is mixed with: another one that its own generator draws among all training rows.
+
+    The mixture depends on the place of the row in the run alone, however a global batch is split into micro-batches
+    and ranks.
+
+    Attributes:
+        partner: index of the other row.
+        share: weight of the row's own target, from 0 to 1; the partner has the rest.
+        box: top, bottom, left and right of the part that comes from the partner; None for a weighted mean.
+    """
+
+    partner: int
+    share: float
+    box: tuple[int, int, int, int] | None = None
+
+    def __call__(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return the mixture of two images (C, H, W)."""
+        if self.box is None:
+            return own * self.share + other * (1.0 - self.share)
+        top, bottom, left, right = self.box
+        mixed = own.clone()
+        mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+        return mixed
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How training images are mixed; with both, either for half of the rows.
+
+    Attributes:
+        mixup: both parameters of the beta distribution of the weights of a mean of two images; 0 for none.
+        cutmix: the same for the area that a box from another image leaves; 0 for none.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            if not (value == 0 or 0.01 <= value <= 100):
+                raise ConfigError(
+                    f"{name} is {value}; it must be 0 (none) or from 0.01 to 100, a parameter of the beta distribution "
+                    "of the weights: 0.2 changes most images little, 1 makes all weights equally likely."
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+    def draw(self, rng: np.random.Generator, rows: int, height: int, width: int) -> Mixture:
+        """Return the mixture of one row; at least one of the two kinds must be on.
+
+        Args:
+            rng: generator of the row.
+            rows: number of training rows.
+            height: of the image.
+            width: of the image.
+        """
+        partner = int(rng.integers(rows))
+        means = bool(self.mixup) and (not self.cutmix or rng.random() < 0.5)
+        alpha = self.mixup if means else self.cutmix
+        share = float(rng.beta(alpha, alpha))
+        if means:
+            return Mixture(partner, share)
+        side = math.sqrt(1.0 - share)
+        row, column = rng.random() * height, rng.random() * width  # the middle of the box
+        tall, wide = side * height / 2, side * width / 2
+        top, bottom = max(0, round(row - tall)), min(height, round(row + tall))
+        left, right = max(0, round(column - wide)), min(width, round(column + wide))
+        # The box may be cut off at the border, so the weight is that of the pixels that are left.
+        area = (bottom - top) * (right - left)
+        return Mixture(partner, 1.0 - area / (height * width), (top, bottom, left, right))

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.images.decode import Picture
-from pretrain.data.images.rows import ImageTable, image_files, part_for, pictures, read_images
+from pretrain.data.images.rows import (
+    ImageTable,
+    image_files,
+    note_names,
+    part_for,
+    pictures,
+    read_images,
+)
 from pretrain.data.labelled import Role
 from pretrain.data.paths import walk
 from pretrain.data.tables import Table, shown
@@ -56,14 +63,10 @@ _MOST_BYTES = 1 << 30  # of a file of annotations
 
 
 def read_boxes(source: Any, *, name: str = "data", **options: Any) -> Table:
-    """Read rows of images with boxes; sources without boxes are read like those of ``read_images``.
+    """Read rows of images with boxes; sources without boxes are read like those of ``read_images``, see there.
 
-    Args:
-        source: a .json file in the layout of COCO; a folder with such a file (``_annotations.coco.json``) or with .xml
-            files of Pascal VOC, or with such a folder for each part (``train``, ``val``, ``test``); or as for
-            ``read_images``.
-        name: what the rows are for; see there.
-        **options: see there.
+    Those with boxes are a .json file in the layout of COCO, and a folder with such a file (``_annotations.coco.json``)
+    or with .xml files of Pascal VOC, or with such a folder for each part (``train``, ``val``, ``test``).
 
     Raises:
         DataError: as there; or an annotation cannot be read.
@@ -256,11 +259,7 @@ def _with_images(table: Table, column: str | None) -> Table:
     first = next((v for v in cells if isinstance(v, str) and v.strip()), None)
     if first is None:
         return table
-    for name in _FOLDERS:
-        if (origin.parent / name / first).is_file():
-            break
-    else:
-        return table
+    name = next((n for n in _FOLDERS if (origin.parent / n / first).is_file()), "")
     if not name:
         return table
     # Relative to the file, as all paths of a table are.
@@ -404,13 +403,10 @@ def _voc(path: Path, annotations: Sequence[Path]) -> Table:
         columns["boxes"].append(boxes)
         columns["label"].append(labels)
         columns[SIZE.name].append([root.findtext(f"size/{name}") for name in _EXTENT])
-    if without:
-        note(
-            f"{path}: {len(without):,} annotations without an image are left out: {shown(without, 4)}"
-        )
+    note_names(path, without, "annotations without an image are left out")
     used = {str(picture) for picture in columns["image"]}
-    if alone := [file.name for file in images if str(file) not in used]:
-        note(f"{path}: {len(alone):,} images without an annotation are left out: {shown(alone, 4)}")
+    alone = [file.name for file in images if str(file) not in used]
+    note_names(path, alone, "images without an annotation are left out")
     if not used:
         raise DataError(
             f"{path} holds {len(annotations):,} annotations, and none of the images that they name. Put the images "

@@ -156,6 +156,11 @@ class FileItem:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, the bytes of one or a part of one, which are decoded; else it is in memory."""
+        return isinstance(self.source, bytes | str | Path | Slice)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the content: the bytes of the file, or shape, type and values of the array or decoded image.
@@ -164,8 +169,8 @@ class FileItem:
         """
         source = self.source
         try:
-            if isinstance(source, bytes | str | Path | Slice):
-                content = source if isinstance(source, bytes) else self._bytes()
+            if self.is_file:
+                content = self._bytes()
                 self.check_kind(content)
                 return hashlib.sha256(content).hexdigest()
             if (known := getattr(source, "digest", None)) is not None:
@@ -188,6 +193,9 @@ class FileItem:
             raise self.broken(self.name, "empty" if not head else "a page in place of a file")
 
     def _bytes(self) -> bytes:
+        """Return the content of an item that is a file."""
+        if isinstance(self.source, bytes):
+            return self.source
         source = self.source if isinstance(self.source, Slice) else Path(self.source)
         try:
             return source.read_bytes()
@@ -242,12 +250,8 @@ class Picture(FileItem):
         Raises:
             DataError: there is no such file, it is no image, is damaged or too large; the message names it.
         """
-        if isinstance(self.source, bytes | str | Path | Slice):
-            content = self.source if isinstance(self.source, bytes) else self._bytes()
-            image, remark = self._decoded(content)
-            return image, remark
-        if hasattr(self.source, "getbands"):
-            image, remark = self._decoded(None)
+        if self.is_file or hasattr(self.source, "getbands"):
+            image, remark = self._decoded()
             return image, remark
         image, remark = _from_array(np.asarray(self.source), self.name)
         _check_size(image, self.name)
@@ -259,13 +263,8 @@ class Picture(FileItem):
         Raises:
             BrokenImage: as for ``read``; it is in a format like JPEG, whose values are not exact; or it has colours.
         """
-        if isinstance(self.source, bytes | str | Path):
-            content = self.source if isinstance(self.source, bytes) else self._bytes()
-            found: Any = self._decoded(content, self._exact)
-        elif hasattr(self.source, "getbands"):
-            found = self._decoded(None, self._exact)
-        else:
-            found = np.asarray(self.source)
+        decodes = self.is_file or hasattr(self.source, "getbands")
+        found: Any = self._decoded(self._exact) if decodes else np.asarray(self.source)
         if found.ndim == 3 and found.shape[-1] == 1:
             found = found[..., 0]
         if found.ndim != 2 or not found.size or found.dtype.kind not in "bui":
@@ -303,14 +302,14 @@ class Picture(FileItem):
             values = colours[..., 0]
         return values
 
-    def _decoded(self, content: bytes | None, then: Callable[[Image], Any] | None = None) -> Any:
-        """Decode the bytes of a file, or with None the image of Pillow, whose file may not have been read yet.
+    def _decoded(self, then: Callable[[Image], Any] | None = None) -> Any:
+        """Decode a file, or an image of Pillow, whose file may not have been read yet.
 
         Args:
-            content: the bytes.
             then: what is made of the image; by default ``read`` returns it.
         """
-        if content is not None and not content:
+        content = self._bytes() if self.is_file else None
+        if content == b"":
             raise BrokenImage(self.name, "the file is empty")
         module = pillow()
         module.init()

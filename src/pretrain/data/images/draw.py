@@ -29,10 +29,14 @@ def colour(k: int) -> str:
 
 def with_mask(picture: Picture, mask: NDArray[np.uint8]) -> str:
     """Return the image with the classes (H, W) in colours; class 0 has none, and pixels without a class are dark."""
+    from PIL import ImageColor
+
     image = _small(picture)
     module = pillow()
     classes = np.asarray(module.fromarray(mask).resize(image.size, module.Resampling.NEAREST))
-    table = np.asarray([[0, 0, 0], *([_rgb(colour(k - 1)) for k in range(1, 255)]), [0, 0, 0]])
+    table = np.asarray(
+        [[0, 0, 0], *([ImageColor.getrgb(colour(k - 1)) for k in range(1, 255)]), [0, 0, 0]]
+    )
     pixels = np.asarray(image, np.float32)
     mixed = np.where((classes > 0)[..., None], 0.45 * pixels + 0.55 * table[classes], pixels)
     return _address(module.fromarray(mixed.round().astype(np.uint8)))
@@ -56,10 +60,6 @@ def _small(picture: Picture) -> Image:
     image = picture.read()[0].convert("RGB")
     image.thumbnail((_SIDE, _SIDE))
     return image
-
-
-def _rgb(text: str) -> list[int]:
-    return [int(text[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def _address(image: Any) -> str:

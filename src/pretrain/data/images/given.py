@@ -27,8 +27,9 @@ def given_images(
     """Return images as a table with the column ``image``, and whether they are one; None for rows and tables.
 
     Args:
-        inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow), several in
-            a list or an array, or the path of a folder or an archive of images.
+        inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow) or recording
+            (a path, bytes, an array (samples,), a mapping with ``array`` and ``sampling_rate``), several in a list or
+            an array, or the path of a folder or an archive.
         channels: channels of the model, by which an array (3, H, W) is told from three images.
         medium: what the files hold.
         read: reads a folder or file; called with its path and the name of the rows.
@@ -39,16 +40,20 @@ def given_images(
     if isinstance(inputs, list) and is_one(inputs, medium):
         return given_table([from_list(inputs)], medium), True
     array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
+    least = medium.dimensions[0]  # of an array of one item
     if isinstance(inputs, str | Path) and is_address(str(inputs)):
         return given_table([str(inputs)], medium), True  # refused as one in a list
     if isinstance(inputs, str | Path):
         return _of_path(Path(inputs), medium, read)
     colours = array == 3 and (inputs.shape[0] == channels == 3 or inputs.shape[-1] in (1, 3, 4))
-    if array == 2 or colours or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
+    of_medium = isinstance(inputs, Mapping) and medium.holds(inputs)
+    one = array == least or (medium is IMAGES and colours) or of_medium
+    if one or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
         return given_table([inputs], medium), True
-    if array in (3, 4):
+    if array in (least + 1, least + 2):
         return given_table(list(inputs), medium), False
-    if isinstance(inputs, list | tuple) and inputs and not isinstance(inputs[0], Mapping):
+    listed = isinstance(inputs, list | tuple) and inputs
+    if listed and (not isinstance(inputs[0], Mapping) or medium.holds(inputs[0])):
         return given_table(list(inputs), medium), False
     return None
 

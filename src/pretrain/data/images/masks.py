@@ -18,16 +18,17 @@ import numpy as np
 from pretrain.data.images.decode import BrokenImage, Picture, in_threads
 from pretrain.data.images.rows import (
     ImageTable,
+    check_exists,
     image_files,
+    note_names,
     part_for,
     parts_of,
     pictures,
     read_images,
 )
 from pretrain.data.labelled import Role
-from pretrain.data.tables import Table, shown
+from pretrain.data.tables import Table
 from pretrain.errors import DataError
-from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,13 +79,10 @@ class Mask:
 
 
 def read_masked(source: Any, *, name: str = "data", **options: Any) -> Table:
-    """Read rows of images with masks; sources without masks are read like those of ``read_images``.
+    """Read rows of images with masks; sources without masks are read like those of ``read_images``, see there.
 
-    Args:
-        source: a folder with the folders ``images`` and ``masks``, whose files belong together by their names without
-            the ending, or with such a folder for each part (``train``, ``val``, ``test``); or as for ``read_images``.
-        name: what the rows are for; see there.
-        **options: see there.
+    Those with masks are a folder with the folders ``images`` and ``masks``, whose files belong together by their names
+    without the ending, or with such a folder for each part (``train``, ``val``, ``test``).
 
     Raises:
         DataError: as there; or an image and a mask do not belong together.
@@ -122,8 +120,8 @@ def _paired(path: Path, images: Path, masks: Path) -> Table:
         (found[0], found[1], "images without a mask"),
         (found[1], found[0], "masks without an image"),
     ):
-        if alone := [str(file) for stem, file in own.items() if stem not in other]:
-            note(f"{path}: {len(alone):,} {what} are left out: {shown(alone, 4)}")
+        alone = [str(file) for stem, file in own.items() if stem not in other]
+        note_names(path, alone, f"{what} are left out")
     if not both:
         raise DataError(
             f"{images} and {masks} have no two files of one name (without the ending). Name each mask like its image: "
@@ -178,11 +176,8 @@ def read_numbers(table: Table) -> Iterator[tuple[int, Any]]:
             return error
 
     for i, found in enumerate(in_threads(read, range(len(column)))):
-        if isinstance(found, BrokenImage) and isinstance(found.__cause__, FileNotFoundError):
-            raise DataError(
-                f"{table.where(i)}: there is no file {held[i].source}. Paths are relative to the file that names them; "
-                "correct them, or leave the row out."
-            ) from found
+        if isinstance(found, BrokenImage):
+            check_exists(table, i, held[i], found)
         yield i, found
 
 

@@ -17,7 +17,6 @@ from pretrain.data.images.boxes import PLACES, annotations_of
 from pretrain.data.images.decode import (
     MOST_PIXELS,
     SUFFIXES,
-    BrokenFile,
     FileItem,
     in_threads,
     to_channels,
@@ -26,6 +25,8 @@ from pretrain.data.images.masks import MASK, mask_folders
 from pretrain.data.images.rows import (
     files_below,
     is_image_source,
+    note_names,
+    note_rows,
     parts_of,
     pictures,
     read_all,
@@ -44,7 +45,7 @@ from pretrain.data.manifests import (
     write_sealed,
 )
 from pretrain.data.readers import found_in_folders
-from pretrain.data.tables import Table, shown
+from pretrain.data.tables import Table
 from pretrain.data.workdir import build, foreign
 from pretrain.errors import CheckpointCorrupt, ConfigError, DataError
 from pretrain.utils.files import muted, note
@@ -208,10 +209,7 @@ def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, li
             columns[name] = json.loads(json.dumps(values, default=lambda value: value.tolist()))
         except (TypeError, ValueError, AttributeError):
             lost.append(name)
-    if lost:
-        note(
-            f"{table.name}: columns that are not stored, because JSON has no such values: {shown(lost, 4)}"
-        )
+    note_names(table.name, lost, "columns are not stored, because JSON has no such values")
     held = table.with_columns({"image": pictures(table, column), **columns}, table.label_names)
     return held, columns
 
@@ -263,23 +261,17 @@ def _write(
     for part, (table, columns) in found.items():
         names, told, rows = image_file_names(part), dict[str, list[int]](), 0
         with (work / names[0]).open("wb") as pixels, (work / names[1]).open("w") as lines:
-            for i, picture, result in read_all(table, values):
-                if picture is None or isinstance(result, BrokenFile):
-                    _check_there(table, i, picture, result)
-                    cause = "no image" if picture is None else f"broken image ({result.cause})"
-                    told.setdefault(f"left out, {cause}", []).append(i)
+            for i, picture, array, text in read_all(table, values, required=True):
+                if text is not None:
+                    told.setdefault(f"{'left out, ' * (array is None)}{text}", []).append(i)
+                if array is None:
                     continue
-                array, remark = result
-                if remark:
-                    told.setdefault(remark, []).append(i)
                 row = {"name": str(picture), "shape": array.shape, "sha256": picture.digest}
                 row["row"] = {name: column[i] for name, column in columns.items()}
                 lines.write(json.dumps(row) + "\n")
                 pixels.write(array.tobytes())
                 rows += 1
-        for text, places in told.items():
-            named = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
-            note(f"{len(places):,} rows {text}: {named}")
+        note_rows(table, told, "rows")
         if rows < len(table):
             note(
                 f"{table.name}: the other rows are numbered anew, so the fraction that a run holds out may be another "
@@ -295,11 +287,3 @@ def _write(
             "rows": rows, "left_out": len(table) - rows, "columns": list(columns), "label_names": kept,
         }  # fmt: skip
     write_sealed(work / MANIFEST, {**head, "parts": parts, "files": files})
-
-
-def _check_there(table: Table, i: int, picture: Any, result: Any) -> None:
-    if picture is not None and isinstance(result.__cause__, FileNotFoundError):
-        raise DataError(
-            f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names them; "
-            "correct them, or leave the row out."
-        )

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["ImageProcessor", "SavedProcessor"]
+__all__ = ["FILE", "NESTED", "ImageProcessor", "SavedProcessor"]
 
-_FILE, _NESTED = "preprocessor_config.json", "processor_config.json"
+FILE, NESTED = "preprocessor_config.json", "processor_config.json"
 _LARGEST = 1 << 14  # of a side; far above every published model
 _HALF = (0.5, 0.5, 0.5)
 _CLIP = {
@@ -74,10 +74,8 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 # Those that take a whole number for height and width, unless the file says otherwise; others for the shorter side.
 _SQUARES = ("ViTImageProcessor", "DeiTImageProcessor")
-# The class that transformers takes for a model whose file names none.
+# The class that transformers takes for a model whose file names none, where it is not that of ViT.
 _OF_MODELS = {
-    "vit": "ViTImageProcessor",
-    "vit_mae": "ViTImageProcessor",
     "deit": "DeiTImageProcessor",
     "clip": "CLIPImageProcessor",
     "git": "CLIPImageProcessor",
@@ -110,7 +108,37 @@ _ONLY = {
 
 
 class SavedProcessor:
-    """Base class of the processors that ``preprocessor_config.json`` describes."""
+    """Base class of the processors that ``preprocessor_config.json`` describes.
+
+    Class attributes:
+        only: keys that are accepted with these values only.
+        makes: what it makes of inputs, for messages.
+
+    Attributes:
+        settings: all other keys with their values.
+    """
+
+    only: ClassVar[Mapping[str, tuple[Any, ...]]]
+    makes: ClassVar[str]
+    settings: dict[str, Any]
+
+    def check_key(self, key: str, value: Any) -> bool:
+        """Check a key of the file, and whether it is one of ``settings``.
+
+        Raises:
+            ConfigError: the key is not known, or its value is not implemented.
+        """
+        if key in self.only and value not in self.only[key]:
+            raise ConfigError(
+                f"{FILE}: {key!r} is {value!r}, which is not implemented; supported: "
+                f"{', '.join(map(repr, self.only[key]))}."
+            )
+        if key not in self.only and key not in self.settings:
+            raise ConfigError(
+                f"{FILE} has the key {key!r}, which is not known, so the {self.makes} might be wrong."
+                f"{did_you_mean(key, self.settings)} If it has no effect, remove it."
+            )
+        return key in self.settings
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``preprocessor_config.json``."""
@@ -119,7 +147,7 @@ class SavedProcessor:
     def save(self, directory: str | Path) -> None:
         """Write ``preprocessor_config.json``."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, _FILE).write_bytes(to_json(self.to_dict()))
+        Path(directory, FILE).write_bytes(to_json(self.to_dict()))
 
     @property
     def fingerprint(self) -> str:
@@ -148,14 +176,15 @@ class ImageProcessor(SavedProcessor):
         ConfigError: an unknown key, or a value that is not possible.
     """
 
-    file_name: ClassVar[str] = _FILE
+    only = _ONLY
+    makes = "pixel values"
 
     def __init__(self, kind: str = "ViTImageProcessor", /, **settings: Any) -> None:
         name = kind.replace("FeatureExtractor", "ImageProcessor")
         name = name.removesuffix("Fast").removesuffix("Pil")
         if name not in _KINDS:
             raise ConfigError(
-                f"{_FILE}: the image processor {kind!r} is not implemented.{did_you_mean(name, _KINDS)} If its steps "
+                f"{FILE}: the image processor {kind!r} is not implemented.{did_you_mean(name, _KINDS)} If its steps "
                 'are only resizing, cropping, rescaling and normalising, write "image_processor_type": '
                 '"ViTImageProcessor" with all settings. load(..., tokenizer=False) opens the model without it.'
             )
@@ -165,20 +194,8 @@ class ImageProcessor(SavedProcessor):
         self._check()
 
     def _set(self, key: str, value: Any) -> None:
-        if key in _WITHOUT_EFFECT:
+        if key in _WITHOUT_EFFECT or not self.check_key(key, value):
             self.extra[key] = value
-        elif key in _ONLY:
-            if value not in _ONLY[key]:
-                raise ConfigError(
-                    f"{_FILE}: {key!r} is {value!r}, which is not implemented; supported: "
-                    f"{', '.join(map(repr, _ONLY[key]))}."
-                )
-            self.extra[key] = value
-        elif key not in self.settings:
-            raise ConfigError(
-                f"{_FILE} has the key {key!r}, which is not known, so the pixel values might be wrong."
-                f"{did_you_mean(key, self.settings)} If it has no effect, remove it."
-            )
         elif value is not None:
             self.settings[key] = value
 
@@ -192,30 +209,30 @@ class ImageProcessor(SavedProcessor):
             if chosen[key] is not None:
                 chosen[key] = _size_of(key, chosen[key], square=bool(square) or key == "crop_size")
         if chosen["do_center_crop"] and "height" not in (chosen["crop_size"] or ()):
-            raise ConfigError(f"{_FILE}: do_center_crop needs crop_size with height and width.")
+            raise ConfigError(f"{FILE}: do_center_crop needs crop_size with height and width.")
         if self.kind == "ConvNextImageProcessor" and "shortest_edge" not in chosen["size"]:
-            raise ConfigError(f"{_FILE}: the size of a {self.kind} is {{'shortest_edge': ...}}.")
+            raise ConfigError(f"{FILE}: the size of a {self.kind} is {{'shortest_edge': ...}}.")
         if not _is_real(chosen["resample"]) or chosen["resample"] not in range(6):
             raise ConfigError(
-                f"{_FILE}: resample is {chosen['resample']!r}; it must be a number of Pillow from 0 to 5, such as 2 "
+                f"{FILE}: resample is {chosen['resample']!r}; it must be a number of Pillow from 0 to 5, such as 2 "
                 "(bilinear) or 3 (bicubic)."
             )
         chosen["resample"] = int(chosen["resample"])
         for key, value in chosen.items():
             if key.startswith("do_") and type(value) is not bool and value is not None:
-                raise ConfigError(f"{_FILE}: {key} is {value!r}; it must be true or false.")
+                raise ConfigError(f"{FILE}: {key} is {value!r}; it must be true or false.")
         for key in ("image_mean", "image_std"):
             chosen[key] = _numbers(key, chosen[key])
         if len(chosen["image_mean"]) != len(chosen["image_std"]):
-            raise ConfigError(f"{_FILE}: image_mean and image_std have different lengths.")
+            raise ConfigError(f"{FILE}: image_mean and image_std have different lengths.")
         if chosen["do_normalize"] and not all(chosen["image_std"]):
-            raise ConfigError(f"{_FILE}: image_std holds 0, by which values would be divided.")
+            raise ConfigError(f"{FILE}: image_std holds 0, by which values would be divided.")
         for key in ("rescale_factor", "crop_pct"):
             value = chosen[key]
             if value is not None and not (_is_real(value) and value > 0):
-                raise ConfigError(f"{_FILE}: {key} is {value!r}; it must be a number above 0.")
+                raise ConfigError(f"{FILE}: {key} is {value!r}; it must be a number above 0.")
         if not 0.05 <= (chosen["crop_pct"] or 1) <= 1:
-            raise ConfigError(f"{_FILE}: crop_pct is {chosen['crop_pct']}; it must be 0.05 to 1.")
+            raise ConfigError(f"{FILE}: crop_pct is {chosen['crop_pct']}; it must be 0.05 to 1.")
         self.channels: int = len(chosen["image_mean"])
         self.size: tuple[int, int] | None = self._final_size()
 
@@ -241,9 +258,9 @@ class ImageProcessor(SavedProcessor):
             CheckpointCorrupt: the file is no JSON object.
         """
         directory = Path(directory)
-        found = _mapping(directory / _FILE)
+        found = _mapping(directory / FILE)
         if found is None:
-            whole = _mapping(directory / _NESTED)
+            whole = _mapping(directory / NESTED)
             nested = (whole or {}).get("image_processor")
             if not isinstance(nested, Mapping):
                 return None
@@ -255,7 +272,6 @@ class ImageProcessor(SavedProcessor):
         return cls(str(kind), **{str(key): value for key, value in found.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of ``preprocessor_config.json``."""
         chosen = {key: value for key, value in self.settings.items() if value is not None}
         chosen |= {key: list(chosen[key]) for key in ("image_mean", "image_std")}
         kept = {k: v for k, v in self.extra.items() if k in ("processor_class",)}
@@ -395,7 +411,7 @@ def _size_of(key: str, value: Any, *, square: bool) -> dict[str, int]:
     whole = all(type(side) is int and 1 <= side <= _LARGEST for side in found.values())
     if set(found) not in known or not whole:
         raise ConfigError(
-            f"{_FILE}: {key} is {value!r}; it must be a number of pixels, {{'height', 'width'}} or "
+            f"{FILE}: {key} is {value!r}; it must be a number of pixels, {{'height', 'width'}} or "
             f"{{'shortest_edge'}}, each from 1 to {_LARGEST:,}."
         )
     return dict(found)
@@ -410,6 +426,6 @@ def _numbers(key: str, value: Any) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else (value,) * 3
     if not all(map(_is_real, values)) or len(values) not in (1, 3):
         raise ConfigError(
-            f"{_FILE}: {key} is {value!r}; it must be one number for each channel, 1 (grey) or 3 (RGB)."
+            f"{FILE}: {key} is {value!r}; it must be one number for each channel, 1 (grey) or 3 (RGB)."
         )
     return tuple(map(float, values))

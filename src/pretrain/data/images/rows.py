@@ -12,8 +12,10 @@ import math
 import os
 import re
 import struct
+import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +32,12 @@ from pretrain.data.images.decode import (
     in_threads,
 )
 from pretrain.data.images.stored import Pixels, PreparedImages
-from pretrain.data.images.tars import read_tars
 from pretrain.data.paths import hidden, tar_files, walk
 from pretrain.data.tables import HELD_OUT, Table, read_table, shown
-from pretrain.errors import DataError
+from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.printing import console
 from pretrain.utils.files import is_muted, note
+from pretrain.utils.strict_json import parse_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,12 +48,15 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGES",
     "Medium",
+    "check_exists",
     "decoded",
     "files_below",
     "from_list",
     "image_files",
     "is_address",
     "is_image_source",
+    "note_names",
+    "note_rows",
     "part_for",
     "parts_of",
     "pictures",
@@ -79,6 +84,7 @@ _METADATA, _FILE_NAME = ("metadata.csv", "metadata.jsonl", "metadata.parquet"), 
 _MOST_CAPTION = 1 << 16  # characters of the text beside an image
 _SMALL = 32  # side of images for classical methods
 _KEPT = 1 << 30  # bytes of decoded images that are kept; the others are decoded at every use
+_MOST_TEXT = 1 << 20  # bytes of a member of an archive that is no image
 _MANY = 3000  # images from which progress is shown
 _MOST_BYTES = 8 << 30  # of all arrays of a file together, which are held in memory
 _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
@@ -278,22 +284,40 @@ def decoded(
         DataError: a file does not exist, which a wrong folder causes for many; names the first.
     """
     room = _KEPT
-    for i, picture, found in read_all(table, medium=medium, lazily=True):
-        if picture is None:
-            yield i, None, f"no {medium.column}"
-        elif isinstance(found, BrokenFile):
-            if required and isinstance(found.__cause__, FileNotFoundError):
-                raise DataError(
-                    f"{table.where(i)}: there is no file {picture.source}. Paths are relative to the file that names "
-                    "them; correct them, or leave the row out."
-                ) from found
-            yield i, None, f"broken {medium.column} ({found.cause})"
-        else:
-            image, remark = found
-            keep = room > 0 and not isinstance(image, Pixels)
-            stored = medium.stored(picture, image, keep=keep)
-            room -= stored.nbytes
-            yield i, stored, remark
+    for i, picture, image, text in read_all(table, medium=medium, required=required, lazily=True):
+        if image is None:
+            yield i, None, text
+            continue
+        keep = room > 0 and not isinstance(image, Pixels)
+        stored = medium.stored(picture, image, keep=keep)
+        room -= stored.nbytes
+        yield i, stored, text
+
+
+def check_exists(table: Table, i: int, item: FileItem, error: BrokenFile) -> None:
+    """Refuse a file that does not exist, which a wrong folder causes for many.
+
+    Raises:
+        DataError: this is why the item cannot be read; names the row.
+    """
+    if isinstance(error.__cause__, FileNotFoundError):
+        raise DataError(
+            f"{table.where(i)}: there is no file {item.source}. Paths are relative to the file that names them; "
+            "correct them, or leave the row out."
+        ) from error
+
+
+def note_rows(table: Table, told: Mapping[str, list[int]], what: str) -> None:
+    """Print what is said of rows, text -> their numbers, in a line for each text; ``what`` calls the rows."""
+    for text, places in told.items():
+        first = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
+        note(f"{len(places):,} {what} {text}: {first}")
+
+
+def note_names(place: Any, names: Sequence[str], what: str) -> None:
+    """Print how many files, if any, something is said of, and the first of their names."""
+    if names:
+        note(f"{place}: {len(names):,} {what}: {shown(names, 4)}")
 
 
 def read_all(
@@ -301,24 +325,30 @@ def read_all(
     then: Callable[[Any], Any] = lambda image: image,
     medium: Medium = IMAGES,
     *,
+    required: bool = False,
     lazily: bool = False,
-) -> Iterator[tuple[int, Any, Any]]:
+) -> Iterator[tuple[int, Any, Any, str | None]]:
     """Decode the images of a table, files in several threads and many under a bar of progress.
 
     Args:
         table: has a column ``image``.
         then: what is kept of a decoded image.
         medium: what the files hold.
+        required: a file that does not exist is an error.
         lazily: what is decoded already is not read, and stands for itself (``Pixels``).
 
     Returns:
-        For each row its index; its picture, or None; and what is kept with the remark, or the ``BrokenFile``.
+        For each row its index; its picture; what is kept of it, and a remark on it, or None and the reason why there is
+        none, in words that hold for other rows too.
+
+    Raises:
+        DataError: a required file does not exist; names the row.
     """
     from tqdm import tqdm
 
     def read(picture: FileItem | None) -> Any:
         if picture is None:
-            return None
+            return None, f"no {medium.column}"
         if lazily and isinstance(picture.source, Pixels):
             return picture.source, None
         try:
@@ -328,7 +358,7 @@ def read_all(
         return then(image), remark
 
     held = pictures(table, medium=medium)
-    files = any(p is not None and isinstance(p.source, bytes | str | Path | Slice) for p in held)
+    files = any(item is not None and item.is_file for item in held)
     found = (in_threads if files else map)(read, held)
     quiet = len(held) < _MANY or is_muted()
     with tqdm(
@@ -336,7 +366,11 @@ def read_all(
     ) as bar:
         for i, (picture, result) in enumerate(zip(held, found, strict=True)):
             bar.update()
-            yield i, picture, result
+            if isinstance(result, BrokenFile):
+                if required:
+                    check_exists(table, i, picture, result)
+                result = None, f"broken {medium.column} ({result.cause})"
+            yield i, picture, *result
 
 
 def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[int]]]:
@@ -353,7 +387,7 @@ def pixel_vectors(*tables: Table) -> list[tuple[list[NDArray[np.float32]], list[
         return {size: image.resize(size, 2) for size in dict.fromkeys((own, square))}
 
     found = [
-        [(i, result[0]) for i, _, result in read_all(table, scaled) if isinstance(result, tuple)]
+        [(i, small) for i, _, small, _ in read_all(table, scaled) if small is not None]
         for table in tables
     ]
     images = [small for rows in found for _, small in rows]
@@ -493,21 +527,18 @@ def _table(path: Path, part: Any, medium: Medium) -> Table:
     if isinstance(part, Path):
         return _folder(part, medium)
     if isinstance(part, tuple):
-        return _prepared(*part)
+        kept, name = part
+        columns, names = kept.columns(name)
+        columns["image"] = [Picture(pixels, called) for pixels, called in columns["image"]]
+        return ImageTable(str(kept.manifest["source"]), columns, names, origin=str(kept.path))
     if part == "idx":
         return _idx(path)
     if part == "tar":
-        return ImageTable(path.name, read_tars(tar_files(path)), origin=str(path))
+        return ImageTable(path.name, _read_tars(tar_files(path)), origin=str(path))
     if part == "file":
         only = medium.item(path, str(path))
         return ImageTable(path.name, {medium.column: [only]}, origin=str(path))
     return _npz(path, part, medium)
-
-
-def _prepared(kept: PreparedImages, part: str) -> Table:
-    columns, names = kept.columns(part)
-    columns["image"] = [Picture(pixels, name) for pixels, name in columns["image"]]
-    return ImageTable(str(kept.manifest["source"]), columns, names, origin=str(kept.path))
 
 
 def image_files(path: Path, medium: Medium = IMAGES) -> list[Path]:
@@ -518,12 +549,8 @@ def image_files(path: Path, medium: Medium = IMAGES) -> list[Path]:
 
 
 def _say_left_out(path: Path, medium: Medium, others: list[str], irregular: list[str]) -> None:
-    for names, what in (
-        (others, f"files are no {medium.many} by their names"),
-        (irregular, "entries are no regular files"),
-    ):
-        if names:
-            note(f"{path}: {len(names):,} {what} and are left out: {shown(names, 4)}")
+    note_names(path, others, f"files are no {medium.many} by their names and are left out")
+    note_names(path, irregular, "entries are no regular files and are left out")
 
 
 def _folder(path: Path, medium: Medium) -> Table:
@@ -537,7 +564,7 @@ def _folder(path: Path, medium: Medium) -> Table:
     texts = {file for file in others if file.suffix.lower() == ".txt" and file.is_file()}
     tars = [file for file in others if file.suffix.lower() == ".tar" and file.is_file()]
     if medium is IMAGES and tars and not found:
-        return ImageTable(path.name or str(path), read_tars(tars), origin=str(path))
+        return ImageTable(path.name or str(path), _read_tars(tars), origin=str(path))
     beside = [text if (text := file.with_suffix(".txt")) in texts else None for file in found]
     captions = set(beside)
     left = [file.name for file in others if file not in captions]
@@ -587,15 +614,9 @@ def _named_files(path: Path, medium: Medium) -> Table | None:
         table = read_table(path / name)
         if _FILE_NAME in table.columns:
             named = {os.path.normpath(path / str(value)) for value in table.columns[_FILE_NAME]}
-            rest = [
-                file.name
-                for file in files_below(path, medium)[0]
-                if os.path.normpath(file) not in named
-            ]
-            if rest:
-                note(
-                    f"{path}: {len(rest):,} {medium.many} are not named in {name}: {shown(rest, 4)}"
-                )
+            files = files_below(path, medium)[0]
+            rest = [file.name for file in files if os.path.normpath(file) not in named]
+            note_names(path, rest, f"{medium.many} are not named in {name}")
             others = {key: held for key, held in table.columns.items() if key != _FILE_NAME}
             items = pictures(table, _FILE_NAME, medium)
             return table.with_columns({**others, medium.column: items}, table.label_names)
@@ -620,12 +641,10 @@ def _captions(path: Path, texts: list[Path | None]) -> list[list[str] | None]:
             else:
                 cut += [text.name] * (len(content) > _MOST_CAPTION)
         found.append(None if content is None else content[:_MOST_CAPTION].splitlines())
-    for names, what in (
-        (unread, "texts beside a file cannot be read as UTF-8, so these files have no caption"),
-        (cut, f"texts beside a file are longer than {_MOST_CAPTION:,} characters, and are cut"),
-    ):
-        if names:
-            note(f"{path}: {len(names):,} {what}: {shown(names, 4)}")
+    because = "cannot be read as UTF-8, so these files have no caption"
+    note_names(path, unread, f"texts beside a file {because}")
+    long = f"are longer than {_MOST_CAPTION:,} characters, and are cut"
+    note_names(path, cut, f"texts beside a file {long}")
     return found
 
 
@@ -801,3 +820,100 @@ def _idx_array(path: Path, dimensions: int) -> Any:
     if len(content) != size:
         raise DataError(f"{path} is cut off: {shape} values were announced.")
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+# ------------------------------------------------------------- archives, as WebDataset writes them
+
+
+def _read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:
+    """Return the samples of archives as columns: ``image``, ``caption`` (.txt), ``label`` (.cls) and those of .json.
+
+    The members of one name are one sample, their endings its columns. Images stay in the archives, and are read from
+    there when they are needed.
+
+    Raises:
+        DataError: a file is no archive, is compressed, damaged, or cut off.
+    """
+    rows, passed = list[dict[str, Any]](), Counter[str]()
+    for path in paths:
+        samples: dict[str, dict[str, Any]] = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, ending = name.partition(".")
+                    if member.isfile() and key:
+                        sample = samples.setdefault(f"{folder}/{key}".lstrip("./"), {})
+                        _add(sample, path, archive, member, ending.lower(), passed)
+                _check_end(archive)
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(
+                f"{path} cannot be read as an archive: {error}. It must be one .tar that is not compressed; if it "
+                "is damaged or cut off, copy it again."
+            ) from error
+        rows += samples.values()
+    kept = [row for row in rows if "image" in row]
+    if lost := len(rows) - len(kept):
+        note(f"{lost:,} of {len(rows):,} samples have no image and are left out")
+    if passed:
+        named = ", ".join(f".{ending} ({count:,})" for ending, count in passed.most_common(4))
+        note(f"members that are not read: {named}{', ...' * (len(passed) > 4)}")
+    names = dict.fromkeys(name for row in kept for name in row)
+    return {name: [row.get(name) for row in kept] for name in names}
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Check that an archive that has been read ends as one: with a block of zeros, and nothing else behind it.
+
+    ``tarfile`` also stops, without an error, at a header that is damaged or cut off.
+
+    Raises:
+        ReadError: it does not.
+    """
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    found = file.read(tarfile.BLOCKSIZE)
+    if len(found) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it ends without the block of zeros that closes an archive")
+    while found:
+        if found.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"{archive.offset:,} bytes from its start the header of a member is damaged, or another archive follows"
+            )
+        found = file.read(1 << 20)
+
+
+def _add(
+    sample: dict[str, Any], path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str,
+    passed: Counter[str],
+) -> None:  # fmt: skip
+    """Add one member to its sample; ``passed`` counts, by ending, those that are not read."""
+    if f".{ending}" in SUFFIXES and "image" not in sample:
+        place = Slice(path, member.offset_data, member.size)
+        sample["image"] = Picture(place, f"{path.name}/{member.name}")
+        return
+    held = archive.extractfile(member) if ending in ("txt", "cls", "json") else None
+    content = b"" if held is None or member.size > _MOST_TEXT else held.read()
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        passed[f"{ending} not in UTF-8"] += 1
+        return
+    if ending == "txt" and text:
+        sample["caption"] = text.splitlines()
+    elif ending == "cls" and text:
+        sample["label"] = int(text) if re.fullmatch(r"\d{1,9}", text) else text
+    elif ending == "json" and (found := _mapping(content)) is not None:
+        # Members of their own take precedence, in whichever order they stand.
+        sample |= {key: value for key, value in found.items() if key not in (*sample, "image")}
+    else:
+        passed[ending] += 1
+
+
+def _mapping(content: bytes) -> dict[str, Any] | None:
+    try:
+        found = parse_json(content, "a member")
+    except CheckpointCorrupt:
+        return None
+    return found if isinstance(found, dict) else None

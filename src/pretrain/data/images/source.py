@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.images.processor import ImageProcessor
-from pretrain.data.images.rows import IMAGES, Medium, decoded, parts_of, pictures, read_images
+from pretrain.data.images.rows import (
+    IMAGES,
+    Medium,
+    decoded,
+    note_rows,
+    parts_of,
+    pictures,
+    read_images,
+)
 from pretrain.data.labelled import Role, choose_columns, drop_duplicates, roles_table, split
 from pretrain.data.labels import LabelMap
 from pretrain.data.row_source import RowSource
@@ -103,11 +111,11 @@ def rows_by_class(
 
     Args:
         train: see ``labelled_images``.
-        valid: see ``labelled_images``.
+        valid: see there.
         role: the column of the rows, called as that of the medium.
         medium: what the files hold.
-        seed: seed of the split.
-        labels: see ``labelled_images``.
+        seed: see there.
+        labels: see there.
 
     Returns:
         The rows, with ``labels`` if asked for; the held-out ones; and the classes, or None.
@@ -180,9 +188,7 @@ def file_examples(
             told.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
         if image is not None:
             rows.append({medium.column: image, **others(i)})
-    for text, places in told.items():
-        shown = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
-        note(f"{len(places):,} {what} rows {text}: {shown}")
+    note_rows(table, told, f"{what} rows")
     return rows
 
 
