@@ -177,7 +177,7 @@ def check_ours(words: list[str], patch: pytest.MonkeyPatch) -> None:
     def check(arguments: Any) -> None:
         if words[0] in ("train", "finetune"):
             vars(arguments).pop("config")  # the files of the documentation do not all exist
-            read_settings(settings_class(words[0]), arguments)
+            read_settings(settings_class(words[0]), arguments, cli.COMMANDS[words[0]].options)
 
     assert words[0] in cli.COMMANDS, words[0]
     patch.setitem(cli.COMMANDS, words[0], dataclasses.replace(cli.COMMANDS[words[0]], run=check))

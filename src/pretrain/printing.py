@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 __all__ = [
-    "Console", "aligned", "clock", "columns", "console", "discard", "duration", "in_notebook", "printable",
+    "Console", "aligned", "clock", "coloured", "columns", "console", "discard", "duration", "in_notebook", "printable",
     "printable_pieces", "show", "wrapped",
 ]  # fmt: skip
 
@@ -27,9 +27,6 @@ _COLUMNS = 80  # of a terminal that does not say its width
 
 class Console:
     """A stream of lines that no result depends on: it raises nothing, and prints nothing once it has failed for good.
-
-    Args:
-        stream: the stream; None for a process that has none.
 
     Attributes:
         stream: the stream.
@@ -57,12 +54,11 @@ class Console:
         if not self.lost:
             try:
                 return getattr(self.stream, name)(*values)
-            except (
-                BlockingIOError
-            ):  # its reader is slow: this text is lost, and the next one may not be
+            except BlockingIOError:  # its reader is slow: only this text is lost
                 return None
             except UnicodeEncodeError as error:
-                return self._do(name, *(_encodable(text, error.encoding) for text in values))
+                as_bytes = [text.encode(error.encoding, "backslashreplace") for text in values]
+                return self._do(name, *(data.decode(error.encoding) for data in as_bytes))
             except (OSError, ValueError) as error:  # no reader, a full disk; a closed file
                 self.lost = getattr(error, "strerror", None) or str(error)
                 # Else Python would exit with code 120, as the rest of the buffer cannot be written.
@@ -73,10 +69,6 @@ class Console:
         if name == "stream":  # of a copy that is being made
             raise AttributeError(name)
         return getattr(self.stream, name)
-
-
-def _encodable(text: str, encoding: str) -> str:
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def discard(stream: TextIO) -> None:
@@ -112,6 +104,12 @@ def columns(stream: TextIO | Console) -> int | None:
         return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
     except (OSError, ValueError):
         return _COLUMNS
+
+
+def coloured(stream: TextIO | Console) -> bool:
+    """Return whether a stream is a terminal that shows colours, and its user wants them."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
 
 
 def show(text: str) -> None:

@@ -393,7 +393,7 @@ def test_items_of_mappings_are_kept_however_they_are_given(
 
     tried = set()
     for command, entry in cli.COMMANDS.items():
-        parser = make_parser(command, entry.summary, entry.example, entry.add)
+        parser = make_parser(command, entry.summary, entry.example, entry.options)
         places = ["x"] * sum(not e.names[0].startswith("-") and not e.nargs for e in parser.entries)
         places += [word for e in parser.entries if e.required for word in (e.names[0], "x")]
         for name in list(parser.mappings):
@@ -401,7 +401,7 @@ def test_items_of_mappings_are_kept_however_they_are_given(
             assert found[parser.mappings[name][0]] == value, (command, name)
             tried.add(name)
     assert {"--overrides", "--data.columns", "--task.options", "--columns"} <= tried
-    usual = make_parser("prepare", "", "", cli.COMMANDS["prepare"].add)
+    usual = make_parser("prepare", "", "", cli.COMMANDS["prepare"].options)
     words = ["--text", "{a.csv: x}", "--text={b.csv: y}"]
     assert usual.parse(words).text == {"a.csv": "x", "b.csv": "y"}
     assert usual.parse(["--text", "{a.csv: x}", "--text", "c"]).text == "c"
@@ -410,7 +410,7 @@ def test_items_of_mappings_are_kept_however_they_are_given(
 def test_items_of_mappings_inside_mappings_are_kept() -> None:
     from pretrain.cli.arguments import make_parser
 
-    parser = make_parser("train", "", "", cli.COMMANDS["train"].add)
+    parser = make_parser("train", "", "", cli.COMMANDS["train"].options)
     words = ["--overrides={a: {b: 1}, d: 0}", "--model.overrides.a.c=2", "--overrides={d: {e: 3}}"]
     found = vars(parser.parse(words))["model.overrides"]
     assert found == {"a": {"b": 1, "c": 2}, "d": {"e": 3}}
@@ -801,8 +801,10 @@ def test_options_of_commands_are_those_of_the_functions() -> None:
         from pretrain.cli.arguments import make_parser
 
         entry = cli.COMMANDS[command]
-        parser = make_parser(command, entry.summary, entry.example, entry.add)
-        assert set(entry.common) <= {name for shown in parser.entries for name in shown.names}
+        parser = make_parser(command, entry.summary, entry.example, entry.options)
+        assert set(entry.common.split()) <= {
+            name for shown in parser.entries for name in shown.names
+        }
         return {a.dest: a.default for a in parser._actions if a.option_strings and a.dest != "help"}
 
     for command, function, left_out in (

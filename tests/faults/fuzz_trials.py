@@ -198,7 +198,7 @@ def of_settings(work: Path, run: Path) -> dict[str, Reader]:
         list(RunConfig.load(run / "run.yaml").to_dict().items()),
     )
     train = COMMANDS["train"]
-    parser = make_parser("train", train.summary, train.example, train.add)
+    parser = make_parser("train", train.summary, train.example, train.options)
     dotted = [f"{section}.{key}" for section, values in keys for key in values]
 
     def yaml(rng: random.Random) -> None:
@@ -220,7 +220,8 @@ def of_settings(work: Path, run: Path) -> dict[str, Reader]:
             if rng.random() < 0.9
             else mutated(rng.choice(dotted).encode(), rng).decode("latin-1")
         )
-        read_settings(RunConfig, parser.parse([f"--{key}", word.replace("\x00", "")]))
+        words = [f"--{key}", word.replace("\x00", "")]
+        read_settings(RunConfig, parser.parse(words), train.options)
 
     return {"YAML": yaml, "overrides": overrides, "command line": line}
 

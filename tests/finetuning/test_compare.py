@@ -41,10 +41,9 @@ def test_seeds_choose_other_rows() -> None:
     assert len({tuple(stratified_subset(keys, 12, seed)) for seed in range(6)}) == 6
 
 
-@pytest.mark.parametrize("keys", [[1, 2], None])
-def test_more_rows_than_there_are(keys: Any) -> None:
+def test_more_rows_than_there_are() -> None:
     with pytest.raises(DataError, match="3 training rows"):
-        stratified_subset(keys, 3, 0)
+        stratified_subset([1, 2], 3, 0)
 
 
 def compared(checkpoint: str, out: Path, rows: Any = None, **given: Any) -> Any:

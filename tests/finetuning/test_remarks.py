@@ -15,16 +15,18 @@ import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain import finetune
 from pretrain.finetuning.remarks import beyond_chance, overfitted, remarks, still_improving
+from pretrain.report.history import History, sort_records
 
 
-def history(evals: list[float], figure: str, training: list[float] | None = None) -> list[Any]:
+def history(evals: list[float], figure: str, training: list[float] | None = None) -> History:
     """Evaluations after 10, 20, ... steps, and the training losses logged beside them."""
     records: list[Any] = [
         {"step": 10 * (i + 1), "eval": {figure: value}} for i, value in enumerate(evals)
     ]
-    return records + [
+    records += [
         {"step": 10 * (i + 1), "loss": loss, "lr": 1.0} for i, loss in enumerate(training or [])
     ]
+    return sort_records(records)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,8 @@ def test_a_figure_that_is_no_number_is_reported(case: str, tmp_path: Path) -> No
         {"step": 1, "eval": {"loss": "nan"}, "loss": "inf"},
         {"step": 2, "eval": {"loss": 1.0}, "loss": 2.0},
     ]
-    assert overfitted([*records, {"step": 3, "eval": {"loss": 1.0}, "loss": 1.0}]) is None
+    records.append({"step": 3, "eval": {"loss": 1.0}, "loss": 1.0})
+    assert overfitted(sort_records(records)) is None
 
 
 def test_one_tag_for_every_word_is_said_and_different_tags_are_not(

@@ -20,7 +20,7 @@ from pretrain.cli.main import main
 from pretrain.config.spelling import Interface, using
 from pretrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pretrain.finetuning import job as running
-from pretrain.finetuning.closing import follow_up
+from pretrain.finetuning.run import follow_up
 from pretrain.objectives.classification import Classification
 
 
@@ -458,7 +458,7 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
     model, data = SimpleNamespace(head_kind="embedding"), None
     task = SimpleNamespace(name="embedding")
     result: Any = SimpleNamespace(path=Path("runs/x"), task=task, model=model, data=data)
-    with patch("pretrain.finetuning.closing.example_call", return_value="embed(TEXTS)"):
+    with patch("pretrain.finetuning.run.example_call", return_value="embed(TEXTS)"):
         in_python = follow_up(result)
         with using(Interface(command=True)):
             on_the_command_line = follow_up(result)

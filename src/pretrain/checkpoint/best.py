@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 BEST, SWEEP = "best.json", "sweep.json"
-COMPARISON = "comparison.json"  # see ``pretrain.finetuning.kept``
+COMPARISON = "comparison.json"  # see ``pretrain.finetuning.compare``
 RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import UnionType
@@ -23,9 +23,13 @@ from pretrain.config.spelling import Interface
 from pretrain.errors import ConfigError, nearest
 
 __all__ = [
-    "Parser", "add_checkpoint", "add_device", "add_reading", "add_sampling", "add_settings", "interface", "make_parser",
-    "read_settings", "settings_class",
+    "DEVICE", "JSON", "QUIET", "READING", "Option", "Parser", "checkpoint", "interface", "make_parser", "read_settings",
+    "sampling", "settings_class",
 ]  # fmt: skip
+
+# Name, annotation of the value (None: it has none, and is false if not given), help, and perhaps the default (... if it
+# must be given) and further arguments of argparse: see `Parser.declare`.
+Option = tuple[Any, ...]
 
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "lr-range", "bench", "finetune")
@@ -65,11 +69,7 @@ class Parser(argparse.ArgumentParser):
     given one by one: ``--columns.text review``; an option that is yes or no means yes without a value. All errors are
     `ConfigError`.
 
-    Args:
-        name: name of the command.
-        summary: what it does, in a sentence.
-        example: one command line.
-        common: options that the short help shows, in this order; all if empty.
+    ``common`` are the options that the short help shows, in this order; all if empty.
     """
 
     def __init__(self, name: str, summary: str, example: str, common: Sequence[str] = ()) -> None:
@@ -97,12 +97,15 @@ class Parser(argparse.ArgumentParser):
         shown = options.pop("shown", options.get("default"))
         text, value = options.get("help") or "", ""
         if hint is not None:
+            from pretrain.config.check import type_in_words
+
             options["type"] = partial(_checked if check else _value, names[0], hint)
-            value = _in_words(names[-1], hint) + _default(shown)
+            one_by_one = f", or {names[-1]}.KEY VALUE" * (get_origin(hint) is dict)
+            value = type_in_words(hint) + one_by_one + _default(shown)
             if any(get_origin(kind) is dict for kind in _kinds(hint)):
                 options.setdefault("action", _Items)
         action: argparse.Action = super().add_argument(*names, **options)
-        if hint is not None and get_origin(hint) is dict:
+        if get_origin(hint) is dict:
             self.mappings |= {name: (action.dest, get_args(hint)[1], check) for name in names}
         if bool in (hint, *get_args(hint)):
             self.switches |= set(names)
@@ -111,6 +114,23 @@ class Parser(argparse.ArgumentParser):
             self.entries.append(_Entry(names, value, text, group, required, options.get("nargs")))
         self.takes_value |= dict.fromkeys(action.option_strings, action.nargs != 0)
         return action
+
+    def declare(
+        self,
+        name: str,
+        kind: Any,
+        text: str,
+        default: Any = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Declare an option of a table, see ``Option``."""
+        options: dict[str, Any] = {"help": text, **(more or {})}
+        options |= {"action": "store_true"} if kind is None else {"type": kind}
+        if default is ...:
+            options["required"] = True
+        elif default is not None:
+            options["default"] = default
+        self.add_argument(name, **options)
 
     def help(self, *, everything: bool = False) -> str:
         """Return the help: the common options and an example, or all options by section."""
@@ -275,89 +295,53 @@ def _check_one_name(other: str, option: str, meant: str) -> None:
 
 
 def make_parser(
-    name: str, summary: str, example: str, add: Callable[[Any], None], common: Sequence[str] = ()
+    name: str, summary: str, example: str, options: Iterable[Option], common: Sequence[str] = ()
 ) -> Parser:
-    """Return the parser of the command ``name``; ``add`` declares its options."""
+    """Return the parser of the command ``name``, with the settings of a run if it has them."""
     parser = Parser(name, summary, example, common)
-    add(parser)
+    for option in options:
+        parser.declare(*option)
+    if name in _SETTINGS:
+        add_settings(parser, settings_class(name))
     return parser
 
 
-def add_checkpoint(
-    parser: Any,
+JSON: Option = ("--json", None, "print JSON")
+QUIET: Option = ("--quiet", None, "no progress bar")
+DEVICE: Option = ("--device", str, "auto, cpu, cuda or mps", "auto")
+# How the file of examples is read.
+READING: tuple[Option, ...] = (
+    ("--delimiter", str | None,
+     "delimiter of the cells of .csv or .tsv; not given, comma or tab, or what the header shows"),
+    ("--quoting", bool | None, "whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do"),
+    ("--encoding", str | None, "encoding of the file, e.g. cp1252; not given, UTF-8"),
+)  # fmt: skip
+
+
+def checkpoint(
     name: str = "checkpoint",
     text: str = "run, checkpoint directory, or org/name of a model on the Hugging Face Hub",
-) -> None:
-    """Declare the directory that a command reads, and ``--family`` for the class of its model."""
-    parser.add_argument(name, type=str, help=text)
-    parser.add_argument(
-        "--family",
-        type=str | None,
-        help="package.module:Class of the model, if it is a family of your own",
-    )
+) -> tuple[Option, ...]:
+    """Return the directory that a command reads, and ``--family`` for the class of its model."""
+    family = "package.module:Class of the model, if it is a family of your own"
+    return (name, str, text), ("--family", str | None, family)
 
 
-def add_device(parser: Any) -> None:
-    """Declare ``--device``."""
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
-
-
-def add_reading(parser: Any) -> None:
-    """Declare how the file of examples is read: ``--delimiter``, ``--quoting`` and ``--encoding``."""
-    add = parser.add_argument
-    add(
-        "--delimiter",
-        type=str | None,
-        help="delimiter of the cells of .csv or .tsv; not given, comma or tab, or what the header shows",
-    )
-    add(
-        "--quoting",
-        type=bool | None,
-        help="whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do",
-    )
-    add(
-        "--encoding",
-        type=str | None,
-        help="encoding of the file, e.g. cp1252; not given, UTF-8",
-    )
-
-
-def add_sampling(parser: Any, new_tokens: int) -> None:
-    """Declare the options of the generation of text; ``new_tokens`` is the number without any setting."""
-    add = parser.add_argument
-    add(
-        "--max_new_tokens",
-        type=int | None,
-        help=f"maximum number of new tokens; not given, that of generation_config.json, or {new_tokens}",
-    )
-    add(
-        "--temperature",
-        type=float | None,
-        help="0 takes the likeliest token; not given, that of generation_config.json, or 1 with --top_k, --top_p, "
-        "--min_p or --seed, else 0",
-    )
-    add("--top_k", type=int | None, help="sample from the k likeliest tokens")
-    add(
-        "--top_p",
-        type=float | None,
-        help="sample from the likeliest tokens whose probabilities sum to this",
-    )
-    add(
-        "--min_p",
-        type=float | None,
-        help="drop tokens below this share of the likeliest one's probability",
-    )
-    add(
-        "--repetition_penalty",
-        type=float | None,
-        help="above 1 makes tokens that occurred less likely",
-    )
-    add(
-        "--stop",
-        type=list[str] | str | None,
-        help="text, or [list, of, texts], at which to stop",
-    )
-    add("--seed", type=int | None, help="the same seed gives the same text")
+def sampling(new_tokens: int) -> tuple[Option, ...]:
+    """Return the options of the generation of text; ``new_tokens`` is the number without any setting."""
+    return (
+        ("--max_new_tokens", int | None,
+         f"maximum number of new tokens; not given, that of generation_config.json, or {new_tokens}"),
+        ("--temperature", float | None,
+         "0 takes the likeliest token; not given, that of generation_config.json, or 1 with --top_k, --top_p, "
+         "--min_p or --seed, else 0"),
+        ("--top_k", int | None, "sample from the k likeliest tokens"),
+        ("--top_p", float | None, "sample from the likeliest tokens whose probabilities sum to this"),
+        ("--min_p", float | None, "drop tokens below this share of the likeliest one's probability"),
+        ("--repetition_penalty", float | None, "above 1 makes tokens that occurred less likely"),
+        ("--stop", list[str] | str | None, "text, or [list, of, texts], at which to stop"),
+        ("--seed", int | None, "the same seed gives the same text"),
+    )  # fmt: skip
 
 
 def add_settings(parser: Parser, kind: Any) -> None:
@@ -365,10 +349,6 @@ def add_settings(parser: Parser, kind: Any) -> None:
 
     A setting is also named without its section where only one section has it, and by its section where it is the main
     one there: ``--data``, ``--model``, ``--objective``, ``--task``.
-
-    Args:
-        parser: parser of the command.
-        kind: ``RunConfig`` or ``TuneConfig``.
     """
     from pretrain.config import fields
 
@@ -406,29 +386,15 @@ def add_settings(parser: Parser, kind: Any) -> None:
 
 
 def read_settings(
-    kind: Any, args: argparse.Namespace, own: Collection[str] = ()
+    kind: Any, args: argparse.Namespace, options: Iterable[Option]
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the settings of ``--config`` and the given settings, and the other options.
+    """Return the settings of ``--config`` and the given settings, and the command's own ``options``.
 
     With ``--show_config`` the settings are printed, and None is returned for them.
-
-    Args:
-        kind: ``RunConfig`` or ``TuneConfig``.
-        args: parsed arguments.
-        own: options of the command, which are no settings even if a setting has that name too.
     """
-    from pretrain.config.check import type_of
-
-    given: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    for key, value in vars(args).items():
-        if key in own:
-            others[key] = value
-            continue
-        is_setting = key in kind.SECTIONS
-        with contextlib.suppress(ConfigError):
-            is_setting = is_setting or type_of(kind.SECTIONS, key) is not None
-        (given if is_setting else others)[key] = value
+    own = {"config", "show_config", *(name.lstrip("-") for name, *_ in options)}
+    given = {key: value for key, value in vars(args).items() if key not in own}
+    others = {key: value for key, value in vars(args).items() if key in own}
     settings = kind.load(others.pop("config", None), given)
     if others.pop("show_config"):
         print(settings.to_yaml(), end="")
@@ -507,12 +473,6 @@ def _checked(name: str, hint: Any, text: str) -> Any:
     from pretrain.config.check import check_value
 
     return check_value(name, _value(name, hint, text), hint)
-
-
-def _in_words(name: str, hint: Any) -> str:
-    from pretrain.config.check import type_in_words
-
-    return type_in_words(hint) + f", or {name}.KEY VALUE" * (get_origin(hint) is dict)
 
 
 def _default(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.cli.arguments import add_checkpoint, add_device, add_sampling
+from pretrain.cli.arguments import DEVICE, Option, checkpoint, sampling
 from pretrain.cli.streams import text_of
 from pretrain.errors import ConfigError, DataError, Interrupted, ModelError, PretrainError
 from pretrain.printing import printable_pieces
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pretrain.inference.generate import Stream
     from pretrain.models.base import Model
 
-__all__ = ["add_chat", "chat", "show_pieces"]
+__all__ = ["OPTIONS", "chat", "show_pieces"]
 
 _NEW_TOKENS = 512
 _HELP = """\
@@ -30,24 +30,16 @@ A line that ends with a backslash goes on in the next one.
 Ctrl-C stops an answer. Ctrl-C or Ctrl-D at the prompt leaves."""
 
 
-def add_chat(parser: Any) -> None:
-    """Declare the options of ``pretrain chat``."""
-    add_checkpoint(parser)
-    add = parser.add_argument
-    add("--system", type=str, default="", help="what the model is told before the conversation")
-    add_sampling(parser, _NEW_TOKENS)
-    add_device(parser)
-    add(
-        "--raw",
-        action="store_true",
-        help="continue every line as it stands, without a template: for models that were not trained on conversations",
-    )
-    add(
-        "--web",
-        action="store_true",
-        help="serve a page for a browser, and the chat-completions protocol of OpenAI, on this machine",
-    )
-    add("--port", type=int, default=8080, help="port of --web; 0 takes a free one")
+OPTIONS: tuple[Option, ...] = (
+    *checkpoint(),
+    ("--system", str, "what the model is told before the conversation", ""),
+    *sampling(_NEW_TOKENS),
+    DEVICE,
+    ("--raw", None,
+     "continue every line as it stands, without a template: for models that were not trained on conversations"),
+    ("--web", None, "serve a page for a browser, and the chat-completions protocol of OpenAI, on this machine"),
+    ("--port", int, "port of --web; 0 takes a free one", 8080),
+)  # fmt: skip
 
 
 def chat(args: Any) -> None:
@@ -90,11 +82,8 @@ def show_pieces(pieces: Iterable[str]) -> None:
 class _Talk:
     """A conversation in the terminal.
 
-    Args:
-        model: the model.
-        system: what it is told at the beginning.
-        raw: every line is continued by itself.
-        options: options of ``generate``, with ``max_new_tokens``.
+    If it is ``raw``, every line is continued by itself; the options are those of ``generate``, with
+    ``max_new_tokens``.
     """
 
     def __init__(self, model: Model, system: str, raw: bool, options: dict[str, Any]) -> None:

@@ -19,22 +19,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.cli.arguments import (
-    add_checkpoint,
-    add_device,
-    add_reading,
-    add_sampling,
-    add_settings,
+    DEVICE,
+    JSON,
+    QUIET,
+    READING,
+    Option,
+    checkpoint,
     interface,
     make_parser,
     read_settings,
+    sampling,
     settings_class,
 )
-from pretrain.cli.chat import add_chat, chat, show_pieces
-from pretrain.cli.doctor import add_doctor, doctor
+from pretrain.cli.chat import OPTIONS as CHAT
+from pretrain.cli.chat import chat, show_pieces
 from pretrain.cli.streams import open_streams, text_of
 from pretrain.config.spelling import using
 from pretrain.distributed.launched import launched, prints_error
-from pretrain.distributed.slurm import add_slurm
+from pretrain.distributed.slurm import OPTIONS as SLURM
 from pretrain.errors import (
     ConfigError,
     Interrupted,
@@ -42,7 +44,7 @@ from pretrain.errors import (
     did_you_mean,
     out_of_memory,
 )
-from pretrain.printing import columns, console, discard, printable, wrapped
+from pretrain.printing import coloured, columns, console, discard, printable, wrapped
 
 __all__ = ["COMMANDS", "main"]
 
@@ -55,9 +57,9 @@ class Command:
 
     summary: str
     example: str
-    add: Callable[[Any], None]
+    options: tuple[Option, ...]
     run: Callable[[Any], int | None]
-    common: tuple[str, ...] = ()
+    common: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,7 +147,9 @@ def _dispatch(arguments: list[str]) -> int:
         near = did_you_mean(name.replace("_", "-"), COMMANDS)
         raise ConfigError(f"There is no command {name!r}.{near}")
     command = COMMANDS[name]
-    parser = make_parser(name, command.summary, command.example, command.add, command.common)
+    parser = make_parser(
+        name, command.summary, command.example, command.options, command.common.split()
+    )
     options = rest[: rest.index("--")] if "--" in rest else rest
     if asked := [place for place, word in enumerate(options) if word in ("-h", "--help")]:
         print(parser.help(everything=options[asked[0] + 1 : asked[0] + 2] == ["all"]))
@@ -156,10 +160,6 @@ def _dispatch(arguments: list[str]) -> int:
             from pretrain.models import own_family
 
             own_family(family)
-        if command.run is _predict and (task := vars(args).pop("task")) is not None:
-            from pretrain.objectives import task_class
-
-            task_class(task)
         return command.run(args) or 0
 
 
@@ -177,10 +177,9 @@ def _overview() -> str:
 
 def _complain(message: str, label: str = "error: ") -> None:
     """Print one paragraph on stderr; characters that could control the terminal are escaped."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     screen = console()
     text = wrapped(f"{label}{printable(message, lines=True)}", columns(screen))
-    if label and screen.isatty() and not plain:
+    if label and coloured(screen):
         head = label.rstrip()  # the blank after it may have become a line end
         text = f"\033[31m{head}\033[0m{text.removeprefix(head)}"
     print(text, file=screen, flush=True)
@@ -194,10 +193,11 @@ def _note(message: Warning | str, *place: Any, **options: Any) -> None:
 # --------------------------------------------------------------------------------------------- commands
 
 
-def _add_quickstart(parser: Any) -> None:
-    parser.add_argument("--out", type=str, default="runs/quickstart", help="directory of the run")
-    parser.add_argument("--minutes", type=float | None, help="time limit of all steps together")
-    parser.add_argument("--seed", type=int, default=0, help="seed")
+_QUICKSTART: tuple[Option, ...] = (
+    ("--out", str, "directory of the run", "runs/quickstart"),
+    ("--minutes", float | None, "time limit of all steps together"),
+    ("--seed", int, "seed", 0),
+)
 
 
 def _quickstart(args: Any) -> int:
@@ -206,45 +206,29 @@ def _quickstart(args: Any) -> int:
     return int(quickstart(out=args.out, minutes=args.minutes, seed=args.seed)["exit_code"])
 
 
-def _add_prepare(parser: Any) -> None:
-    add = parser.add_argument
-    add("sources", nargs="*", type=str, help='files, globs, folders, "hub:NAME", or "python"')
-    add(
-        "--config",
-        type=str | None,
-        action="append",
-        help="YAML file of pretrain train: prepare its data; of several, each replaces settings of those before it",
-    )
-    add("--out", type=str | None, help="directory to write; not given, the cache")
-    add(
-        "--tokenizer",
-        type=str,
-        default="bpe",
-        help="bpe, wordpiece, char, a path, or a name on the Hub (org/name)",
-    )
-    add("--vocab_size", type=int, default=8192, help="size of the vocabulary to train")
-    add("--row_length", type=int, default=512, help="tokens in one row")
-    add("--valid", type=float | str, default=0.01, help='held-out fraction, source, or "last:0.1"')
-    add(
-        "--text",
-        type=str | dict[str, str],
-        default="text",
-        help="column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}",
-    )
-    add(
-        "--separator",
-        type=str | None,
-        help="text that separates the documents of a file; not given, a file is one",
-    )
-    add("--encoding", type=str | None, help="encoding of text files; not given, UTF-8")
-    add("--seed", type=int, default=0, help="seed of the choice of held-out documents")
-    add("--workers", type=int | None, help="processes; not given, one per core")
-    add("--lowercase", action="store_true", help="wordpiece only: ignore case and accents")
-    add("--keep_duplicates", action="store_true", help="keep documents that occur again")
-    add("--source", type=str | None, help="text or images; not given, by what the sources are")
-    add("--size", type=int | None, help="of images: height and width; not given, their own")
-    add("--channels", type=int | None, help="of images: 3 or 1; not given, those of each")
-    add("--quiet", action="store_true", help="no progress bar and no table")
+_PREPARE: tuple[Option, ...] = (
+    ("sources", str, 'files, globs, folders, "hub:NAME", or "python"', None, {"nargs": "*"}),
+    ("--config", str | None,
+     "YAML file of pretrain train: prepare its data; of several, each replaces settings of those before it",
+     None, {"action": "append"}),
+    ("--out", str | None, "directory to write; not given, the cache"),
+    ("--tokenizer", str, "bpe, wordpiece, char, a path, or a name on the Hub (org/name)", "bpe"),
+    ("--vocab_size", int, "size of the vocabulary to train", 8192),
+    ("--row_length", int, "tokens in one row", 512),
+    ("--valid", float | str, 'held-out fraction, source, or "last:0.1"', 0.01),
+    ("--text", str | dict[str, str],
+     "column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}", "text"),
+    ("--separator", str | None, "text that separates the documents of a file; not given, a file is one"),
+    ("--encoding", str | None, "encoding of text files; not given, UTF-8"),
+    ("--seed", int, "seed of the choice of held-out documents", 0),
+    ("--workers", int | None, "processes; not given, one per core"),
+    ("--lowercase", None, "wordpiece only: ignore case and accents"),
+    ("--keep_duplicates", None, "keep documents that occur again"),
+    ("--source", str | None, "text or images; not given, by what the sources are"),
+    ("--size", int | None, "of images: height and width; not given, their own"),
+    ("--channels", int | None, "of images: 3 or 1; not given, those of each"),
+    ("--quiet", None, "no progress bar and no table"),
+)  # fmt: skip
 
 
 def _prepare(args: Any) -> None:
@@ -257,7 +241,7 @@ def _prepare(args: Any) -> None:
         from pretrain.config import RunConfig
         from pretrain.training.run import open_data
 
-        usual = vars(make_parser("prepare", "", "", _add_prepare).parse([]))
+        usual = vars(make_parser("prepare", "", "", _PREPARE).parse([]))
         quiet = options.pop("quiet")
         if changed := [name for name, value in options.items() if value != usual[name]]:
             raise ConfigError(
@@ -279,57 +263,40 @@ def _prepare(args: Any) -> None:
     print(printable(str(prepared.path)))
 
 
-def _add_devices(parser: Any) -> None:
-    """Declare ``--devices`` for ``train`` and ``finetune``."""
-    parser.add_argument(
-        "--devices",
-        type=int | str,
-        default=1,
-        help="processes to start on this machine; auto is one for each GPU",
-    )
-
-
-def _add_train(parser: Any) -> None:
-    from pretrain.config import RunConfig
-
-    _add_devices(parser)
-    add_settings(parser, RunConfig)
+# The settings of the commands that have a run follow their options, see `make_parser`.
+_TRAIN: tuple[Option, ...] = (
+    ("--devices", int | str, "processes to start on this machine; auto is one for each GPU", 1),
+)
 
 
 def _train(args: Any) -> int:
-    from pretrain.config import RunConfig
-
-    settings, options = read_settings(RunConfig, args)
-    if _only_shown(settings):
+    settings, options = _run_settings(args, _TRAIN)
+    if settings is None:
         return 0
     from pretrain.training.run import train
 
     return int(train(settings, **options).exit_code)
 
 
-def _only_shown(settings: Any) -> bool:
-    """Whether a command ends here: its settings have been shown, or the sizes of the model are, which is done here."""
+def _run_settings(args: Any, own: tuple[Option, ...]) -> tuple[Any, dict[str, Any]]:
+    """Return what `read_settings` does; None for the settings, too, if the sizes of the model were to be shown."""
+    from pretrain.config import RunConfig
+
+    settings, options = read_settings(RunConfig, args, own)
     if settings is not None and settings.model.size == "?":
         from pretrain.training.sizes import sizes
 
         print(printable(str(sizes(settings.model.family)), lines=True))
-        return True
-    return settings is None
+        return None, options
+    return settings, options
 
 
-def _add_bench(parser: Any) -> None:
-    from pretrain.config import RunConfig
-
-    parser.add_argument("--steps", type=int, default=20, help="steps to measure")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_settings(parser, RunConfig)
+_BENCH: tuple[Option, ...] = (("--steps", int, "steps to measure", 20), JSON)
 
 
 def _bench(args: Any) -> None:
-    from pretrain.config import RunConfig
-
-    settings, options = read_settings(RunConfig, args, own=("steps", "json"))
-    if _only_shown(settings):
+    settings, options = _run_settings(args, _BENCH)
+    if settings is None:
         return
     from pretrain.training.bench import bench
 
@@ -341,23 +308,18 @@ def _bench(args: Any) -> None:
         print(found)
 
 
-def _add_lr_range(parser: Any) -> None:
-    from pretrain.config import RunConfig
-
-    add = parser.add_argument
-    add("--lowest", type=float, default=1e-6, help="learning rate of the first step")
-    add("--highest", type=float, default=1.0, help="learning rate of the last step")
-    add("--steps", type=int, default=100, help="number of steps")
-    add("--plot", type=str, default="lr-range.svg", help="picture to write, .svg")
-    add_settings(parser, RunConfig)
+_LR_RANGE: tuple[Option, ...] = (
+    ("--lowest", float, "learning rate of the first step", 1e-6),
+    ("--highest", float, "learning rate of the last step", 1.0),
+    ("--steps", int, "number of steps", 100),
+    ("--plot", str, "picture to write, .svg", "lr-range.svg"),
+)
 
 
 def _lr_range(args: Any) -> None:
-    from pretrain.config import RunConfig
-
     picture = vars(args).pop("plot")
-    settings, options = read_settings(RunConfig, args, own=("lowest", "highest", "steps"))
-    if _only_shown(settings):
+    settings, options = _run_settings(args, _LR_RANGE)
+    if settings is None:
         return
     from pretrain.training.lr_range import lr_range_test
     from pretrain.utils.curves import PICTURES
@@ -372,34 +334,38 @@ def _lr_range(args: Any) -> None:
     print(f"picture: {printable(str(found.plot().save(picture)))}")
 
 
-def _add_finetune(parser: Any) -> None:
-    from pretrain.finetuning.settings import TuneConfig
-
-    add = parser.add_argument
-    add(
-        "--compare",
-        type=str | None,
-        help="scratch: also train the same model from random weights, and baselines",
-    )
-    add(
-        "--label_counts",
-        type=list[int] | None,
-        help="numbers of training rows at which to compare, e.g. [50,200]; not given, all rows",
-    )
-    add("--seeds", type=int, default=5, help="paired seeds of the comparison")
-    _add_devices(parser)
-    add_settings(parser, TuneConfig)
+_FINETUNE: tuple[Option, ...] = (
+    ("--compare", str | None, "scratch: also train the same model from random weights, and baselines"),
+    ("--label_counts", list[int] | None,
+     "numbers of training rows at which to compare, e.g. [50,200]; not given, all rows"),
+    ("--seeds", int, "paired seeds of the comparison", 5),
+    *_TRAIN,
+)  # fmt: skip
 
 
 def _finetune(args: Any) -> int:
     from pretrain.finetuning.settings import TuneConfig
 
-    settings, options = read_settings(TuneConfig, args)
+    settings, options = read_settings(TuneConfig, args, _FINETUNE)
     if settings is None:
         return 0
     from pretrain.finetuning import run
 
     return int(run.finetune(config=settings, **options).run.exit_code)
+
+
+_DOCTOR: tuple[Option, ...] = (
+    DEVICE,
+    ("--out", str | None, "run directory that all processes must see"),
+    ("--timeout", float, "seconds for each attempt to connect", 60.0),
+    JSON,
+)
+
+
+def _doctor(args: Any) -> int:
+    from pretrain.distributed.doctor import doctor
+
+    return doctor(args.device, out=args.out, as_json=args.json, seconds=args.timeout)
 
 
 def _slurm(args: Any) -> None:
@@ -419,44 +385,32 @@ def _slurm(args: Any) -> None:
     print(script(**vars(args) | {"config": config}), end="")
 
 
-def _add_predict(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser, text="run or model directory")
-    add("file", type=str, help="rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)")
-    add("--out", type=str | None, help=".jsonl, .csv or .tsv; not given, beside FILE")
-    add(
-        "--columns",
-        type=dict[str, str],
-        default={},
-        help="column of each role, e.g. --columns.text review",
-    )
-    add("--task", type=str | None, help="package.module:Class of the task, if it is your own")
-    add("--batch_rows", type=int, default=64, help="examples in one forward pass")
-    add(
-        "--top_k",
-        type=int | str | None,
-        help="number of likeliest classes to write with their probabilities, or all; not given, the likeliest class, "
-        "or those above the threshold",
-    )
-    add(
-        "--labels",
-        type=list[str] | None,
-        help="classes of a model of images and texts, e.g. [cat,dog]; not given, the vectors of the images",
-    )
-    add(
-        "--template",
-        type=str | None,
-        help="prompt with {} for the name of a class; not given, This is a photo of {}.",
-    )
-    add_device(parser)
-    add_reading(parser)
-    add("--quiet", action="store_true", help="no progress bar")
+_PREDICT: tuple[Option, ...] = (
+    *checkpoint(text="run or model directory"),
+    ("file", str, "rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)"),
+    ("--out", str | None, ".jsonl, .csv or .tsv; not given, beside FILE"),
+    ("--columns", dict[str, str], "column of each role, e.g. --columns.text review", {}),
+    ("--task", str | None, "package.module:Class of the task, if it is your own"),
+    ("--batch_rows", int, "examples in one forward pass", 64),
+    ("--top_k", int | str | None,
+     "number of likeliest classes to write with their probabilities, or all; not given, the likeliest class, or those "
+     "above the threshold"),
+    ("--labels", list[str] | None,
+     "classes of a model of images and texts, e.g. [cat,dog]; not given, the vectors of the images"),
+    ("--template", str | None, "prompt with {} for the name of a class; not given, This is a photo of {}."),
+    DEVICE,
+    *READING,
+    QUIET,
+)  # fmt: skip
 
 
 def _predict(args: Any) -> None:
     from pretrain.inference.predict import predict_file
+    from pretrain.objectives import task_class
 
     options = vars(args)
+    if (task := options.pop("task")) is not None:
+        task_class(task)
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
     if (top_k := options.pop("top_k")) is not None:
         options["top_k"] = None if top_k == "all" else top_k
@@ -467,21 +421,17 @@ def _predict(args: Any) -> None:
     print(printable(str(out)))
 
 
-def _add_generate(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser)
-    add("prompt", type=str, help='text to continue, or "-": one prompt per line of standard input')
-    add_sampling(parser, 64)
-    add(
-        "--chat",
-        action="store_true",
-        help="answer the prompt as a turn of the user, through the chat template",
-    )
-    add(
+_GENERATE: tuple[Option, ...] = (
+    *checkpoint(),
+    ("prompt", str, 'text to continue, or "-": one prompt per line of standard input'),
+    *sampling(64),
+    ("--chat", None, "answer the prompt as a turn of the user, through the chat template"),
+    (
         "--stream",
-        type=bool | None,
-        help="print the text as it is made; not given, one prompt on a terminal is",
-    )
+        bool | None,
+        "print the text as it is made; not given, one prompt on a terminal is",
+    ),
+)
 
 
 def _generate(args: Any) -> None:
@@ -515,12 +465,11 @@ def _prompts(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _add_fill_mask(parser: Any) -> None:
-    add_checkpoint(parser)
-    parser.add_argument(
-        "text", type=str, help='text with [MASK] in it, or "-": one per line of standard input'
-    )
-    parser.add_argument("--top_k", type=int, default=5, help="candidates for each mask")
+_FILL_MASK: tuple[Option, ...] = (
+    *checkpoint(),
+    ("text", str, 'text with [MASK] in it, or "-": one per line of standard input'),
+    ("--top_k", int, "candidates for each mask", 5),
+)
 
 
 def _fill_mask(args: Any) -> None:
@@ -537,28 +486,23 @@ def _fill_mask(args: Any) -> None:
                 print(f"{item['score']:.4f}  {item['token']!r:<16}  {printable(item['sequence'])}")
 
 
-def _add_embed(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser, text="run or model directory")
-    add("file", type=str, help="lines (.txt), or rows: .csv .tsv .jsonl .json .parquet (also .gz)")
-    add("--out", type=str, required=True, help="vectors: .npy, .parquet or .jsonl")
-    add("--text", type=str | None, help="column of the text; not given, recognised by its name")
-    add(
-        "--normalize",
-        type=bool | None,
-        help="scale vectors to length one; not given, as the model's directory says",
-    )
-    add(
-        "--pooling",
-        type=str | None,
-        help="mean, cls, lasttoken, max; not given, as the directory says",
-    )
-    add("--prompt", type=str | None, help="prefix of every text")
-    add("--prompt_name", type=str | None, help="name of a prompt in the model's directory")
-    add("--batch_rows", type=int, default=32, help="texts in one forward pass")
-    add_device(parser)
-    add_reading(parser)
-    add("--quiet", action="store_true", help="no progress bar")
+_TEXT_COLUMN: Option = (
+    "--text", str | None, "column of the text; not given, recognised by its name",
+)  # fmt: skip
+_EMBED: tuple[Option, ...] = (
+    *checkpoint(text="run or model directory"),
+    ("file", str, "lines (.txt), or rows: .csv .tsv .jsonl .json .parquet (also .gz)"),
+    ("--out", str, "vectors: .npy, .parquet or .jsonl", ...),
+    _TEXT_COLUMN,
+    ("--normalize", bool | None, "scale vectors to length one; not given, as the model's directory says"),
+    ("--pooling", str | None, "mean, cls, lasttoken, max; not given, as the directory says"),
+    ("--prompt", str | None, "prefix of every text"),
+    ("--prompt_name", str | None, "name of a prompt in the model's directory"),
+    ("--batch_rows", int, "texts in one forward pass", 32),
+    DEVICE,
+    *READING,
+    QUIET,
+)  # fmt: skip
 
 
 def _embed(args: Any) -> None:
@@ -569,17 +513,15 @@ def _embed(args: Any) -> None:
     print(printable(str(embed_file(*places, progress=not options.pop("quiet"), **options))))
 
 
-def _add_search(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser, text="run or model directory")
-    add("query", type=str, help="text to search for")
-    add("file", type=str, help="texts: lines (.txt), or rows: .csv .tsv .jsonl .json .parquet")
-    add("--text", type=str | None, help="column of the text; not given, recognised by its name")
-    add("--top_k", type=int, default=10, help="number of texts to print")
-    add(
-        "--prompt_name", type=str | None, help="name of the query's prompt in the model's directory"
-    )
-    add_device(parser)
+_SEARCH: tuple[Option, ...] = (
+    *checkpoint(text="run or model directory"),
+    ("query", str, "text to search for"),
+    ("file", str, "texts: lines (.txt), or rows: .csv .tsv .jsonl .json .parquet"),
+    _TEXT_COLUMN,
+    ("--top_k", int, "number of texts to print", 10),
+    ("--prompt_name", str | None, "name of the query's prompt in the model's directory"),
+    DEVICE,
+)
 
 
 def _search(args: Any) -> None:
@@ -589,46 +531,25 @@ def _search(args: Any) -> None:
         print(f"{hit.score:7.4f}  {hit.index + 1:>6}  {printable(str(hit.text))}")
 
 
-def _add_evaluate(parser: Any) -> None:
-    add_checkpoint(parser)
-    parser.add_argument(
-        "--data",
-        type=str | None,
-        help="labelled rows for a fine-tuned model, a prepared directory or text for a language model; not given, the "
-        "held-out rows of the run",
-    )
-    add = parser.add_argument
-    add(
-        "--columns",
-        type=dict[str, str],
-        default={},
-        help="column of each role in labelled rows, e.g. --columns.label stars; not given, as in the training rows",
-    )
-    add(
-        "--base",
-        type=str | None,
-        help="the model before training, if the evaluation needs it and does not find it",
-    )
-    add(
-        "--task",
-        type=str | None,
-        help="sts, retrieval or minimal-pairs, to measure these on --data; or package.module:Class of the task, if it "
-        "is your own",
-    )
-    add("--objective", type=str | None, help="package.module:Class of an objective of your own")
-    add(
-        "--separator",
-        type=str | None,
-        help="text that separates the documents of a text file; not given, that of the run",
-    )
-    add(
-        "--encoding",
-        type=str | None,
-        help="encoding of the data, e.g. cp1252; not given, that of the run, for text that is not UTF-8",
-    )
-    add("--batch_rows", type=int | None, help="rows in one forward pass")
-    add_device(parser)
-    add("--json", action="store_true", help="print JSON")
+_EVALUATE: tuple[Option, ...] = (
+    *checkpoint(),
+    ("--data", str | None,
+     "labelled rows for a fine-tuned model, a prepared directory or text for a language model; not given, the held-out "
+     "rows of the run"),
+    ("--columns", dict[str, str],
+     "column of each role in labelled rows, e.g. --columns.label stars; not given, as in the training rows", {}),
+    ("--base", str | None, "the model before training, if the evaluation needs it and does not find it"),
+    ("--task", str | None,
+     "sts, retrieval or minimal-pairs, to measure these on --data; or package.module:Class of the task, if it is your "
+     "own"),
+    ("--objective", str | None, "package.module:Class of an objective of your own"),
+    ("--separator", str | None, "text that separates the documents of a text file; not given, that of the run"),
+    ("--encoding", str | None,
+     "encoding of the data, e.g. cp1252; not given, that of the run, for text that is not UTF-8"),
+    ("--batch_rows", int | None, "rows in one forward pass"),
+    DEVICE,
+    JSON,
+)  # fmt: skip
 
 
 def _evaluate(args: Any) -> None:
@@ -639,37 +560,26 @@ def _evaluate(args: Any) -> None:
     _show(evaluate(options.pop("checkpoint"), **options), as_json)
 
 
-def _add_probe(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser)
-    add("data", type=str, help="labelled rows: a folder of images by class, .npz, or a table")
-    add("--test", type=float | str | None, help="held-out rows, or their share; not given, a fifth")
-    add(
-        "--valid",
-        type=float | str | None,
-        help="rows to choose C on, or their share; not given, a tenth",
-    )
-    add("--method", type=str, default="linear", help="linear, knn or means")
-    add("--shots", type=int | None, help="labelled rows of each class in a draw; not given, all")
-    add("--ways", type=int | None, help="classes of a draw; not given, all")
-    add("--draws", type=int, default=5, help="number of draws of --shots or --ways")
-    add("--k", type=int, default=5, help="neighbours that vote (knn)")
-    add(
-        "--columns",
-        type=dict[str, str],
-        default={},
-        help="column of each role, e.g. --columns.label stars; not given, recognised by name",
-    )
-    add(
-        "--pooling",
-        type=str | None,
-        help="of images mean or first (the class token), of texts as for embed; not given, as the "
-        "classifier reads, of dinov2 the class token",
-    )
-    add("--batch_rows", type=int, default=64, help="rows in one forward pass")
-    add("--seed", type=int, default=0, help="seed of the split and the draws")
-    add_device(parser)
-    add("--json", action="store_true", help="print JSON")
+_PROBE: tuple[Option, ...] = (
+    *checkpoint(),
+    ("data", str, "labelled rows: a folder of images by class, .npz, or a table"),
+    ("--test", float | str | None, "held-out rows, or their share; not given, a fifth"),
+    ("--valid", float | str | None, "rows to choose C on, or their share; not given, a tenth"),
+    ("--method", str, "linear, knn or means", "linear"),
+    ("--shots", int | None, "labelled rows of each class in a draw; not given, all"),
+    ("--ways", int | None, "classes of a draw; not given, all"),
+    ("--draws", int, "number of draws of --shots or --ways", 5),
+    ("--k", int, "neighbours that vote (knn)", 5),
+    ("--columns", dict[str, str],
+     "column of each role, e.g. --columns.label stars; not given, recognised by name", {}),
+    ("--pooling", str | None,
+     "of images mean or first (the class token), of texts as for embed; not given, as the classifier reads, of dinov2 "
+     "the class token"),
+    ("--batch_rows", int, "rows in one forward pass", 64),
+    ("--seed", int, "seed of the split and the draws", 0),
+    DEVICE,
+    JSON,
+)  # fmt: skip
 
 
 def _probe(args: Any) -> None:
@@ -680,11 +590,11 @@ def _probe(args: Any) -> None:
     _show(probe(options.pop("checkpoint"), options.pop("data"), **options), as_json)
 
 
-def _add_merge(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser, "adapter", "directory of an adapter, or a run that trained one")
-    add("--out", type=str, required=True, help="directory to write the whole model to")
-    add("--base", type=str | None, help="base model; not given, the one that the adapter names")
+_MERGE: tuple[Option, ...] = (
+    *checkpoint("adapter", "directory of an adapter, or a run that trained one"),
+    ("--out", str, "directory to write the whole model to", ...),
+    ("--base", str | None, "base model; not given, the one that the adapter names"),
+)
 
 
 def _merge(args: Any) -> None:
@@ -693,12 +603,12 @@ def _merge(args: Any) -> None:
     print(printable(str(merge_to(args.adapter, args.out, args.base))))
 
 
-def _add_push(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser, "directory", "run (its best checkpoint), checkpoint or model directory")
-    add("name", type=str, help="repository on the Hub, org/name; created if it does not exist")
-    add("--private", action="store_true", help="create the repository as a private one")
-    add("--message", type=str | None, help="message of the commit")
+_PUSH: tuple[Option, ...] = (
+    *checkpoint("directory", "run (its best checkpoint), checkpoint or model directory"),
+    ("name", str, "repository on the Hub, org/name; created if it does not exist"),
+    ("--private", None, "create the repository as a private one"),
+    ("--message", str | None, "message of the commit"),
+)
 
 
 def _push(args: Any) -> None:
@@ -708,16 +618,16 @@ def _push(args: Any) -> None:
     print(printable(push(args.directory, args.name, private=private, message=args.message)))
 
 
-def _add_export(parser: Any) -> None:
-    add = parser.add_argument
-    add_checkpoint(parser, "source", "run or model directory; an adapter is merged into its base")
-    add("--to", type=str, required=True, help="hf, gguf, onnx or sentence-transformers")
-    add("--out", type=str | None, help="new or empty directory; not given, SOURCE-TO")
-    add(
+_EXPORT: tuple[Option, ...] = (
+    *checkpoint("source", "run or model directory; an adapter is merged into its base"),
+    ("--to", str, "hf, gguf, onnx or sentence-transformers", ...),
+    ("--out", str | None, "new or empty directory; not given, SOURCE-TO"),
+    (
         "--dtype",
-        type=str | None,
-        help="gguf only: numbers of the matrices, f32, f16, bf16 or q8_0; not given, f16",
-    )
+        str | None,
+        "gguf only: numbers of the matrices, f32, f16, bf16 or q8_0; not given, f16",
+    ),
+)
 
 
 def _export(args: Any) -> None:
@@ -726,21 +636,12 @@ def _export(args: Any) -> None:
     print(printable(str(export(**vars(args)))))
 
 
-def _add_inspect(parser: Any) -> None:
-    add_checkpoint(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def _inspect(args: Any) -> int:
     from pretrain.checkpoint import inspect
 
     found = inspect(args.checkpoint)
     _show(found, args.json)
     return EXIT_BROKEN if found["manifest"].startswith("broken") or "problem" in found else 0
-
-
-def _add_report(parser: Any) -> None:
-    parser.add_argument("run", type=str, help="run directory")
 
 
 def _report(args: Any) -> None:
@@ -754,14 +655,10 @@ def _report(args: Any) -> None:
         print(printable(str(write(args.run))))
 
 
-def _add_schema(parser: Any) -> None:
-    parser.add_argument(
-        "command",
-        nargs="?",
-        type=Literal["train", "finetune"],
-        default="train",
-        help="the command whose config file the schema describes: train or finetune",
-    )
+_SCHEMA: Option = (
+    "command", Literal["train", "finetune"],
+    "the command whose config file the schema describes: train or finetune", "train", {"nargs": "?"},
+)  # fmt: skip
 
 
 def _schema(args: Any) -> None:
@@ -793,172 +690,152 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
 
 
 # The common settings of a run, in ``train``, ``lr-range`` and ``bench``.
-_RUN = ("--data", "--model", "--objective")
-_ROWS = ("--batch_rows", "--row_length", "--vocab_size")
+_RUN = "--data --model --objective"
+_ROWS = "--batch_rows --row_length --vocab_size"
 
 COMMANDS = {
     "quickstart": Command(
         "No download: prepare, train and show a small model in a few minutes.",
         "pretrain quickstart",
-        _add_quickstart,
+        _QUICKSTART,
         _quickstart,
     ),
     "prepare": Command(
         "Turn text into a tokenizer and packed rows of tokens, or decode images once.",
         'pretrain prepare "books/*.txt" --out data/books --vocab_size 8192',
-        _add_prepare,
+        _PREPARE,
         _prepare,
-        (
-            *("sources", "--out", "--tokenizer", "--vocab_size", "--row_length", "--valid"),
-            *("--text", "--config", "--workers"),
-        ),
+        "sources --out --tokenizer --vocab_size --row_length --valid --text --config --workers",
     ),
     "train": Command(
         "Train a model; the same command again resumes it.",
         "pretrain train --data text.txt --model gpt2:small --objective next-token",
-        _add_train,
+        _TRAIN,
         _train,
-        (*_RUN, "--out", "--limit", "--lr", *_ROWS, "--config", "--show_config", "--devices"),
+        f"{_RUN} --out --limit --lr {_ROWS} --config --show_config --devices",
     ),
     "lr-range": Command(
         "Try rising learning rates on throwaway weights, and suggest one for `train`.",
         "pretrain lr-range --config configs/books-gpt.yaml --data.train data/books",
-        _add_lr_range,
+        _LR_RANGE,
         _lr_range,
-        (*_RUN, "--lowest", "--highest", "--steps", "--plot", *_ROWS, "--config"),
+        f"{_RUN} --lowest --highest --steps --plot {_ROWS} --config",
     ),
     "finetune": Command(
         "Fine-tune a checkpoint on labelled rows; the same command again resumes it.",
         "pretrain finetune --model runs/books-bert --task classification --data reviews.csv",
-        _add_finetune,
+        _FINETUNE,
         _finetune,
-        (
-            *("--data", "--model", "--task", "--out", "--epochs", "--lr", "--batch_rows"),
-            *("--lora", "--columns", "--valid", "--test", "--config", "--show_config", "--devices"),
-        ),
+        "--data --model --task --out --epochs --lr --batch_rows --lora --columns --valid --test --config --show_config "
+        "--devices",
     ),
     "bench": Command(
         "Measure the speed of a config in a few steps, and say what limits it; nothing is kept.",
         "pretrain bench --config configs/gpt2-124m.yaml --parallel.compile true",
-        _add_bench,
+        _BENCH,
         _bench,
-        (
-            *(*_RUN, "--steps", *_ROWS, "--micro_rows", "--precision", "--compile", "--config"),
-            "--json",
-        ),
+        f"{_RUN} --steps {_ROWS} --micro_rows --precision --compile --config --json",
     ),
     "doctor": Command(
         "Show what this machine has and what is wrong; under torchrun, test the connections.",
         "pretrain doctor --device cpu",
-        add_doctor,
-        doctor,
+        _DOCTOR,
+        _doctor,
     ),
     "slurm": Command(
         "Write a batch script that runs a config on several hosts.",
         "pretrain slurm --config configs/books-gpt.yaml --nodes 2 --out job.sbatch",
-        add_slurm,
+        SLURM,
         _slurm,
     ),
     "schema": Command(
         "Print the JSON schema of a config file, with which an editor completes and checks it.",
         "pretrain schema finetune > finetune.schema.json",
-        _add_schema,
+        (_SCHEMA,),
         _schema,
     ),
     "predict": Command(
         "Predict every row of a file with a fine-tuned model.",
         "pretrain predict runs/reviews new.csv --out answers.csv --columns.text review",
-        _add_predict,
+        _PREDICT,
         _predict,
-        ("checkpoint", "file", "--out", "--columns", "--top_k", "--batch_rows", "--device"),
+        "checkpoint file --out --columns --top_k --batch_rows --device",
     ),
     "generate": Command(
         "Continue a text.",
         'pretrain generate runs/books-gpt "Once upon a time"',
-        _add_generate,
+        _GENERATE,
         _generate,
-        (
-            *("checkpoint", "prompt", "--max_new_tokens", "--temperature", "--top_k", "--top_p"),
-            *("--stop", "--seed", "--chat"),
-        ),
+        "checkpoint prompt --max_new_tokens --temperature --top_k --top_p --stop --seed --chat",
     ),
     "chat": Command(
         "Talk to a model that was trained on conversations, in the terminal or in a browser.",
         "pretrain chat runs/chat --temperature 0.7",
-        add_chat,
+        CHAT,
         chat,
-        (
-            *("checkpoint", "--system", "--web", "--port", "--max_new_tokens", "--temperature"),
-            *("--top_k", "--top_p", "--seed"),
-        ),
+        "checkpoint --system --web --port --max_new_tokens --temperature --top_k --top_p --seed",
     ),
     "fill-mask": Command(
         "Fill the masks of a text.",
         'pretrain fill-mask runs/books-bert "The [MASK] sailed."',
-        _add_fill_mask,
+        _FILL_MASK,
         _fill_mask,
     ),
     "embed": Command(
         "Turn the texts of a file into vectors.",
         "pretrain embed runs/sentences notes.csv --text body --out notes.npy",
-        _add_embed,
+        _EMBED,
         _embed,
-        (
-            *("checkpoint", "file", "--out", "--text", "--pooling", "--normalize", "--prompt"),
-            *("--batch_rows", "--device"),
-        ),
+        "checkpoint file --out --text --pooling --normalize --prompt --batch_rows --device",
     ),
     "search": Command(
         "Print the texts of a file that are nearest to a query.",
         'pretrain search runs/sentences "a boat on the sea" notes.txt --top_k 5',
-        _add_search,
+        _SEARCH,
         _search,
     ),
     "evaluate": Command(
         "Evaluate a checkpoint on the held-out rows of its run, or on other data.",
         "pretrain evaluate runs/reviews --data more.csv",
-        _add_evaluate,
+        _EVALUATE,
         _evaluate,
-        ("checkpoint", "--data", "--task", "--columns", "--batch_rows", "--device", "--json"),
+        "checkpoint --data --task --columns --batch_rows --device --json",
     ),
     "probe": Command(
         "Measure what the frozen features of a checkpoint tell about labelled rows.",
         "pretrain probe runs/photos-mae photos --method knn --shots 10",
-        _add_probe,
+        _PROBE,
         _probe,
-        (
-            *("checkpoint", "data", "--test", "--method", "--shots", "--ways", "--draws", "--k"),
-            *("--pooling", "--columns", "--device", "--json"),
-        ),
+        "checkpoint data --test --method --shots --ways --draws --k --pooling --columns --device --json",
     ),
     "merge": Command(
         "Merge an adapter into its base and write the whole model.",
         "pretrain merge runs/reviews-lora --out models/reviews",
-        _add_merge,
+        _MERGE,
         _merge,
     ),
     "push": Command(
         "Write a model and its card to the Hugging Face Hub, in one commit.",
         "pretrain push runs/reviews org/reviews --private",
-        _add_push,
+        _PUSH,
         _push,
     ),
     "export": Command(
         "Write a model for another program: Hugging Face, llama.cpp, onnxruntime, sentence-transformers.",
         "pretrain export runs/books-gpt --to gguf --out models/books",
-        _add_export,
+        _EXPORT,
         _export,
     ),
     "inspect": Command(
         "Show what a checkpoint contains and whether its files are intact.",
         "pretrain inspect runs/books-gpt --json",
-        _add_inspect,
+        (*checkpoint(), JSON),
         _inspect,
     ),
     "report": Command(
         "Write report.html of a run: settings, curves, samples.",
         "pretrain report runs/books-gpt",
-        _add_report,
+        (("run", str, "run directory"),),
         _report,
     ),
 }

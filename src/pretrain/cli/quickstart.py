@@ -56,12 +56,7 @@ _SECONDS_BESIDE, _SHARE_OF_BACKWARD = 0.5, 3
 def config(kind: str, data: str, out: str, minutes: float, seed: int = 0) -> dict[str, Any]:
     """Return the settings of a pre-training run, as ``pretrain train`` takes them.
 
-    Args:
-        kind: ``"gpt"``, which predicts the next token, or ``"bert"``, which fills in masked ones.
-        data: prepared directory.
-        out: run directory.
-        minutes: time for training.
-        seed: seed of weights, order and samples.
+    The model is ``"gpt"``, which predicts the next token, or ``"bert"``, which fills in masked ones.
     """
     kinds: dict[str, dict[str, Any]] = {
         "gpt": {
@@ -93,10 +88,7 @@ def config(kind: str, data: str, out: str, minutes: float, seed: int = 0) -> dic
 def task(steps: int, counts: Sequence[int], seed: int = 0) -> dict[str, Any]:
     """Return the keyword arguments of ``pretrain.finetune``: the task, and its comparison with random weights.
 
-    Args:
-        steps: steps of every run, from the checkpoint and from random weights.
-        counts: numbers of labelled rows at which the two are compared.
-        seed: seed of the head and the order.
+    From the checkpoint and from random weights, every run has these steps, at these numbers of labelled rows.
     """
     return {
         "task": "classification",

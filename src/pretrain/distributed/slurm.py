@@ -20,7 +20,7 @@ from pretrain.config.run import DataConfig, ParallelConfig, TrainConfig
 from pretrain.distributed.mesh import check_batch
 from pretrain.errors import ConfigError
 
-__all__ = ["add_slurm", "is_task", "script"]
+__all__ = ["OPTIONS", "is_task", "script"]
 
 _PREPARE = """
 # The data are prepared before there is a group of processes, whose patience ends; what is there already is kept.
@@ -30,25 +30,19 @@ wait_for srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-b
 """
 
 
-def add_slurm(parser: Any) -> None:
-    """Declare the options of ``pretrain slurm``."""
-    add = parser.add_argument
-    add(
-        "--config",
-        type=str,
-        action="append",
-        required=True,
-        help="YAML file of pretrain train or finetune",
-    )
-    add("--nodes", type=int, required=True, help="hosts")
-    add("--gpus_per_node", type=int, default=8, help="GPUs of a host; 0 is one process on its CPU")
-    add("--time", type=str, default="24:00:00", help="limit: 24:00:00, or 2-00:00:00 for days")
-    add("--partition", type=str | None, default=None, help="a, or a,b; not given, the site's own")
-    add("--account", type=str | None, default=None, help="to charge; not given, the site's own")
-    add("--job_name", type=str | None, default=None, help="name; not given, that of the config")
-    add("--grace", type=int, default=300, help="seconds before --time ends in which the run saves")
-    add("--restarts", type=int, default=3, help="number of restarts of all after a failure")
-    add("--out", type=str | None, default=None, help="file to write; not given, it is printed")
+# Options of ``pretrain slurm``: name, type, help, default (... must be given).
+OPTIONS: tuple[tuple[Any, ...], ...] = (
+    ("--config", str, "YAML file of pretrain train or finetune", ..., {"action": "append"}),
+    ("--nodes", int, "hosts", ...),
+    ("--gpus_per_node", int, "GPUs of a host; 0 is one process on its CPU", 8),
+    ("--time", str, "limit: 24:00:00, or 2-00:00:00 for days", "24:00:00"),
+    ("--partition", str | None, "a, or a,b; not given, the site's own"),
+    ("--account", str | None, "to charge; not given, the site's own"),
+    ("--job_name", str | None, "name; not given, that of the config"),
+    ("--grace", int, "seconds before --time ends in which the run saves", 300),
+    ("--restarts", int, "number of restarts of all after a failure", 3),
+    ("--out", str | None, "file to write; not given, it is printed"),
+)
 
 
 def is_task(config: str | os.PathLike[str]) -> bool:

@@ -27,6 +27,7 @@ from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import classes_of, starting_model
 from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, task_of
+from pretrain.models.heads import LABELLED
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.training import run as language
@@ -42,15 +43,7 @@ __all__ = ["UNTRAINED", "evaluate"]
 UNTRAINED = {"sts": sts, "retrieval": retrieval, "minimal-pairs": minimal_pairs}
 
 _ROWS = 64  # rows in one forward pass of a task that needs no training
-_LABELLED_HEADS = (
-    "sequence-classification",
-    "token-classification",
-    "question-answering",
-    "image-classification",
-    "segmentation",
-    "object-detection",
-    "audio-classification",
-)
+_HEADS_OF_TASKS = (*LABELLED, "question-answering")
 
 
 @using(EVALUATE)
@@ -114,7 +107,7 @@ def evaluate(
             return untrained(model.to(chosen.device), data, columns or {}, rows, limit)
     options: dict[str, Any] = {"limit": limit}
     options |= {} if batch_rows is None else {"batch_rows": batch_rows}
-    fine_tuned = recorded_task(model) is not None or model.head_kind in _LABELLED_HEADS
+    fine_tuned = recorded_task(model) is not None or model.head_kind in _HEADS_OF_TASKS
     fine_tuned |= (
         model.backbone.default_task is not None and data is not None and not _are_rows(data)
     )
@@ -230,15 +223,10 @@ def _evaluate_task(
     train = TuneTrain() if settings is None else settings.train
     chosen = reported_precision(None if settings is None else train, precision, device)
     rows = encoded(trained, table, lambda: _before_training(path, trained, settings, base))
-    coupled_rows = train.batch_rows if settings is not None else _batch_rows_of(trained.model)
-    return measure(trained, rows, chosen, coupled_rows=coupled_rows, **options)
-
-
-def _batch_rows_of(model: Model) -> int:
-    """Batch size with which a model was fine-tuned, from its config.json; else the default."""
-    block = model.extra_config.get("pretrain")
-    recorded = block.get("batch_rows") if isinstance(block, Mapping) else None
-    return recorded if type(recorded) is int and recorded > 0 else TuneTrain().batch_rows
+    recorded = trained.model.provenance.get("batch_rows")
+    if settings is not None or type(recorded) is not int or recorded < 1:
+        recorded = train.batch_rows  # of the run, else the default
+    return measure(trained, rows, chosen, coupled_rows=recorded, **options)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -270,15 +258,11 @@ def _held_out(path: Path, home: Path | None, settings: TuneConfig | None, task: 
     with muted():  # the run has already printed its notes
         source, labels = settings.model.checkpoint, None
         if not from_memory(source):
-            with contextlib.suppress(
-                CheckpointError
-            ):  # the checkpoint that it was trained from may be gone
+            with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
                 labels = classes_of(source, type(task))
         with language.naming_paths(home, settings):
             data = open_data(settings, {}, type(task), labels)
-    block = task.model.extra_config.get("pretrain")
-    recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
-    if recorded != data.fingerprint:
+    if task.model.provenance.get("fingerprint") != data.fingerprint:
         raise DataError(
             f"The rows of {', '.join(dict.fromkeys(data.names.values()))} are not those that {path} was trained and "
             f"measured on: a file has changed since. Restore it, or give labelled rows: {option('data')}."

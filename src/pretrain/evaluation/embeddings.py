@@ -72,13 +72,8 @@ def rows_with_texts(
 ) -> Table:
     """Read rows with columns named by role, without those that lack a text, whose number is printed.
 
-    Args:
-        source: as for ``read_table``.
-        roles: the columns.
-        columns: role -> column, named by the caller.
-        texts: roles that must hold a text.
-        limit: maximum number of rows, spread evenly; 0 takes all.
-        name: name of the source in messages.
+    ``texts`` are the roles that must hold a text; of more rows than ``limit``, some are taken, spread evenly (0
+    takes all).
 
     Raises:
         DataError: no rows, a missing column, or no row has its texts.

@@ -7,7 +7,7 @@ scored as by the harness's adapter for transformers, so that the figures are the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pretrain.checkpoint import load
@@ -192,7 +192,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # its package has no type
                     "positions. Ask for fewer: --gen_kwargs max_gen_toks=32."
                 )
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
-            for chosen in self._batches(prompts, options["max_new_tokens"]):
+            lengths = [len(prompt) + options["max_new_tokens"] for prompt in prompts]
+            most = tokens_at_once(self._device)
+            for chosen in batches_by_length(lengths, self.batch_size, most):
                 some = [prompts[k] for k in chosen]
                 with self.precision.autocast():
                     whole = generate(self.model, some, **options)
@@ -204,10 +206,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # its package has no type
         for request, text in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return answers
-
-    def _batches(self, prompts: list[list[int]], new: int) -> Iterator[list[int]]:
-        lengths = [len(prompt) + new for prompt in prompts]
-        return batches_by_length(lengths, self.batch_size, tokens_at_once(self._device))
 
     def apply_chat_template(
         self, chat_history: Sequence[dict[str, Any]], add_generation_prompt: bool = True

@@ -17,12 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pretrain import metrics
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PROBE, option, using
-from pretrain.data.images import ImageProcessor
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory, suggestion
@@ -30,13 +28,12 @@ from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline
 from pretrain.finetuning.measure import reported_precision
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import from_keywords
+from pretrain.inference.images import image_vectors
 from pretrain.inference.predict import smaller_batch
-from pretrain.inference.prompts import evaluating
 from pretrain.models.base import Model
 from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives import task_class
-from pretrain.objectives.row_pixels import check_processor
 from pretrain.objectives.tasks import Learned, Task
 from pretrain.utils.files import note
 from pretrain.utils.imports import sklearn_module
@@ -166,15 +163,13 @@ def _tables(
     settings, objects = from_keywords(None, model, name, {**given, "seed": seed, **columns})
     task = task_class(name)
     found = open_data(settings, objects, task)
-    parts = [found.train, found.valid, *([] if found.test is None else [found.test])]
-    train, choose, *rest = (_named(table, task, found.learned) for table in parts)
-    if rest:
-        (score,) = rest
-    else:
-        train, score = split(train, label_strata(train.columns["label"]), share, seed)
-        role = task.roles[0].name
-        train, _ = drop_duplicates(train, score, [role], "test")
-        choose, _ = drop_duplicates(choose, score, [role], "test")
+    train, choose = (_named(table, task, found.learned) for table in (found.train, found.valid))
+    if found.test is not None:
+        return [train, choose, _named(found.test, task, found.learned)]
+    train, score = split(train, label_strata(train.columns["label"]), share, seed)
+    role = task.roles[0].name
+    train, _ = drop_duplicates(train, score, [role], "test")
+    choose, _ = drop_duplicates(choose, score, [role], "test")
     return [train, choose, score]
 
 
@@ -195,79 +190,34 @@ def _named(table: Table, task: type[Task], learned: Learned) -> Table:
 def _features(
     model: Model, tables: Sequence[Table], pooling: str | None, batch_rows: int
 ) -> list[_Part]:
-    """Return features and labels of each table; rows without a readable image are counted in a line and left out."""
-    found: list[_Part] = []
+    """Return features and labels of each table."""
+    read = _of_images if _reads_images(model) else _of_texts
     none: _Part = (np.empty((0, 0), np.float32), [])  # of a table without rows, which valid=0 gives
-    if not _reads_images(model):
-        transform = embeddings(model, pooling=pooling, batch_size=batch_rows)
-        for table in tables:
-            if not len(table):
-                found.append(none)
-                continue
-            rows, labels = task_class("classification").baseline_columns(table)
-            of_rows = of_pairs(transform) if "pair" in table.names else transform
-            found.append((np.asarray(of_rows(rows)), list(labels)))
-        return found
-    for table in tables:
-        if not len(table):
-            found.append(none)
-            continue
-        kept, images, reasons = list[int](), list[Any](), Counter[str]()
-        for i, image, text in decoded(table, required=True):
-            if image is None:
-                reasons[text or "no image"] += 1
-            else:
-                kept.append(i)
-                images.append(image)
-        for reason, count in reasons.items():
-            note(f"{count:,} of {len(table):,} rows are left out: {reason}")
-        if not images:
-            raise DataError(f"None of the images of {table.name} can be read.")
-        vectors = image_vectors(model, images, pooling=pooling, batch_rows=batch_rows)
-        found.append((vectors.numpy(), [table.columns["label"][i] for i in kept]))
-    return found
+    return [read(model, table, pooling, batch_rows) if len(table) else none for table in tables]
 
 
-def image_vectors(
-    model: Model, images: Sequence[Any], *, pooling: str | None = None, batch_rows: int = 64
-) -> torch.Tensor:
-    """Return one vector for each image, (N, D) in fp32 on the CPU: pooled hidden states, or the vector of a tower.
-
-    Args:
-        model: a model of images, or of images and texts.
-        images: what its image processor reads, or ``Stored`` images.
-        pooling: ``mean`` over the patches, ``first`` (the class token); not given, what the classifier reads, of
-            dinov2 the class token alone.
-        batch_rows: images in one forward pass.
-
-    Raises:
-        ModelError: the model reads no images, has no class token, or is a tower, which has vectors of its own, and
-            ``pooling`` is given.
-    """
-    if pooling is not None and isinstance(model.backbone, TwoTowers):
-        raise ModelError(
-            f"A {model.backbone.model_type} model has vectors of its own: leave {option('pooling', pooling)} out."
-        )
-    backbone, processor = model.backbone, model.processor
-    processor = getattr(processor, "images", processor)
-    if not isinstance(processor, ImageProcessor):
-        processor = check_processor(model, "A probe")
-    parts = []
-    with evaluating(model) as device:
-        for start in range(0, len(images), batch_rows):
-            held = [_decoded(image) for image in images[start : start + batch_rows]]
-            batch = {"pixel_values": processor(held)["pixel_values"].to(device)}
-            if isinstance(backbone, TwoTowers):
-                vectors = backbone.image_vectors(batch["pixel_values"])
-            else:
-                assert isinstance(backbone, ImageBackbone)
-                vectors = backbone.pooled(backbone(batch), pooling)
-            parts.append(vectors.float().cpu())
-    return torch.cat(parts)
+def _of_texts(model: Model, table: Table, pooling: str | None, batch_rows: int) -> _Part:
+    transform = embeddings(model, pooling=pooling, batch_size=batch_rows)
+    rows, labels = task_class("classification").baseline_columns(table)
+    of_rows = of_pairs(transform) if "pair" in table.names else transform
+    return np.asarray(of_rows(rows)), list(labels)
 
 
-def _decoded(image: Any) -> Any:
-    return image.image() if hasattr(image, "picture") else image
+def _of_images(model: Model, table: Table, pooling: str | None, batch_rows: int) -> _Part:
+    """Rows without a readable image are counted in a line and left out."""
+    kept, images, reasons = list[int](), list[Any](), Counter[str]()
+    for i, image, text in decoded(table, required=True):
+        if image is None:
+            reasons[text or "no image"] += 1
+        else:
+            kept.append(i)
+            images.append(image)
+    for reason, count in reasons.items():
+        note(f"{count:,} of {len(table):,} rows are left out: {reason}")
+    if not images:
+        raise DataError(f"None of the images of {table.name} can be read.")
+    vectors = image_vectors(model, images, pooling=pooling, batch_rows=batch_rows)
+    return vectors.numpy(), [table.columns["label"][i] for i in kept]
 
 
 # ------------------------------------------------------------------------------------------------ draws and scores

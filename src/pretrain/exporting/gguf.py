@@ -85,9 +85,7 @@ DTYPES = {
 def metadata(model: Model, name: str) -> dict[str, Any]:
     """Return the metadata of a model's file, if llama.cpp can compute what the model computes.
 
-    Args:
-        model: the model.
-        name: what programs show as its name.
+    Programs show ``name`` as its name.
 
     Raises:
         ModelError: another family or head, or an option that llama.cpp has not for it.
@@ -141,11 +139,7 @@ def write(model: Model, fields: Mapping[str, Any], path: Path, dtype: str) -> No
     Vectors and learned positions stay fp32, as in llama.cpp's own files; a matrix whose rows are no multiple of 32 is
     f16 in a q8_0 file.
 
-    Args:
-        model: the model.
-        fields: its `metadata`.
-        path: the new file.
-        dtype: a key of `DTYPES`, the type of the matrices.
+    ``dtype``, a key of `DTYPES`, is the type of the matrices.
 
     Raises:
         ConfigError: a weight is too large for the type.
@@ -271,9 +265,7 @@ def _tensors(model: Model) -> LazyTensors:
     def changed(name: str, tensor: Tensor) -> Tensor:
         """GPT-2's matrices are (in, out) in its files; llama.cpp rotates neighbours, not the halves of a head."""
         if name in ("token_embd.weight", "output.weight"):
-            return tensor[
-                :tokens
-            ]  # the rows after them belong to no token, and must never be chosen
+            return tensor[:tokens]  # later rows belong to no token, and must never be chosen
         if names[name].endswith(_TRANSPOSED):
             return tensor.T
         if permuted and ".attn_q." in name:

@@ -141,9 +141,7 @@ def write(model: Model, directory: Path) -> None:
 
     Batch and sequence may have any size; rows are at most as long as the positions of the model.
 
-    Args:
-        model: one that `check` accepts.
-        directory: an empty directory.
+    The model is one that `check` accepts, and the directory is empty.
     """
     names = _inputs(model)
     axes, form = (_IMAGES, _ImageGraph) if _reads_images(model) else (_TEXTS, _Graph)

@@ -44,6 +44,7 @@ __all__ = [
     "VECTORS",
     "Lsa",
     "embeddings",
+    "linear_model",
     "lsa_baseline",
     "of_pairs",
     "probe_baseline",
@@ -108,12 +109,7 @@ def tfidf_baseline(
 ) -> dict[str, Any]:
     """TF-IDF of unigrams and bigrams under logistic regression, or ridge regression for a correlation.
 
-    Args:
-        *columns: texts and labels, see above.
-        grid: see above.
-        stop_words: lists of stop words to choose from: None, or ``"english"`` (scikit-learn's).
-        metric: see above.
-        seed: see above.
+    ``stop_words`` are the lists of stop words to choose from: None, or ``"english"`` (scikit-learn's).
     """
     text = sklearn_module("feature_extraction.text")
 
@@ -195,12 +191,7 @@ def lsa_baseline(
 ) -> dict[str, Any]:
     """Latent semantic features of unlabelled text under a linear model.
 
-    Args:
-        corpus: the text of pre-training, or an ``Lsa`` fitted on it, which many subsets can share.
-        *columns: texts and labels, see above.
-        grid: see above.
-        metric: see above.
-        seed: see above.
+    ``corpus`` is the text of pre-training, or an ``Lsa`` fitted on it, which many subsets can share.
     """
     found = corpus if isinstance(corpus, Lsa) else Lsa(corpus, seed=seed)
     name = f"LSA of at most {found.dimensions} dimensions"
@@ -209,15 +200,10 @@ def lsa_baseline(
 
 
 def embeddings(model: Model, **options: Any) -> Vectors:
-    """Return a function from texts to their vectors (see ``embed``); it truncates silently, as all arms do."""
+    """Return a function from texts to their vectors, see ``embed``."""
     from pretrain.inference.generate import embed
 
-    def transform(texts: Sequence[str]) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return embed(model, texts, **options).numpy()
-
-    return transform
+    return lambda texts: embed(model, texts, **options).numpy()
 
 
 def probe_baseline(
@@ -229,16 +215,10 @@ def probe_baseline(
 ) -> dict[str, Any]:
     """Linear probe: embeddings of a frozen model, scaled to variance 1, under a linear model.
 
-    Args:
-        embed: function that returns a vector for each text, such as ``embeddings(model)``.
-        *columns: texts and labels, see above.
-        grid: see above.
-        metric: see above.
-        seed: see above.
+    ``embed`` returns a vector for each text, such as ``embeddings(model)``.
     """
     settings = {"features": "embeddings of the checkpoint", "stop_words": None}
-    scaler = sklearn_module("preprocessing").StandardScaler()
-    return _tuned(lambda train: [(settings, embed)], columns, grid, metric, seed, scaler=scaler)
+    return _tuned(lambda train: [(settings, embed)], columns, grid, metric, seed, scaled=True)
 
 
 def vector_baseline(
@@ -250,18 +230,13 @@ def vector_baseline(
 ) -> dict[str, Any]:
     """Vectors that are no embeddings of texts, such as pixels, under a linear model.
 
-    Args:
-        features: what they are, a key of ``VECTORS``.
-        *columns: the vectors in the place of texts, and labels or classes of pixels, see above.
-        grid: see above; by default that of ``VECTORS``.
-        metric: see above.
-        seed: see above.
+    ``features`` says what they are, a key of ``VECTORS``, which has their grid. The columns hold the vectors in the
+    place of texts, and labels or classes of pixels.
     """
     kind = VECTORS[features]
     settings = {"features": features, "stop_words": None}
-    scaler = sklearn_module("preprocessing").StandardScaler() if kind.scaled else None
-    variants = [(settings, np.asarray)]
-    return _tuned(lambda train: variants, columns, grid or kind.grid, metric, seed, scaler=scaler)
+    variants, grid = [(settings, np.asarray)], grid or kind.grid
+    return _tuned(lambda train: variants, columns, grid, metric, seed, scaled=kind.scaled)
 
 
 def _tuned(
@@ -271,7 +246,7 @@ def _tuned(
     metric: str,
     seed: int,
     stop_words: Sequence[str | None] = STOP_WORDS,
-    scaler: Any = None,
+    scaled: bool = False,
 ) -> dict[str, Any]:
     """Fit every variant at every C, keep the first that is best on the validation rows, and test only that one."""
     if metric not in METRICS:
@@ -288,10 +263,8 @@ def _tuned(
     for settings, transform in variants(_flat(texts[0])):
         features = of_pairs(transform) if pairs else transform
         x_train, x_valid = features(texts[0]), features(texts[1])
-        if scaler is not None:
-            x_train, x_valid = scaler.fit_transform(x_train), scaler.transform(x_valid)
         for strength in sorted(grid):
-            model = _fit(x_train, train, strength, metric, seed)
+            model = _fit(x_train, train, strength, metric, seed, scaled)
             score = _score(metric, valid, model.predict(x_valid))
             # The correlation of a constant prediction is nan, and any number is better.
             if best is None or score > best[0] or (math.isnan(best[0]) and not math.isnan(score)):
@@ -302,24 +275,31 @@ def _tuned(
             "and stop words are left out): check that the text column is the right one."
         )
     score, strength, settings, features, model = best
-    x_test = features(texts[2])
-    x_test = x_test if scaler is None else scaler.transform(x_test)
     return {
         "score_valid": score,
-        "score_test": _score(metric, test, model.predict(x_test)),
+        "score_test": _score(metric, test, model.predict(features(texts[2]))),
         "C": float(strength),
         "settings": {**settings, "metric": metric, "seed": seed},
     }
 
 
-def _fit(x: Any, y: Any, strength: float, metric: str, seed: int) -> Any:
+def linear_model(metric: str) -> str:
+    """Return the name of the linear model that is fitted for a metric."""
+    return f"{'ridge' if metric in _OF_NUMBERS else 'logistic'} regression"
+
+
+def _fit(x: Any, y: Any, strength: float, metric: str, seed: int, scaled: bool) -> Any:
+    """Fit a linear model, on features of variance 1 if they are to be ``scaled``."""
     linear, errors = sklearn_module("linear_model"), sklearn_module("exceptions")
     if metric in _OF_NUMBERS:
-        return linear.Ridge(alpha=1.0 / strength, random_state=seed).fit(x, y)
+        model = linear.Ridge(alpha=1.0 / strength, random_state=seed)
+    else:
+        model = linear.LogisticRegression(C=strength, max_iter=1000, random_state=seed)
+    steps = [sklearn_module("preprocessing").StandardScaler()] if scaled else []
     with warnings.catch_warnings():
         # With a very weak penalty the predictions converge before the last digits of the weights do.
         warnings.simplefilter("ignore", errors.ConvergenceWarning)
-        return linear.LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(x, y)
+        return sklearn_module("pipeline").make_pipeline(*steps, model).fit(x, y)
 
 
 def _score(metric: str, true: Any, predicted: Any) -> float:

@@ -102,12 +102,9 @@ def model_card(result: Finetuned) -> str:
 
     Licence and languages are those that the card of the base model names, and data sets are not named, as they are not
     known. The example reads the beginning of a row of the run.
-
-    Args:
-        result: result of ``pretrain.finetune``.
     """
     model, task = result.model, result.task
-    name = result.run.path.resolve().name if result.run is not None else task.name
+    name = result.run.path.resolve().name
     family = model.backbone.model_type
     checkpoint = result.settings.model.checkpoint
     base = base_model(checkpoint) or _directory_name(checkpoint)
@@ -166,11 +163,10 @@ def _pipeline(result: Finetuned) -> str:
 
 def _head(result: Finetuned, name: str, base: str | None) -> str:
     """The YAML metadata, including the fences."""
-    model, block = result.model, result.model.extra_config.get("pretrain")
-    known = block if isinstance(block, Mapping) else {}
+    model, known = result.model, result.model.provenance
     tags = ["pretrain", model.backbone.model_type, result.task.name]
     fields: dict[str, Any] = {
-        "library_name": "transformers" if getattr(model, "adapter", None) is None else "peft",
+        "library_name": "transformers" if model.adapter is None else "peft",
         "pipeline_tag": _pipeline(result),
         **licence_fields(known),
         "language": known.get("language"),
@@ -229,9 +225,8 @@ def example_input(result: Finetuned) -> str:
 
 
 def _row(result: Finetuned) -> dict[str, Any]:
-    """Return a held-out row, else a training row; empty if the rows are not at hand."""
-    data: Any = getattr(result, "data", None)
-    tables = () if data is None else (data.valid, data.train)
+    """Return a held-out row, else a training row."""
+    tables = (result.data.valid, result.data.train)
     return next((table.row(0) for table in tables if len(table)), {})
 
 
@@ -266,17 +261,15 @@ def _short(text: str) -> str:
 
 def _read(result: Finetuned) -> list[str]:
     """Roles of the inputs that the rows of this run have, without the targets."""
-    data: Any = getattr(result, "data", None)
-    present = data.train.names if data is not None else None
     roles = roles_read(type(result.task))
-    used = [r.name for r in roles if (r.required if present is None else r.name in present)]
+    used = [role.name for role in roles if role.name in result.data.train.names]
     return used or [roles[0].name]
 
 
 def _use(result: Finetuned) -> str:
     path, kind = HERE, result.model.head_kind
     text = EXAMPLE.format(path=path, call=example_call(result))
-    if getattr(result.model, "adapter", None) is not None:
+    if result.model.adapter is not None:
         if kind in _PEFT_CLASSES:
             text += _PEFT.format(kind=_PEFT_CLASSES[kind], path=path)
         return text

@@ -18,8 +18,10 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
@@ -28,12 +30,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.checkpoint.best import rates_of_run
+from pretrain.checkpoint.best import COMPARISON, rates_of_run, write_choice
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
-from pretrain.errors import ConfigError, DataError, PretrainError
+from pretrain.distributed.world import current_world
+from pretrain.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PretrainError,
+)
 from pretrain.finetuning import baseline
-from pretrain.finetuning.kept import Kept
 from pretrain.finetuning.settings import rate_of_muon
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
@@ -41,9 +49,9 @@ from pretrain.report.history import read_history
 from pretrain.training.run import resumable, run_key
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.utils.curves import Series, curve_svg
-from pretrain.utils.files import note
+from pretrain.utils.files import note, read_bytes
 from pretrain.utils.html import bullets, notebook_view, table
-from pretrain.utils.strict_json import parse_json, without_nan
+from pretrain.utils.strict_json import parse_json, unsealed, without_nan
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -88,21 +96,20 @@ _TEXT_HINTS = (
 )
 
 
-def stratified_subset(keys: Sequence[Hashable] | None, count: int, seed: int) -> list[int]:
+def stratified_subset(keys: Sequence[Hashable], count: int, seed: int) -> list[int]:
     """Choose ``count`` rows with every class in its share, as nearly as whole rows allow.
 
     Args:
-        keys: class of each row; None is an error, as the number of rows is then not known.
+        keys: class of each row.
         count: number of rows to choose.
         seed: seed of the choice among the rows of a class.
 
     Raises:
         DataError: there are fewer rows.
     """
-    if keys is None or count > len(keys):
-        have = 0 if keys is None else len(keys)
+    if count > len(keys):
         raise DataError(
-            f"A comparison with {count:,} training rows was requested, and there are {have:,}: request fewer."
+            f"A comparison with {count:,} training rows was requested, and there are {len(keys):,}: request fewer."
         )
     rng = np.random.default_rng([seed, count])
     groups: dict[Hashable, list[int]] = {}
@@ -124,12 +131,6 @@ def check_comparison(
     compare: str, settings: TuneConfig, label_counts: Sequence[int] | None, seeds: int
 ) -> None:
     """Refuse a comparison that cannot be made, before the rows are read.
-
-    Args:
-        compare: kind of the comparison; only ``"scratch"`` is known.
-        settings: of the run.
-        label_counts: numbers of training rows; None for all of them.
-        seeds: number of paired seeds of each arm.
 
     Raises:
         ConfigError: names the setting.
@@ -166,11 +167,6 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     """Train both arms and the baselines at every number of labels, and set the chosen learning rate in the job.
 
     Trials that the run directory keeps are not trained again, and the comparison is kept there, see `Kept`.
-
-    Args:
-        job: job of the main run.
-        label_counts: numbers of training rows; all of them when None.
-        seeds: number of paired seeds of each arm.
 
     Raises:
         DataError: too few held-out rows, or a label count above the number of rows.
@@ -223,8 +219,71 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         by_count.update({n: [job.figure(x) for x in scores] for n, scores in by_count.items()})
     comparison = Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
     job.compared_lr = saved["lr"]
-    kept.end(json.loads(comparison.to_json()), saved)
+    kept.end(asdict(comparison), saved)
     return comparison
+
+
+class Kept:
+    """Scores of a comparison in its run directory: an interrupted one goes on, and a page made anew shows it.
+
+    ``comparison.json`` holds a digest of itself, the key of what is compared, the scores of every finished trial and,
+    in the end, the comparison. A damaged file is named and not used; one of another key is replaced by the next
+    comparison. All ranks call the methods, and rank zero reads and writes.
+
+    Attributes:
+        body: content of the file: ``key``, ``trials``, and ``comparison`` with ``lr`` (and ``muon_lr``) once all trials
+            are finished; empty if there is none.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / COMPARISON
+        self.body: dict[str, Any] = current_world().broadcast_result(self._read)
+
+    def _read(self) -> dict[str, Any]:
+        if not os.path.lexists(self.path):
+            return {}
+        try:
+            body = unsealed(read_bytes(self.path), self.path)
+            trials = body.get("trials")
+            if not isinstance(trials, dict) or not all(map(_is_trial, trials.values())):
+                raise CheckpointCorrupt(self.path, "the scores of trials", repr(trials)[:60])
+        except CheckpointError as error:
+            note(f"{error} This file holds the scores of a comparison; they are not used.")
+            return {}
+        return body
+
+    def begin(self, key: str) -> None:
+        """Drop what is kept of another comparison."""
+        if self.body.get("key") != key:
+            self.body = {"key": key, "trials": {}}
+
+    def trial(self, name: str, train: Callable[[], list[float]]) -> tuple[list[float], float]:
+        """Return the scores of a trial and its seconds; ``train`` is called if they are not kept."""
+        found = self.body["trials"].get(name)
+        if found is None:
+            began = time.monotonic()
+            scores = train()
+            found = self.body["trials"][name] = [*scores, time.monotonic() - began]
+            self._write()
+        *scores, seconds = (math.nan if value is None else float(value) for value in found)
+        return scores, seconds
+
+    def end(self, comparison: dict[str, Any], rates: Mapping[str, float]) -> None:
+        """Keep the finished comparison and the learning rates that it chose for the run."""
+        self.body |= {"comparison": comparison, **rates}
+        self._write()
+
+    def _write(self) -> None:
+        current_world().on_rank_zero(lambda: write_choice(self.path, without_nan(self.body)))
+
+
+def _is_trial(value: object) -> bool:
+    """Whether a value is two scores, of which None is no number, and the seconds."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(one is None or isinstance(one, int | float) for one in value)
+    )
 
 
 def kept_comparison(job: Job) -> Comparison | None:
@@ -237,7 +296,7 @@ def kept_comparison(job: Job) -> Comparison | None:
         or body["lr"] != rates_of_run(out).get("lr")
     ):
         return None
-    return Comparison.from_json(json.dumps(body["comparison"]))
+    return Comparison.from_json(body["comparison"])
 
 
 def _key(job: Job) -> str:
@@ -523,8 +582,7 @@ class Comparison:
         """The whole report as plain text: scores, gain per seed, chosen hyperparameters, cost and verdicts."""
         lines = [self._title(), "", *aligned(self._cells(), between=" | ")]
         lines += ["", *self._remarks(), ""]
-        lines += [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._verdicts()])
 
     __str__ = table
 
@@ -555,11 +613,10 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         head, *rows = self._cells()
-        verdicts = [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
         return notebook_view(
             "comparison",
             f"<p>{escape(self._title())}</p>",
-            *(f"<p><b>{escape(verdict)}</b></p>" for verdict in verdicts),
+            *(f"<p><b>{escape(verdict)}</b></p>" for verdict in self._verdicts()),
             table(head, rows, left=0),
             self.svg(),
             bullets(self._remarks()),
@@ -570,14 +627,16 @@ class Comparison:
         return json.dumps(without_nan(asdict(self)), allow_nan=False, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Comparison:
-        """Read the output of ``to_json``.
+    def from_json(cls, text: str | Mapping[str, Any]) -> Comparison:
+        """Read the output of ``to_json``, or the mapping that it spells.
 
         Raises:
             DataError: the text is not a saved comparison.
         """
         try:
-            raw = parse_json(text.encode("utf-8"), "the comparison")
+            raw: Any = text
+            if isinstance(text, str):
+                raw = parse_json(text.encode("utf-8"), "the comparison")
             arms = {
                 str(name): {int(n): list(map(_number, column)) for n, column in scores.items()}
                 for name, scores in raw["arms"].items()
@@ -614,10 +673,8 @@ class Comparison:
         return "–" if math.isnan(value) else f"{'+' if value > 0 else ''}{self._plain(value)}"
 
     def _long(self, name: str) -> str:
-        linear = (
-            "ridge regression" if self.metric in ("pearson", "spearman") else "logistic regression"
-        )
-        return f"{_SHORT[name]} + {linear}" if name in _LINEAR else name
+        linear = f"{_SHORT.get(name)} + {baseline.linear_model(self.metric)}"
+        return linear if name in _LINEAR else name
 
     def _differences(self, one: str, other: str, count: int) -> list[float]:
         if count not in self.counts:
@@ -629,6 +686,9 @@ class Comparison:
     @property
     def _title_unit(self) -> str:
         return self.metric if self.metric in LOWER_IS_BETTER else f"{self.metric} in %"
+
+    def _verdicts(self) -> list[str]:
+        return [f"{count:,} labels: {self.verdict(count)}" for count in self.counts]
 
     def _title(self) -> str:
         notes = self.notes

@@ -20,7 +20,7 @@ from pretrain.config import parse_limit
 from pretrain.config.spelling import option
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError, Interrupted
-from pretrain.finetuning.measure import measure_in_parts
+from pretrain.finetuning.measure import measure_as_in_run, measure_in_parts
 from pretrain.finetuning.result import Finetuned
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig, rate_of_muon
@@ -231,13 +231,7 @@ class Job:
         return {"lr": lr, "muon_lr": optim.muon_lr * lr / self.lr(task)}
 
     def chosen(self, task: Task, lr: float | None, out: Path) -> dict[str, float]:
-        """Return the learning rates of a run if it chose them on the held-out rows; empty if the settings give them.
-
-        Args:
-            task: the task of the run, for its model.
-            lr: learning rate of the run.
-            out: its directory.
-        """
+        """Return the learning rates of a run if it chose them on the held-out rows; empty if the settings give them."""
         given = self.settings.optim.lr
         searched = given == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
         return self.rates(task, lr, out) if lr and searched and isinstance(given, str) else {}
@@ -416,14 +410,9 @@ class Job:
     ) -> Finetuned:
         """Restore and evaluate the best checkpoint, and record it as the one that opening the run loads.
 
-        Args:
-            task: the trained task.
-            run: its run.
-            held_out: encoded held-out rows, or None.
-            tested: encoded test rows, or None.
-            notes: notes on the rows.
-            figures: metrics of the two if they were computed on the sharded model; an empty mapping for missing rows.
-            write: write to the run directory; if False, it is only read, because the run may still be going on.
+        ``figures`` are the metrics of the held-out and the test rows if they were computed on the sharded
+        model, empty mappings for missing rows. Unless ``write``, the run directory is only read, because the
+        run may still be going on.
         """
         chosen, world, shared = run.best or run.checkpoint, current_world(), task.model.layout
         if chosen is not None and write:
@@ -442,7 +431,7 @@ class Job:
 
         rates = self.chosen(task, rates_of_run(run.path).get("lr"), run.path)
         notes = [*notes, *said_of(rates)]
-        result = Finetuned(restored, run, self.settings, self.data, notes, base=self.build)
+        result = Finetuned(restored, run, self.settings, self.data, notes, self.build)
         result.rates = rates
         if shared is None:
             _ = result.task
@@ -456,11 +445,16 @@ class Job:
         if self.data.test is not None:
             result.trivial_test = task.trivial(self.data.train, _measured(self.data.test, tested))
         result.describe()
-        if (
-            shared is None and write
-        ):  # else it waits for `report`, as this rank has no whole model yet
+        if shared is None and write:  # else `report` keeps it: this rank has no whole model yet
             world.on_rank_zero(result.keep)
         return result
+
+    def read_back(self, run: Run, *, write: bool = True) -> Finetuned:
+        """Return the result of the job whose run is on disk, as if it had been trained here; see ``finish``."""
+        silent, notes = replace(self, quiet=True), list(self.data.notes)
+        task = silent.build(seed=self.settings.train.seed)
+        held_out, tested = silent.held_out(task, notes)
+        return silent.finish(task, run, held_out, tested, notes, write=write)
 
     def overview(self, rows: TaskRows, task: Task) -> list[str]:
         """Summarise rows, lengths, labels and trained parameters in a few lines."""
@@ -483,9 +477,6 @@ class Job:
 
     def sweep(self, task: Task) -> float:
         """Try learning rates in short runs and return the best on the held-out rows.
-
-        Args:
-            task: the task, for its model.
 
         Raises:
             DataError: there are no held-out rows to choose by.
@@ -551,11 +542,13 @@ class Job:
             whole = self.build(seed=seed, scratch=scratch)
             distributed.copy_whole(task.model, whole.model, world.with_process_group())
             task = whole
-        result = Finetuned(task.eval, None, self.settings, self.data, [])
-        measured: list[float] = world.broadcast_result(
-            lambda: [-lower_is_better(result.measure(part), self.monitor) for part in others]
-        )
-        return measured
+        task.eval()
+
+        def measured() -> list[float]:
+            found = [measure_as_in_run(task, part, self.settings) for part in others]
+            return [-lower_is_better(figures, self.monitor) for figures in found]
+
+        return world.broadcast_result(measured)
 
 
 def said_of(rates: Mapping[str, float]) -> list[str]:

@@ -36,12 +36,19 @@ if TYPE_CHECKING:
 
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
-    from pretrain.finetuning.settings import TuneData, TuneTrain
+    from pretrain.finetuning.settings import TuneConfig, TuneData, TuneTrain
     from pretrain.objectives.base import Objective
     from pretrain.training.state import Run
     from pretrain.training.trainer import Trainer
 
-__all__ = ["encoded", "labelled", "measure", "measure_in_parts", "reported_precision"]
+__all__ = [
+    "encoded",
+    "labelled",
+    "measure",
+    "measure_as_in_run",
+    "measure_in_parts",
+    "reported_precision",
+]
 
 _ROWS = 64  # maximum rows in one forward pass
 
@@ -123,13 +130,17 @@ def reported_precision(
     return evaluation_precision(train.eval_precision, choose_precision(train.precision, chosen))
 
 
+def measure_as_in_run(task: Task, rows: TaskRows, settings: TuneConfig) -> dict[str, float]:
+    """Evaluate a task on encoded rows, on one process, in the precision and the batches of its run."""
+    train = settings.train
+    precision = reported_precision(train, device=settings.parallel.device)
+    return measure(task, rows, precision, coupled_rows=train.batch_rows)
+
+
 def encoded(task: Task, table: Table, before_training: Callable[[], Task]) -> TaskRows:
     """Encode labelled rows for an evaluation; print which are truncated or dropped.
 
-    Args:
-        task: task around the fine-tuned model.
-        table: rows by role.
-        before_training: returns the task around the model before training, for tasks that compare with it.
+    ``before_training`` returns the task around the model before training, for tasks that compare with it.
     """
     notes: list[str] = []
     rows = encode(task, table, "evaluation", 1.0, notes)
@@ -147,11 +158,6 @@ def measure_in_parts(
     """Evaluate the best checkpoint on the sharded model, because no single rank may be able to hold all weights.
 
     All ranks must call it.
-
-    Args:
-        trainer: trainer that has just finished.
-        run: its run.
-        parts: encoded rows, or None if there are none.
 
     Returns:
         The metrics of each part, the same on all ranks; empty for None.

@@ -6,7 +6,6 @@ is escaped.
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -20,9 +19,9 @@ from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.card import example_call, measured_parts, model_card
 from pretrain.finetuning.settings import from_memory
-from pretrain.report.history import History, loss_svg, sort_records
-from pretrain.report.run_report import PAGE, machine_tiles
-from pretrain.utils.curves import Series, curve_svg
+from pretrain.report.history import History, sort_records
+from pretrain.report.run_report import PAGE, charts, machine_tiles
+from pretrain.utils.curves import Series
 from pretrain.utils.html import (
     Html,
     bullets,
@@ -54,32 +53,25 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
 
     Only rank zero writes.
 
-    Args:
-        result: result of ``pretrain.finetune``.
-        out: file to write; ``report.html`` of the run by default.
+    It is ``report.html`` of the run unless ``out`` names another file.
 
     Raises:
-        DataError: the result has no run directory and no file is named, or a file cannot be written.
+        DataError: a file cannot be written.
     """
-    if out is None and result.run is None:
-        raise DataError(
-            "This result has no run directory to write to. Name the file: report(out=FILE)."
-        )
     place = Path(out) if out is not None else result.run.path / PAGE
     if not current_world().is_rank_zero:
         return place
     text = render(result)
     readme = result.model.card = model_card(result)
-    if result.run is not None:
-        write_page(result.run.path / "README.md", readme)
-        result.keep()
+    write_page(result.run.path / "README.md", readme)
+    result.keep()
     return write_page(place, text)
 
 
 def render(result: Finetuned) -> str:
     """The report as HTML text."""
-    name = result.run.path.resolve().name if result.run is not None else result.task.name
-    history = sort_records(result.run.history if result.run is not None else [])
+    name = result.run.path.resolve().name
+    history = sort_records(result.run.history)
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(result))}</div>',
@@ -107,10 +99,9 @@ def _subtitle(result: Finetuned) -> str:
 
 def _facts(result: Finetuned) -> Mapping[str, Any]:
     """Return what the newest checkpoint records of model and machine."""
-    run: Any = result.run  # None for a trial
-    if run is None or run.checkpoint is None:
+    if result.run.checkpoint is None:
         return {"parameters": result.model.num_parameters()}
-    facts = run_state(run.checkpoint).get("facts")
+    facts = run_state(result.run.checkpoint).get("facts")
     return facts if isinstance(facts, Mapping) else {}
 
 
@@ -142,26 +133,14 @@ def _curves(result: Finetuned, history: History) -> str:
     if not history.train and not history.evals:
         return ""
     keys = [result.monitor, *(key for record in history.evals for key in record["eval"])]
-    drawn = [
-        (key, points)
-        for key in dict.fromkeys(keys)
-        if key != "loss" and key not in COUNTS
-        for points in [history.eval_points(key)]
-        if any(math.isfinite(y) for _, y in points)
-    ]
-    small = []
-    for key, points in drawn[:_CURVES]:
+    scores = [key for key in dict.fromkeys(keys) if key != "loss" and key not in COUNTS]
+    lines = {key: Series("", history.eval_points(key), dots=True) for key in scores}
+    small: dict[str, tuple[Series, dict[str, Any]]] = {}
+    for key in [key for key, line in lines.items() if line.finite()][:_CURVES]:
         guess = {"guessing": float(result.trivial[key])} if key in result.trivial else {}
-        lines, title = [Series("", points, dots=True)], f"held-out {key.replace('_', ' ')}"
-        small.append(card(curve_svg(lines, title=title, references=guess, width=450, height=230)))
-    rates = history.points("lr")
-    small.append(
-        card(
-            curve_svg([Series("", rates)], title="learning rate", width=450, height=230, zero=True)
-        )
-    )
-    loss = chart(lambda width, height: loss_svg(history, width=width, height=height), 920, 320)
-    return f'{loss}<div class="pair">{"".join(small)}</div>'
+        small[f"held-out {key.replace('_', ' ')}"] = lines[key], {"references": guess}
+    small["learning rate"] = Series("", history.points("lr")), {"zero": True}
+    return charts(history, small, height=320)
 
 
 def _figures(result: Finetuned) -> str:
@@ -250,10 +229,8 @@ def command(result: Finetuned) -> str:
     settings = result.settings
     sources = [settings.data.train, settings.data.valid, settings.data.test]
     memory = [value for value in (settings.model.checkpoint, *sources) if from_memory(value)]
-    run: Any = result.run  # None for a trial
-    config = None if run is None else run.path / "run.yaml"
-    again = f"{f'runs/{result.task.name}' if run is None else run.path}-again"
-    if config is not None and not memory:
+    config, again = result.run.path / "run.yaml", f"{result.run.path}-again"
+    if not memory:
         words = ["pretrain", "finetune", "--config", str(config), "--train.out", again]
         for name, rate in result.rates.items():
             words += [f"--optim.{name}", repr(rate)]
@@ -268,10 +245,7 @@ def command(result: Finetuned) -> str:
         for part, value in (("valid", settings.data.valid), ("test", settings.data.test))
         if from_memory(value)
     ]
-    if config is not None:
-        arguments.append(f"config={str(config)!r}")
-    else:
-        arguments.append(f"task={result.task.name!r}")
+    arguments.append(f"config={str(config)!r}")
     arguments += [f"out={again!r}", *(f"{name}={rate!r}" for name, rate in result.rates.items())]
     return f"pretrain.finetune({', '.join(arguments)})"
 
@@ -285,6 +259,5 @@ def _repeat(result: Finetuned) -> str:
 
 def _use(result: Finetuned) -> str:
     """Code that loads the model and predicts."""
-    run: Any = result.run  # None for a trial
-    path = "MODEL" if run is None else str(run.result or run.path)
+    path = str(result.run.result or result.run.path)
     return f"import pretrain\nmodel = pretrain.load({path!r})\nprint(model.{example_call(result)})"

@@ -21,7 +21,7 @@ from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import classes_of
 from pretrain.objectives import check_options, task_class
-from pretrain.printing import printable
+from pretrain.printing import coloured, printable
 from pretrain.utils.curves import histogram_svg
 from pretrain.utils.html import Html, bullets, notebook_view, section, table
 
@@ -223,8 +223,7 @@ class Overview:
 
     def __repr__(self) -> str:
         """Return the overview as text; tokens in the loss are coloured on a terminal, and otherwise set in «»."""
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        marks = ("«", "»") if plain or not sys.stdout.isatty() else ("\x1b[1;32m", "\x1b[0m")
+        marks = ("\x1b[1;32m", "\x1b[0m") if coloured(sys.stdout) else ("«", "»")
         blocks = [[self.name, self.title, self.subtitle]]
         if self.classes:
             blocks.append(["classes", *self._text_bars()])
@@ -260,11 +259,7 @@ class Overview:
     def _repr_html_(self) -> str:
         """Return the overview as self-contained HTML that follows the light or dark mode of the reader's system."""
         parts = [f"<h2>{escape(self.name)}</h2>"]
-        parts += [
-            f'<div class="soft">{escape(line)}</div>'
-            for line in (self.title, self.subtitle)
-            if line
-        ]
+        parts += [_soft(line) for line in (self.title, self.subtitle) if line]
         if self.classes:
             parts.append(section("Classes", self._html_bars()))
         if self.lengths:
@@ -272,11 +267,8 @@ class Overview:
             longer = max(self.lengths) >= width * len(counts)
             unit = "tokens of a row" if self.tokenizer else "words of a row"
             chart = histogram_svg(counts, width, unit, open_end=longer, limit=self.max_length)
-            lines = [
-                f'<div class="soft">{escape(line)}</div>'
-                for line in (self.length_line, self.cut_line)
-            ]
-            parts.append(section("Lengths", lines[0], chart, lines[1]))
+            lengths = _soft(self.length_line), chart, _soft(self.cut_line)
+            parts.append(section("Lengths", *lengths))
         parts.append(section("Notes", bullets(self.notes)))
         if self.examples:
             title = "Examples (the loss is computed on the marked tokens)"
@@ -300,8 +292,11 @@ class Overview:
             )
             shares = (f"{n:,} ({_percent(n, totals[split])})" for split, n in numbers.items())
             rows.append([label, Html(f'<div class="bars">{bars}</div>'), *shares])
-        rest = f'<div class="soft">{escape(more)}</div>' if more else ""
-        return table(["", "", *self.classes], rows, left=2) + rest
+        return table(["", "", *self.classes], rows, left=2) + (_soft(more) if more else "")
+
+
+def _soft(line: str) -> str:
+    return f'<div class="soft">{escape(line)}</div>'
 
 
 def _percent(count: int, total: int) -> str:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from pretrain.config.spelling import option
 from pretrain.errors import DataError
-from pretrain.finetuning.baseline import METRICS, VECTORS, tfidf_baseline, vector_baseline
+from pretrain.finetuning.baseline import (
+    METRICS,
+    VECTORS,
+    linear_model,
+    tfidf_baseline,
+    vector_baseline,
+)
+from pretrain.report.history import History, sort_records
 from pretrain.report.remarks import curve_of, overfitted, resumed_with
 from pretrain.training.validation import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
-    from pretrain.training.state import Run
 
 __all__ = ["remarks"]
 
@@ -37,15 +43,13 @@ _ONE_IN_A_HUNDRED, _FEWEST = 2.576, 20
 
 
 def remarks(result: Finetuned) -> list[str]:
-    """Return the remarks that apply, one sentence each; none for a trial, which has no run."""
-    run: Run | None = result.run
-    if run is None:
-        return []
+    """Return the remarks that apply, one sentence each."""
+    history = sort_records(result.run.history)
     found = [
         beside_guessing(result),
-        still_improving(run.history, result.monitor),
-        overfitted(run.history),
-        resumed_with(run.history),
+        still_improving(history, result.monitor),
+        overfitted(history),
+        resumed_with(history),
         _constant(result),
         _classical(result),
         beyond_chance(result.metrics, result.test_metrics or {}, result.counts),
@@ -73,9 +77,9 @@ def beside_guessing(result: Finetuned) -> str | None:
     )
 
 
-def still_improving(history: Sequence[Mapping[str, Any]], monitor: str) -> str | None:
+def still_improving(history: History, monitor: str) -> str | None:
     """Remark if the last evaluation is the best, and clearly better than all but the last fifth of the evaluations."""
-    curve = curve_of(history, monitor)
+    curve = curve_of(history.evals, monitor)
     if len(curve) < 3:
         return None
     sign = -1.0 if monitor in LOWER_IS_BETTER else 1.0
@@ -147,13 +151,12 @@ def _classical(result: Finetuned) -> str | None:
     theirs = None if ours is None else result.classical
     if ours is None or theirs is None or not theirs > ours:
         return None
-    linear = "ridge regression" if metric in ("pearson", "spearman") else "logistic regression"
     where = "held-out" if data.test is None else "test"
     read = result.task.baseline
     seen = VECTORS[read].rows if read in VECTORS else "the same rows"
     return (
-        f"a classical baseline is better: {read} with {linear} on {seen} has {metric} {theirs:.4f} on the "
-        f"{where} rows, this model {ours:.4f}"
+        f"a classical baseline is better: {read} with {linear_model(metric)} on {seen} has {metric} {theirs:.4f} on "
+        f"the {where} rows, this model {ours:.4f}"
     )
 
 

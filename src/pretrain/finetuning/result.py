@@ -18,7 +18,7 @@ from pretrain.checkpoint.result import write_result
 from pretrain.config.spelling import PROBE, using
 from pretrain.errors import DataError
 from pretrain.finetuning.card import measured_parts, model_card
-from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
+from pretrain.finetuning.measure import encoded, labelled, measure_as_in_run
 from pretrain.finetuning.page import write_report
 from pretrain.finetuning.remarks import classical_baseline, remarks
 from pretrain.inference.predict import predict_with
@@ -51,7 +51,7 @@ class Finetuned:
     """A fine-tuned model with its run, rows and metrics.
 
     Attributes:
-        run: directory, checkpoints and history; None for a trial that kept nothing.
+        run: directory, checkpoints and history.
         settings: settings of the run.
         data: the rows by role.
         counts: number of rows of each part.
@@ -69,19 +69,18 @@ class Finetuned:
     def __init__(
         self,
         opened: Callable[[], Task],
-        run: Any,
+        run: Run,
         settings: TuneConfig,
         data: Data,
         notes: list[str],
-        base: Callable[..., Task] | None = None,
+        base: Callable[..., Task],
     ) -> None:
-        self._base = base
-        self._opened = opened
+        self._opened, self._base = opened, base
         self._task: Task | None = None
         self.settings, self.data, self.notes = settings, data, notes
         self.counts, self.sources, self.fingerprint = data.counts, data.names, data.fingerprint
-        self.run: Run = run
-        self.metrics: dict[str, float] = dict(run.metrics) if run is not None else {}
+        self.run = run
+        self.metrics: dict[str, float] = dict(run.metrics)
         self.test_metrics: dict[str, float] | None = None
         self.trivial: dict[str, float] = {}
         self.trivial_test: dict[str, float] = {}
@@ -101,7 +100,7 @@ class Finetuned:
 
     def describe(self) -> None:
         """Attach model card and test metrics to the model, so that they are saved with it."""
-        if self._task is None or self.run is None:
+        if self._task is None:
             return
         # Metrics may have changed since an earlier call, so cached remarks are discarded.
         vars(self).pop("remarks", None)
@@ -143,23 +142,13 @@ class Finetuned:
 
     def measure(self, rows: TaskRows) -> dict[str, float]:
         """Evaluate the task on encoded rows."""
-        train = self.settings.train
-        precision = reported_precision(train, device=self.settings.parallel.device)
-        return measure(self.task, rows, precision, coupled_rows=train.batch_rows)
+        return measure_as_in_run(self.task, rows, self.settings)
 
     @using(PROBE)
     def evaluate(self, data: Any) -> dict[str, float]:
         """Evaluate the task on further labelled rows: a file, a list, a frame or a data set."""
-        settings, base = self.settings, self._base
-        if base is None:
-            raise DataError(
-                "The result of a trial cannot evaluate other rows: evaluate that of pretrain.finetune."
-            )
-        rows = encoded(
-            self.task,
-            labelled(data, self.task, {}, settings.data),
-            lambda: base(seed=settings.train.seed),
-        )
+        table = labelled(data, self.task, {}, self.settings.data)
+        rows = encoded(self.task, table, lambda: self._base(seed=self.settings.train.seed))
         return self.measure(rows)
 
     def predict(self, inputs: Any, **options: Any) -> Any:
@@ -250,10 +239,8 @@ class Finetuned:
         """Draw the training and the held-out loss, or a held-out metric beside that of guessing, over the steps.
 
         Raises:
-            DataError: there is no such metric, or no run.
+            DataError: there is no such metric.
         """
-        if self.run is None:
-            raise DataError("The result of a trial has no history to draw.")
         guess = self.trivial.get(figure)
         references = {} if guess is None else {self.task.trivial_name: float(guess)}
         return plot_history(sort_records(self.run.history), figure, references=references)
@@ -262,10 +249,8 @@ class Finetuned:
         """Return the history as a pandas frame, as that of a run: one row per step, held-out figures as ``valid_...``.
 
         Raises:
-            DataError: pandas is not installed, or there is no run.
+            DataError: pandas is not installed.
         """
-        if self.run is None:
-            raise DataError("The result of a trial has no history to show.")
         return self.run.frame()
 
     def push_to_hub(self, name: str, **options: Any) -> str:
@@ -279,7 +264,12 @@ class Finetuned:
         return write_report(self, out)
 
     def __repr__(self) -> str:
-        lines = [f"{self.task.name} with {self.model.backbone.model_type}, {_where(self.run)}"]
+        run = self.run
+        best = f"best {run.best.name}, " if run.best else ""
+        lines = [
+            f"{self.task.name} with {self.model.backbone.model_type}, step {run.step:,}, {best}"
+            f"{run.result or run.checkpoint}"
+        ]
         for name, figures in measured_parts(self):
             shown = [f"{k} {v:.4f}" for k, v in figures.items() if k != "targets"]
             lines.append(f"  {name}: {', '.join(shown)}")
@@ -298,7 +288,7 @@ class Finetuned:
             f"<p>{escape(repr(self).splitlines()[0])}</p>",
             table(["", *names], rows),
             bullets(self.remarks),
-            loss_svg(sort_records(self.run.history)) if self.run is not None else "",
+            loss_svg(sort_records(self.run.history)),
         )
 
 
@@ -308,13 +298,6 @@ def _thumbnail(image: Any) -> str | None:
         return str(image.thumbnail())
     except DataError:
         return None
-
-
-def _where(run: Any) -> str:
-    if run is None:
-        return "not saved"
-    best = f"best {run.best.name}, " if run.best else ""
-    return f"step {run.step:,}, {best}{run.result or run.checkpoint}"
 
 
 class Confusion:

@@ -94,7 +94,8 @@ def open_data(
     if source is None:
         raise DataError("There are no training rows: name a file, or give a list of dicts.")
     whole = _read(source, section, "train", task)
-    columns = _columns_of(whole, task, settings)
+    columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
+    task.check_unread(whole, columns)
     train = roles_table(whole, columns)
     options = dict(settings.task.options)
     if labels is not None and "labels" not in options:
@@ -314,13 +315,6 @@ def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
     every = [role.name for role in task.roles if role.name in role.known]
     needed = [role.name for role in task.roles if role.required and role.name in role.known]
     return next((names for names in (needed, every) if len(names) == len(row)), None)
-
-
-def _columns_of(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
-    """Return role -> column of the training rows, which may hold no column that the task must not ignore."""
-    columns = choose_columns(table, task.roles, _named_columns(table, task, settings))
-    task.check_unread(table, columns)
-    return columns
 
 
 def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:

@@ -7,22 +7,23 @@ function of its settings and rows, and the trainer continues from the newest che
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config.spelling import FINETUNE, using
+from pretrain.config.spelling import FINETUNE, either, using
 from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
-from pretrain.errors import DataError
-from pretrain.finetuning.closing import last_words
+from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.card import example_call
 from pretrain.finetuning.compare import check_comparison, compare_arms, kept_comparison
 from pretrain.finetuning.job import Job
-from pretrain.finetuning.launch import check_spread, read_back, train_on
 from pretrain.finetuning.page import render
 from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
 from pretrain.report.run_report import PAGE
-from pretrain.training.launch import read_run
+from pretrain.training.closing import reported, taken
+from pretrain.training.launch import on_devices, read_run
 from pretrain.training.run import has_begun, naming_paths
 from pretrain.training.state import undisturbed
 from pretrain.utils.files import muted, note
@@ -101,20 +102,74 @@ def finetune(
         job = Job.open(model, settings, objects, quiet=quiet)
         if not has_begun(Path(settings.train.out)):
             check_idle(job.settings, job.data.learned.options.get("problem"))
-        result = train_on(job, devices, hooks) if devices != 1 else None
-        if (
-            result is None
-        ):  # else the other processes have written the report and printed these lines
-            with job.alone():
-                # The comparison comes first, because the run uses the learning rate that it chooses.
-                comparison = None if compare is None else compare_arms(job, label_counts, seeds)
-                result = done = job.train(hooks)
-            result.comparison = comparison or kept_comparison(job)
-            for line in current_world().broadcast_result(lambda: last_words(done)):
-                note(line)
-        else:
-            result.comparison = kept_comparison(job)
+        if devices != 1:
+            run = on_devices("finetune", job.settings, devices, hooks=hooks, quiet=quiet)
+            if run is not None:  # those processes have written the report and the last words
+                result = job.read_back(run)
+                result.comparison = kept_comparison(job)
+                return result
+        with job.alone():
+            # The comparison comes first, because the run uses the learning rate that it chooses.
+            comparison = None if compare is None else compare_arms(job, label_counts, seeds)
+            result = job.train(hooks)
+        result.comparison = comparison or kept_comparison(job)
+        for line in current_world().broadcast_result(lambda: last_words(result)):
+            note(line)
     return result
+
+
+def check_spread(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
+    """Check that other processes can run the job: they read files and cannot access the memory of this one.
+
+    Raises:
+        ConfigError: model or rows are objects in memory, or a comparison is requested.
+    """
+    tail = "or leave devices out."
+    if model is not None and not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"devices starts other processes, which cannot see a {type(model).__name__} of this one. Save it and "
+            f"name its directory, {tail}"
+        )
+    if objects:
+        given = ", ".join(f"{name} (a {type(value).__name__})" for name, value in objects.items())
+        raise ConfigError(
+            f"devices starts other processes, which cannot see rows in the memory of this one: {given}. Write them to "
+            f"a file (.jsonl, .csv, .parquet) and name it, {tail}"
+        )
+    if compare is not None:
+        raise ConfigError(
+            f"compare trains many small models one after the other, each on one device: leave it out, {tail}"
+        )
+
+
+def last_words(result: Finetuned) -> list[str]:
+    """Write the report of a run that has come to its end, and return the lines that are printed then."""
+    comparison = result.comparison
+    return [
+        *repr(result).splitlines(),
+        taken(result.run),
+        *(comparison.table().splitlines() if comparison is not None else []),
+        *(reported(result.report) if not result.run.exit_code else []),
+        *follow_up(result),
+    ]
+
+
+def follow_up(result: Finetuned) -> list[str]:
+    """Return what can be done with the model, in the spelling of the interface in use."""
+    path, task, kind = str(result.path), result.task.name, result.model.head_kind
+    place = shlex.quote(path)
+    call = example_call(result)
+    ways = [(f"pretrain predict {place} FILE", call)]
+    if task in ("chat", "preference"):
+        ways = [(f"pretrain chat {place}", call), (f'pretrain generate {place} "Hello" --chat', "")]
+    elif task == "language-modelling":
+        name = "generate" if kind == "causal-lm" else "fill-mask"
+        ways = [(f"pretrain {name} {place} TEXT", call)]
+    elif task == "embedding":
+        ways = [(f"pretrain embed {place} FILE --out vectors.npy", call)]
+    lines = [either(way, f"pretrain.load({path!r}).{call}" if call else "") for way, call in ways]
+    evaluate = (f"pretrain evaluate {place} --data FILE", f"pretrain.evaluate({path!r}, ROWS)")
+    return ["next:", *(f"    {line}" for line in [*lines, either(*evaluate)] if line)]
 
 
 def report(run_dir: str | os.PathLike[str]) -> Path:
@@ -141,7 +196,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
         )
     with muted(), naming_paths(folder, settings):
         job = Job.open(None, settings, {}, quiet=True)
-        result = read_back(job, run, write=False)
+        result = job.read_back(run, write=False)
         result.comparison = kept_comparison(job)
     if result.model.extra_config["pretrain"].get("fingerprint") != result.fingerprint:
         raise DataError(

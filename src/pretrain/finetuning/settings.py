@@ -224,9 +224,7 @@ TuneConfig.SECTIONS = sections_of(TuneConfig)
 def check_idle(settings: TuneConfig, problem: str | None) -> None:
     """Refuse settings of a new run that would do nothing; those of a run that is there are read as they are.
 
-    Args:
-        settings: of the run.
-        problem: kind of a classification, ``single_label`` or ``multi_label``, else None.
+    ``problem`` is the kind of a classification, ``single_label`` or ``multi_label``, else None.
 
     Raises:
         ConfigError: names the setting.

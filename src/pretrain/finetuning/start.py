@@ -131,9 +131,7 @@ def versions(model: Model) -> dict[int, int]:
 def touched_early(task: Task, before: dict[int, int]) -> bool:
     """Whether a task built around weights that are still on disk wrote to, copied or replaced some of them.
 
-    Args:
-        task: the task, just after it was built.
-        before: ``versions`` of its model before that.
+    ``before`` are the ``versions`` of its model before it was built.
     """
     if task.model.start is None:
         return False
@@ -179,9 +177,8 @@ def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
         return
     head: Any = model.head
     made_up = model.labels == tuple(f"LABEL_{i}" for i in range(len(labels)))
-    if not (made_up or "head.classifier.weight" in model.fresh) or len(model.labels or ()) != len(
-        labels
-    ):
+    fits = len(model.labels or ()) == len(labels)
+    if not fits or not (made_up or "head.classifier.weight" in model.fresh):
         from torch import nn
 
         old = head.classifier

@@ -61,8 +61,7 @@ def chat(
 class Chat:
     """Conversations with one model, which are shortened when they grow too long for it.
 
-    Args:
-        model: a causal model with a tokenizer, whose chat template renders the conversations.
+    The chat template of the model's tokenizer renders them.
 
     Raises:
         ModelError: the model has no tokenizer.

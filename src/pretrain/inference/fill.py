@@ -15,10 +15,10 @@ from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.prompts import (
     as_texts,
+    check_count,
     check_ids,
     evaluating,
-    fill_id,
-    pad,
+    hidden_states,
     tokenizer_of,
 )
 from pretrain.models.sentences import SentenceSettings, pool, pooling_named
@@ -61,8 +61,7 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
         raise ModelError(
             "The tokenizer of this model has no mask token, so there is no mask to fill."
         )
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ConfigError(f"top_k must be a whole number from 1 on, found {top_k!r}.")
+    check_count("top_k", top_k)
     texts = as_texts(text)
     name = tokenizer.roles["mask"]
     plain = []
@@ -91,15 +90,12 @@ def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> 
     # Vocabulary rows without a token are part of the softmax, as in training, but are not candidates.
     scores = head(hidden[0, places]).float().softmax(-1)[:, : len(tokenizer)]  # (masks, V)
     best = scores.topk(min(top_k, scores.shape[-1]))
-    answers = []
-    for place, values, ids in zip(places, best.values.tolist(), best.indices.tolist(), strict=True):
-        answers.append(
-            [
-                _answer(model, encoding, place, i, p, len(places) == 1)
-                for i, p in zip(ids, values, strict=True)
-            ]
-        )
-    return answers[0] if len(places) == 1 else answers
+    only = len(places) == 1
+    answers = [
+        [_answer(model, encoding, place, i, p, only) for i, p in zip(ids, values, strict=True)]
+        for place, values, ids in zip(places, best.values.tolist(), best.indices.tolist(), strict=True)
+    ]  # fmt: skip
+    return answers[0] if only else answers
 
 
 def _answer(
@@ -175,7 +171,7 @@ def embed_counting(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
     if model.backbone.default_task is not None:
-        from pretrain.inference.towers import embed_pairs
+        from pretrain.inference.images import embed_pairs
 
         options = {"pooling": pooling, "prompt": prompt, "prompt_name": prompt_name}
         if given := [key for key, value in options.items() if value is not None]:
@@ -204,11 +200,8 @@ def embed_counting(
     with evaluating(model) as device:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            ids, real = pad([rows[i] for i in chosen], fill_id(model), device)
-            hidden = model.backbone(
-                {"input_ids": ids} | ({} if real is None else {"attention_mask": real})
-            ).float()
-            vectors[chosen] = pool(hidden, real, modes, skip).cpu()
+            hidden, real = hidden_states(model, [rows[i] for i in chosen], device)
+            vectors[chosen] = pool(hidden.float(), real, modes, skip).cpu()
     if stored.missing:  # vectors of the model alone
         stored = SentenceSettings()
     return stored.finish(vectors, normalize), cut

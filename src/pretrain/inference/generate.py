@@ -18,8 +18,8 @@ from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.fill import embed, fill_mask
 from pretrain.inference.prompts import Prompts, check_ids, evaluating, fill_id, pad, tokenizer_of
-from pretrain.inference.sampling import banned
-from pretrain.inference.settings import Settings
+from pretrain.inference.sampling import banned, penalize
+from pretrain.inference.settings import Settings, add_biases
 from pretrain.nn.attention import KVCache
 from pretrain.utils.files import note
 
@@ -98,14 +98,13 @@ def generate(
     chosen = _checked(model, asked.ids, options)
     if asked.texts is not None:
         _remark_chat(model, asked.texts)
-    decoder = _Decoder(
-        model, asked.ids, chosen, use_cache=use_cache, spoken=asked.texts is not None
-    )
-    decoder.run()
-    return _answer(model, asked, decoder.new, chosen.stop)
+    spoken = asked.texts is not None
+    new = _Decoder(model, asked.ids, chosen, use_cache=use_cache, spoken=spoken).run()
+    return _answer(model, asked, new, chosen.stop)
 
 
-def _check_kind(model: Model) -> None:
+def _checked(model: Model, prompts: list[list[int]], options: Mapping[str, Any]) -> Settings:
+    """Return the settings of a call, after a check of the model, its prompts and the options."""
     if not model.backbone.causal or model.head_kind != "causal-lm":
         raise ModelError(
             f"This {model.backbone.model_type} model with the head {model.head_kind!r} cannot continue text; only a "
@@ -113,11 +112,6 @@ def _check_kind(model: Model) -> None:
             + f" This one fills masks: {either('pretrain fill-mask', 'fill_mask')}."
             * (model.head_kind == "masked-lm")
         )
-
-
-def _checked(model: Model, prompts: list[list[int]], options: Mapping[str, Any]) -> Settings:
-    """Return the settings of a call, after a check of the model, its prompts and the options."""
-    _check_kind(model)
     options = dict(options)
     stop = check_value("stop", options.pop("stop", None), str | list[str] | None)
     chosen = Settings.read(model, options if stop is None else {**options, "stop_strings": stop})
@@ -130,8 +124,7 @@ _REMARKED: weakref.WeakSet[Any] = weakref.WeakSet()  # models for which the note
 
 def _remark_chat(model: Model, texts: Sequence[str]) -> None:
     """Print once per model that ``generate`` does not apply the chat template of a model trained on conversations."""
-    block = model.extra_config.get("pretrain")
-    objective = block.get("objective") if isinstance(block, Mapping) else None
+    objective = model.provenance.get("objective")
     task = objective.get("task") if isinstance(objective, Mapping) else None
     tokenizer = model.tokenizer
     if task not in ("chat", "preference") or tokenizer is None or tokenizer.chat_template is None:
@@ -150,13 +143,10 @@ def write(model: Model, prompts: Sequence[Sequence[int]], **options: Any) -> lis
     """Return the texts that follow prompts of ids, cut before stop texts; options as of `generate`."""
     ids = [list(prompt) for prompt in prompts]
     chosen = _checked(model, ids, options)
-    decoder = _Decoder(model, ids, chosen)
-    decoder.run()
+    added = _Decoder(model, ids, chosen).run()
     tokenizer = tokenizer_of(model, "write text")
-    return [
-        cut(tokenizer, before, new, chosen.stop)[0]
-        for before, new in zip(ids, decoder.new, strict=True)
-    ]
+    pairs = zip(ids, added, strict=True)
+    return [cut(tokenizer, before, new, chosen.stop)[0] for before, new in pairs]
 
 
 def _answer(model: Model, asked: Prompts, added: list[list[int]], stops: Sequence[str]) -> Any:
@@ -172,9 +162,9 @@ def _answer(model: Model, asked: Prompts, added: list[list[int]], stops: Sequenc
     if asked.form == "tensor":
         width, fill = max(map(len, rows)), fill_id(model)
         return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-    return (
-        torch.tensor(rows[0]) if asked.form == "row" else rows[0] if asked.form == "one" else rows
-    )
+    if asked.form == "row":
+        return torch.tensor(rows[0])
+    return rows[0] if asked.form == "one" else rows
 
 
 def cut(
@@ -190,14 +180,9 @@ def cut(
 
     A stop text may have special tokens; the text that is returned has none.
 
-    Args:
-        tokenizer: writes the text.
-        ids: the tokens before.
-        new: the tokens of the text.
-        stops: the stop texts.
-        final: if False, leave out what later tokens may change or a stop text may take away.
-        lengths: number of new tokens -> length of their text, kept by the caller from one call for an answer to the
-            next.
+    Unless ``final``, what later tokens may change or a stop text may take away is left out. ``lengths`` maps
+    numbers of new tokens to the lengths of their texts; the caller keeps it from one call for an answer to the
+    next.
     """
     lengths = {} if lengths is None else lengths
     text = (tokenizer.continuation if final else tokenizer.settled)(ids, new)
@@ -361,11 +346,12 @@ class _Decoder:
         # A token has at least one byte and a character at most four; the 16 more allow for tokens without text.
         self.window = 4 * max(map(len, settings.stop), default=0) + 16
 
-    def run(self) -> None:
-        """Decode to the end."""
+    def run(self) -> list[list[int]]:
+        """Decode to the end, and return the new ids."""
         with self.model.backbone.uncompiled(), evaluating(self.model):
             for _ in self.steps():
                 pass
+        return self.new
 
     def steps(self) -> Iterator[bool]:
         """Decode, and yield True after every token."""
@@ -412,9 +398,12 @@ class _Decoder:
                     "The model's scores are not finite: its weights are damaged, or the values overflow their data "
                     "type. Copy the weights again, or load the model in float32."
                 )
-            scores = scores if added is None else scores + added
-            scores = scores if history is None else rules.before(scores, history)
-            scores = sampler.penalized(scores, seen)
+            if added is not None:
+                scores = scores + added
+            if history is not None:
+                scores = add_biases(scores, history, rules.biases)
+            if seen is not None:
+                scores = penalize(scores, seen, sampler.repetition_penalty)
             if history is not None:
                 scores = rules.after(scores, history, lengths_in, step, last_steps)
             token = sampler.choose(scores, generator)

@@ -16,8 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.data.task_rows import batches_by_length
-from pretrain.errors import ConfigError, ModelError
-from pretrain.inference.prompts import as_texts, check_ids, evaluating, fill_id, pad, tokenizer_of
+from pretrain.errors import ModelError
+from pretrain.inference.prompts import (
+    as_texts,
+    check_count,
+    check_ids,
+    evaluating,
+    hidden_states,
+    tokenizer_of,
+)
 from pretrain.nn.device import tokens_at_once
 from pretrain.printing import console
 
@@ -66,14 +73,15 @@ def log_likelihood(
         ModelError: the model has no such head or no tokenizer, or a text is empty or longer than the model's positions.
         ConfigError: ``batch_rows`` below 1.
     """
-    if type(batch_rows) is not int or batch_rows < 1:
-        raise ConfigError(f"batch_rows is {batch_rows!r}; it must be a whole number of at least 1.")
+    check_count("batch_rows", batch_rows)
     check_scores_texts(model)
     tokenizer = tokenizer_of(model, "read text")
     listed = as_texts(texts)
     rows: list[list[int]]
     if model.head_kind == "causal-lm":
-        rows = _with_beginning(tokenizer, open_rows(tokenizer, listed))
+        start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        begun = open_rows(tokenizer, listed)
+        rows = [row if start is None or row[:1] == [start] else [start, *row] for row in begun]
         places = [list(range(1, len(row))) for row in rows]
     else:
         encodings = tokenizer.frame_texts(listed)
@@ -121,11 +129,6 @@ def open_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return rows
 
 
-def _with_beginning(tokenizer: Tokenizer, rows: list[list[int]]) -> list[list[int]]:
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return [row if start is None or row[:1] == [start] else [start, *row] for row in rows]
-
-
 def score_continuations(
     model: Model,
     rows: Sequence[list[int]],
@@ -148,7 +151,7 @@ def score_continuations(
     with evaluating(model) as device, bar:
         lengths = [len(row) - 1 for row in rows]
         for chosen in batches_by_length(lengths, batch_rows, tokens_at_once(device)):
-            hidden = _hidden(model, [rows[i][:-1] for i in chosen], device)
+            hidden, _ = hidden_states(model, [rows[i][:-1] for i in chosen], device)
             some = [(k, rows[i], counts[i]) for k, i in enumerate(chosen)]
             states = [hidden[k, len(row) - 1 - n : len(row) - 1] for k, row, n in some]
             targets = [target for _, row, n in some for target in row[len(row) - n :]]
@@ -176,7 +179,7 @@ def _score_masked(
         for batch in batches_by_length(lengths, batch_rows, tokens_at_once(device)):
             some = [copies[k] for k in batch]
             masked = [[*rows[i][:place], mask, *rows[i][place + 1 :]] for i, place in some]
-            hidden = _hidden(model, masked, device)
+            hidden, _ = hidden_states(model, masked, device)
             at = torch.tensor([place for _, place in some], device=device)
             targets = torch.tensor([rows[i][place] for i, place in some], device=device)
             states = hidden[torch.arange(len(some), device=device), at]
@@ -188,15 +191,6 @@ def _score_masked(
         Scored([row[place] for place in chosen], hit)
         for row, chosen, hit in zip(values, places, greedy, strict=True)
     ]
-
-
-def _hidden(model: Model, rows: list[list[int]], device: torch.device) -> Tensor:
-    """Return the last hidden states (B, T, D) of rows padded on the right."""
-    ids, real = pad(rows, fill_id(model), device)
-    hidden: Tensor = model.backbone(
-        {"input_ids": ids} | ({} if real is None else {"attention_mask": real})
-    )
-    return hidden
 
 
 def _log_probs(model: Model, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
 from pretrain.data.tables import Chunk, Table, in_chunks, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
+from pretrain.inference.prompts import check_count
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.printing import console, in_notebook
@@ -34,6 +35,7 @@ __all__ = [
     "check_target",
     "columns_of",
     "has_columns",
+    "opened_model",
     "predict",
     "predict_file",
     "predict_with",
@@ -41,6 +43,7 @@ __all__ = [
     "recorded_task",
     "roles_known",
     "roles_read",
+    "row_bar",
     "say_unread",
     "smaller_batch",
     "task_of",
@@ -68,13 +71,13 @@ def task_of(model: Model) -> Task:
     """
     name = recorded_task(model)
     if name is not None:
-        return _build(model, name, _recorded(model))
+        return _build(model, name, _recorded(model, "objective"))
     return _build(model, *_by_head(model))
 
 
-def _recorded(model: Model) -> Mapping[str, Any]:
-    block = model.extra_config.get("pretrain")
-    recorded = block.get("objective") if isinstance(block, Mapping) else None
+def _recorded(model: Model, key: str) -> Mapping[str, Any]:
+    """Return a mapping that config.json records of the training: ``objective``, or role -> column in ``columns``."""
+    recorded = model.provenance.get(key)
     return recorded if isinstance(recorded, Mapping) else {}
 
 
@@ -84,12 +87,11 @@ def recorded_task(model: Model) -> str | None:
     Raises:
         ConfigError: the task is not of this package, and the caller has not named its class.
     """
-    name = _recorded(model).get("task")
+    name = _recorded(model, "objective").get("task")
     if not isinstance(name, str):
         return None
-    return (
-        name if task_class(name, path_allowed=False).head_kind in (None, model.head_kind) else None
-    )
+    kind = task_class(name, path_allowed=False).head_kind
+    return name if kind in (None, model.head_kind) else None
 
 
 def rebuilt(task: Task, model: Model) -> Task:
@@ -99,14 +101,13 @@ def rebuilt(task: Task, model: Model) -> Task:
 
 def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
     kind, problem = model.head_kind, model.extra_config.get("problem_type")
-    if kind == "sequence-classification":
-        if problem == "regression" or len(model.labels or ()) == 1:
-            return "regression", {}
+    one_number = problem == "regression" or len(model.labels or ()) == 1
+    if kind == "sequence-classification" and one_number:
+        return "regression", {}
+    if kind in ("sequence-classification", "image-classification", "audio-classification"):
         several = problem == "multi_label_classification"
-        return "classification", {"problem": "multi_label" if several else "single_label"}
-    if kind in ("image-classification", "audio-classification"):
-        several = problem == "multi_label_classification"
-        return kind, {"problem": "multi_label" if several else "single_label"}
+        options = {"problem": "multi_label" if several else "single_label"}
+        return kind.removeprefix("sequence-"), options
     if kind == "token-classification":
         return kind, {"word_blanks": None}  # other libraries train it on words with their blanks
     if kind in ("question-answering", "segmentation", "object-detection"):
@@ -207,7 +208,7 @@ def predict_with(
     **options: Any,
 ) -> Any:
     """Run `predict` with a task that has already been built."""
-    _check_batch(batch_rows)
+    check_count("batch_rows", batch_rows)
     table, single = _as_table(task, inputs, dict(columns or {}))
     if table is None:
         return []
@@ -218,11 +219,8 @@ def predict_with(
     _say_unanswered(task, sum(map(_is_empty, answers)), len(answers))
     if single:
         return answers[0]
-    return _frame_of(inputs, answers) if _is_frame(inputs) else answers
-
-
-def _is_frame(inputs: Any) -> bool:
-    return hasattr(inputs, "iloc") and hasattr(inputs, "columns")
+    is_frame = hasattr(inputs, "iloc") and hasattr(inputs, "columns")
+    return _frame_of(inputs, answers) if is_frame else answers
 
 
 def _frame_of(frame: Any, answers: Sequence[Mapping[str, Any]]) -> Any:
@@ -248,9 +246,19 @@ def smaller_batch(batch_rows: int) -> str:
     return f"Take fewer rows at a time: {option('batch_rows', max(1, batch_rows // 4))}."
 
 
-def _check_batch(batch_rows: int) -> None:
-    if type(batch_rows) is not int or batch_rows < 1:
-        raise ConfigError(f"batch_rows is {batch_rows!r}; it must be a whole number of at least 1.")
+def opened_model(checkpoint: Any, device: str, *, quiet: bool) -> Model:
+    """Return the model of a directory, or a model as it is, on a device."""
+    given = not isinstance(checkpoint, str | os.PathLike)
+    model: Model = checkpoint if given else load(checkpoint, quiet=quiet)
+    return model.to(choose_device(device))
+
+
+def row_bar(progress: bool, total: int | None = None) -> Any:
+    """Return a bar of rows, which only a terminal or a notebook shows."""
+    from tqdm import tqdm
+
+    quiet = not progress or not (console().isatty() or in_notebook())
+    return tqdm(unit="row", disable=quiet, total=total, file=console())
 
 
 def _is_empty(answer: Mapping[str, Any]) -> bool:
@@ -271,18 +279,11 @@ def _say_unanswered(task: Task, empty: int, count: int) -> None:
         note(f"{empty:,} of {count:,} inputs get no answer: {told}")
 
 
-def _recorded_columns(model: Model) -> Mapping[str, Any]:
-    """Return role -> column of the rows that the model was trained on; empty if they are not recorded."""
-    block = model.extra_config.get("pretrain")
-    recorded = block.get("columns") if isinstance(block, Mapping) else None
-    return recorded if isinstance(recorded, Mapping) else {}
-
-
 def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return role -> column: the caller's choice, or else the column of the training data if the table has it."""
     remembered = {
         role: column
-        for role, column in _recorded_columns(model).items()
+        for role, column in _recorded(model, "columns").items()
         if has_columns(table, column) and column not in given.values()
     }
     return {**remembered, **given}
@@ -320,7 +321,7 @@ def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
 
 def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
     """Return the input roles that the model was trained with, as far as that is recorded, and those that are given."""
-    recorded = _recorded_columns(task.model)
+    recorded = _recorded(task.model, "columns")
     if not recorded:
         return roles_read(task)
     return [
@@ -389,7 +390,7 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
     if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
         return False
     first = roles_read(task)[0]
-    names = {first.name, *first.known, _recorded_columns(task.model).get(first.name)}
+    names = {first.name, *first.known, _recorded(task.model, "columns").get(first.name)}
     if any(task.is_one(value) for key, value in inputs.items() if key in names):
         return False
     if _by_words(task):  # the words of a single row are already a list
@@ -477,28 +478,23 @@ def predict_file(
         ConfigError: an option that the task does not have.
         TrainingError: too little memory.
     """
-    from tqdm import tqdm
-
-    _check_batch(batch_rows)
+    check_count("batch_rows", batch_rows)
     source = Path(file)
     form = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
     chunks = _table_chunks(source, **form)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
-    known = isinstance(checkpoint, str | os.PathLike)
-    task = task_of(load(checkpoint, quiet=not progress) if known else checkpoint)
+    model = opened_model(checkpoint, device, quiet=not progress)
+    task = task_of(model).to(model.device)
     if chunks is None:
         chunks = in_chunks(task.read(source, name="data", **form), _CHUNK)
     first = next(chunks)
-    where = choose_device(device)
-    task.to(where)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
-    quiet = not progress or not (console().isatty() or in_notebook())
     count = empty = 0
     task.reset_counts()
     with (
         naming_memory("predicting", lambda: smaller_batch(batch_rows)),
         RowWriter(target, first.table.names) as output,
-        tqdm(unit="row", disable=quiet, file=console()) as bar,
+        row_bar(progress) as bar,
     ):
         for chunk in chain([first], chunks):
             table = roles_table(chunk.with_columns(chosen.values()), chosen)
@@ -509,7 +505,7 @@ def predict_file(
                 bar.update()
             if chunk is first and progress:
                 # The tokens of a forward pass are bounded, so the first chunk shows the memory that all chunks need.
-                note(f"memory about {peak_memory(where) / 2**30:.2f} GiB at the peak")
+                note(f"memory about {peak_memory(model.device) / 2**30:.2f} GiB at the peak")
     _say_unanswered(task, empty, count)
     return target
 

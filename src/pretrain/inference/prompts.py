@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from pretrain.errors import ModelError
+from pretrain.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Prompts",
     "as_texts",
+    "check_count",
     "check_ids",
     "evaluating",
     "fill_id",
+    "hidden_states",
     "pad",
     "tokenizer_of",
 ]
@@ -174,3 +176,19 @@ def pad(
         ids[i, where] = torch.tensor(row, dtype=torch.long)
         real[i, where] = 1
     return ids.to(device), None if all(len(row) == width for row in rows) else real.to(device)
+
+
+def hidden_states(
+    model: Model, rows: list[list[int]], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Return the last hidden states (B, T, D) of rows, padded on the right, and the mask of their real tokens."""
+    ids, real = pad(rows, fill_id(model), device)
+    masked = {} if real is None else {"attention_mask": real}
+    hidden: Tensor = model.backbone({"input_ids": ids, **masked})
+    return hidden, real
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise a ConfigError unless a value is a whole number of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")

@@ -25,10 +25,7 @@ _COLDEST = 1e-3  # the lowest temperature above 0
 def penalize(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return scores with tokens that a row already holds made less likely (more likely if the penalty is below 1).
 
-    Args:
-        scores: (B, V).
-        seen: (B, V) booleans.
-        penalty: divides positive scores and multiplies negative ones.
+    It divides positive scores (B, V) of the tokens ``seen`` (B, V), and multiplies negative ones.
     """
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
@@ -121,10 +118,6 @@ class Sampler:
         else:
             generator.manual_seed(self.seed)
         return generator
-
-    def penalized(self, scores: Tensor, seen: Tensor | None) -> Tensor:
-        """Return the scores (B, V), with those of the tokens ``seen`` (B, V) made less likely."""
-        return scores if seen is None else penalize(scores, seen, self.repetition_penalty)
 
     def choose(self, scores: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next token of every row, (B, V) -> (B,).

@@ -138,11 +138,8 @@ class Server(ThreadingHTTPServer):
         system: str = "",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.chat, self.name, self.options = (
-            Chat(model),
-            name,
-            {"max_new_tokens": 512, **(options or {})},
-        )
+        self.chat, self.name = Chat(model), name
+        self.options = {"max_new_tokens": 512, **(options or {})}
         self.chat.answer([0], **self.options)  # checks the options
         self.turn, self.stopping = threading.Lock(), threading.Event()
         self.places = threading.BoundedSemaphore(_WAITING)

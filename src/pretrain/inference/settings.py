@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain.config.check import check_value
 from pretrain.errors import ConfigError, did_you_mean
 from pretrain.inference.sampling import Sampler
+from pretrain.models.config import GENERATION_KEYS
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -29,11 +30,6 @@ DEFAULT_NEW_TOKENS = 64
 # Any of these arguments of the caller turns sampling on.
 CHANCE = ("temperature", "top_k", "top_p", "min_p", "seed")
 _DEFAULT_TOP_K = 50  # the default of transformers for a file that turns sampling on without top_k
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_LENGTHS = ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "no_repeat_ngram_size")
-_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
-_TEXTS = ("bad_words_ids", "sequence_bias", "stop_strings", "eos_token_id")
-_KNOWN = (*_SAMPLING, *_LENGTHS, *_TOKENS, *_TEXTS)
 # Keys that change the text and are not implemented -> values without an effect.
 _MISSING: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -56,6 +52,7 @@ _MISSING_IN_SAMPLING: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0,),
     "top_h": (),
 }
+_KNOWN = {*GENERATION_KEYS, "seed", "eos_token_id"} - _MISSING.keys() - _MISSING_IN_SAMPLING.keys()
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,6 @@ class Rules:
         """Whether there is no rule, so that no history is needed."""
         return self == Rules(ends=self.ends)
 
-    def before(self, scores: Tensor, history: Tensor) -> Tensor:
-        """Apply the rules that precede the repetition penalty; arguments as in ``after``."""
-        return add_biases(scores, history, self.biases)
-
     def after(
         self,
         scores: Tensor,
@@ -103,7 +96,7 @@ class Rules:
         step: int,
         last: Sequence[int],
     ) -> Tensor:
-        """Apply the rules that follow the repetition penalty, in the order of transformers.
+        """Apply all rules but the biases: those that follow the repetition penalty, in the order of transformers.
 
         Args:
             scores: (B, V).

@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from pretrain.checkpoint import load
 from pretrain.config.spelling import SEARCH, STREAM, option, using
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import decode_line, file_format, lines, table_kind
@@ -27,12 +25,10 @@ from pretrain.data.tables import stream_chunks
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError, naming_memory
 from pretrain.inference.fill import cut_texts, embed_counting
-from pretrain.inference.predict import check_target, smaller_batch
+from pretrain.inference.predict import check_target, opened_model, row_bar, smaller_batch
 from pretrain.inference.vectors import Hit, search
 from pretrain.objectives.classification import TEXT
 from pretrain.objectives.tasks import read_texts
-from pretrain.printing import console, in_notebook
-from pretrain.training.precision import choose_device
 from pretrain.utils.files import HashingFile, note, replacing
 
 __all__ = ["embed_file", "search_file", "texts_of_file"]
@@ -159,19 +155,16 @@ def embed_file(
     if target.suffix.lower() == ".npy":
         again = texts_of_file(source, text, quiet=True, **reading)
         count = sum(len(part.rows) for part in again)
-    known = isinstance(checkpoint, str | os.PathLike)
-    model = load(checkpoint, quiet=not progress) if known else checkpoint
-    model.to(choose_device(device))
+    model = opened_model(checkpoint, device, quiet=not progress)
     options: dict[str, Any] = {
         "normalize": normalize, "pooling": pooling, "prompt": prompt, "prompt_name": prompt_name,
         "batch_size": batch_rows,
     }  # fmt: skip
     told: Counter[str] = Counter()
-    quiet = not progress or not (console().isatty() or in_notebook())
     with (
         naming_memory("embedding", lambda: smaller_batch(batch_rows)),
         _written(target),
-        tqdm(unit="row", disable=quiet, total=count or None, file=console()) as bar,
+        row_bar(progress, count or None) as bar,
     ):
         vectors = _embedded(model, chain([first], parts), told, bar, options)
         _WRITERS[target.suffix.lower()](target, count, vectors)
@@ -213,9 +206,7 @@ def search_file(
     """
     parts = texts_of_file(Path(file), text, quiet=True)
     first = next(parts)  # an unreadable file raises before the model is loaded
-    known = isinstance(checkpoint, str | os.PathLike)
-    model = load(checkpoint, quiet=True) if known else checkpoint
-    model.to(choose_device(device))
+    model = opened_model(checkpoint, device, quiet=True)
     rows = array("q")  # the row of each text
 
     def texts() -> Iterator[str]:

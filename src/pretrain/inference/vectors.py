@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pretrain.errors import ConfigError, DataError, ModelError
+from pretrain.errors import DataError, ModelError
 from pretrain.inference.fill import cut_texts, embed_counting
+from pretrain.inference.prompts import check_count
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ def search(
         ModelError, ConfigError: as ``embed`` does, or ``top_k`` below 1.
         DataError: there are no texts, or vectors of another shape, or not finite.
     """
-    if type(top_k) is not int or top_k < 1:
-        raise ConfigError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
+    check_count("top_k", top_k)
     wanted = _said(model, *_units(model, queries, options))
     others = {key: value for key, value in options.items() if key not in ("prompt", "prompt_name")}
     others["prompt"] = text_prompt

@@ -261,6 +261,12 @@ class Model(ModelMethods, nn.Module):
             model.generation_config["eos_token_id"] = [end for end in ends if type(end) is int]
         return model
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What config.json records of the making of the model, in this package's own block; empty if there is none."""
+        block = self.extra_config.get("pretrain")
+        return block if isinstance(block, Mapping) else {}
+
     def end_ids(self, given: Any = None) -> list[int]:
         """Return the ids that end a text: those given, or else the checkpoint's, or else the tokenizer's eos."""
         tokenizer = self.tokenizer

@@ -92,9 +92,6 @@ class History:
 def read_history(run_dir: str | os.PathLike[str]) -> History:
     """Read ``run_dir/log.jsonl``; lines that are incomplete, damaged or not records are omitted.
 
-    Args:
-        run_dir: directory of a run.
-
     Raises:
         DataError: the directory holds no ``log.jsonl``.
     """
@@ -154,10 +151,7 @@ def frame_of(history: History) -> Any:
 def plot_history(history: History, figure: str = "loss", **options: Any) -> Plot:
     """Draw a figure over the steps: the loss of training and held-out rows, or another held-out figure.
 
-    Args:
-        history: sorted records.
-        figure: name of the figure.
-        options: passed on to `curve_svg`.
+    The options are those of `curve_svg`.
 
     Raises:
         DataError: the evaluations have no such figure.
@@ -175,10 +169,7 @@ def plot_history(history: History, figure: str = "loss", **options: Any) -> Plot
 def loss_svg(history: History, *, title: str = "loss (nats per target)", **options: Any) -> str:
     """Return the loss curve as SVG: training and held-out loss over steps.
 
-    Args:
-        history: result of `read_history`.
-        title: printed above the chart.
-        options: passed on to `curve_svg` (``references``, ``width``, ``height``, ...).
+    The options are those of `curve_svg` (``references``, ``width``, ``height``, ...).
     """
     lines = [
         Series("training", history.points("loss")),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.report.history import number, on_as_many
+from pretrain.report.history import History, number, on_as_many
 
 __all__ = ["beside_frequencies", "curve_of", "overfitted", "resumed_with"]
 
@@ -26,11 +26,11 @@ def beside_frequencies(loss: float, unigram: float) -> str:
     return f"{text}: the model has learned little more than those" if near else text
 
 
-def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
+def overfitted(history: History) -> str | None:
     """Remark if the held-out loss ended well above its lowest value while the training loss fell."""
-    evals = [record for record in history if "eval" in record]
+    evals = history.evals
     held_out = curve_of(on_as_many(evals, evals[0]), "loss") if evals else []
-    training = [(int(r["step"]), number(r["loss"])) for r in history if "loss" in r]
+    training = [point for point in history.points("loss") if math.isfinite(point[1])]
     if len(held_out) < 2 or len(training) < 2:
         return None
     (low_step, low), (last_step, last) = min(held_out, key=lambda p: p[1]), held_out[-1]
@@ -45,11 +45,11 @@ def overfitted(history: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def resumed_with(records: Sequence[Mapping[str, Any]]) -> str | None:
+def resumed_with(history: History) -> str | None:
     """Remark if the run was made longer or shorter while it went on, because its command then makes another run."""
     found = [
         f"until step {record.get('step')} it was to have {record['planned']} steps"
-        for record in records
+        for record in history.events
         if record.get("event") == "resumed" and isinstance(record.get("planned"), int)
     ]
     if not found:
@@ -60,7 +60,7 @@ def resumed_with(records: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def curve_of(history: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:
+def curve_of(evals: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[int, float]]:
     """Return (step, value) of every evaluation in which the metric is finite."""
-    points = [(int(r["step"]), number(r["eval"].get(figure))) for r in history if "eval" in r]
+    points = [(int(number(r["step"])), number(r["eval"].get(figure))) for r in evals]
     return [(step, value) for step, value in points if math.isfinite(value)]

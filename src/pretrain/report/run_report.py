@@ -41,7 +41,7 @@ from pretrain.utils.html import (
     write_page,
 )
 
-__all__ = ["PAGE", "fine_tuned", "machine_tiles", "render", "write"]
+__all__ = ["PAGE", "charts", "fine_tuned", "machine_tiles", "render", "write"]
 
 PAGE = "report.html"
 
@@ -76,9 +76,6 @@ def fine_tuned(run_dir: str | os.PathLike[str]) -> bool:
 
 def render(run_dir: str | os.PathLike[str]) -> str:
     """Return the report of a run as HTML text.
-
-    Args:
-        run_dir: directory of a run, finished or not.
 
     Raises:
         DataError: ``run_dir`` is not a run directory.
@@ -162,9 +159,7 @@ def _tiles(history: History) -> list[tuple[str, str]]:
 def machine_tiles(history: History, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return tiles of parameters, time, hardware and memory, as far as they are known.
 
-    Args:
-        history: records of the run.
-        facts: ``facts`` of its state.
+    ``facts`` are those of the run's state.
     """
     tiles = []
     parameters, trained = number(facts.get("parameters")), number(facts.get("trained"))
@@ -191,10 +186,7 @@ def _facts(folder: Path) -> Mapping[str, Any]:
 
 def _remarks(history: History, folder: Path) -> list[str]:
     """Return remarks on overfitting, changed settings, and the distance from word frequencies, where it is known."""
-    finite = [(step, loss) for step, loss in history.points("loss") if math.isfinite(loss)]
-    records: list[dict[str, Any]] = [{"step": step, "loss": loss} for step, loss in finite]
-    records += [{"step": r.get("step"), "eval": r["eval"]} for r in history.evals]
-    found = [line for line in (overfitted(records), resumed_with(history.events)) if line]
+    found = [line for line in (overfitted(history), resumed_with(history)) if line]
     losses = [y for _, y in history.eval_points(alike=True) if math.isfinite(y)]
     unigram = number(_block(folder).get("unigram_nats"))
     if losses and math.isfinite(unigram) and unigram > 0:
@@ -208,19 +200,25 @@ def _unit(history: History) -> str:
 
 
 def _charts(history: History) -> str:
-    small = [
-        ("learning rate", history.points("lr"), True),
-        (f"{_unit(history)} per second", history.points("tokens_per_second"), True),
-        ("norm of the gradient", history.points("grad_norm"), True),
-        ("held-out accuracy", history.eval_points("accuracy"), False),
-        ("held-out bits per byte", history.eval_points("bits_per_byte"), False),
-    ]
+    return charts(history, {
+        "learning rate": (Series("", history.points("lr")), {"zero": True}),
+        f"{_unit(history)} per second": (Series("", history.points("tokens_per_second")), {"zero": True}),
+        "norm of the gradient": (Series("", history.points("grad_norm")), {"zero": True}),
+        "held-out accuracy": (Series("", history.eval_points("accuracy")), {}),
+        "held-out bits per byte": (Series("", history.eval_points("bits_per_byte")), {}),
+    }, height=360)  # fmt: skip
+
+
+def charts(
+    history: History, small: Mapping[str, tuple[Series, Mapping[str, Any]]], height: int
+) -> str:
+    """Return the chart of the loss, and smaller ones: title -> line, which has finite values, and drawing options."""
     drawn = [
-        card(curve_svg([Series("", points)], title=title, width=450, height=230, zero=zero))
-        for title, points, zero in small
-        if any(math.isfinite(y) for _, y in points)
+        card(curve_svg([line], title=title, width=450, height=230, **options))
+        for title, (line, options) in small.items()
+        if line.finite()
     ]
-    loss = chart(lambda width, height: loss_svg(history, width=width, height=height), 920, 360)
+    loss = chart(lambda width, height: loss_svg(history, width=width, height=height), 920, height)
     return f'{loss}<div class="pair">{"".join(drawn)}</div>'
 
 

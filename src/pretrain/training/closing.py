@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pretrain.report.remarks import beside_frequencies, overfitted
 from pretrain.report.run_report import write
 from pretrain.training.state import Run
 
-__all__ = ["last_words", "taken"]
+__all__ = ["last_words", "reported", "taken"]
 
 # Task with a class for each row -> rows of it, in the commands that go on from a run.
 _LABELLED = {"image-classification": "photos", "audio-classification": "recordings"}
@@ -32,7 +33,8 @@ def last_words(run: Run, objective: Objective, unigram: float | None) -> list[st
     """
     if run.exit_code:
         return ["the same command again goes on from here"]
-    return [*_reached(run, objective, unigram), *_report(run.path), *_next(run.path, objective)]
+    page = reported(lambda: write(run.path))
+    return [*_reached(run, objective, unigram), *page, *_next(run.path, objective)]
 
 
 def taken(run: Run) -> str:
@@ -55,14 +57,15 @@ def _reached(run: Run, objective: Objective, unigram: float | None) -> list[str]
         )
         if unigram and isinstance(objective, TokenObjective):
             words.append(beside_frequencies(loss, unigram))
-    remark = overfitted(run.history)
+    remark = overfitted(history)
     return [", ".join(filter(None, words)), *([remark] if remark else [])]
 
 
-def _report(path: Path) -> list[str]:
+def reported(write: Callable[[], Path]) -> list[str]:
+    """Return the line that names the report of a run, or why there is none: the run is complete without it."""
     try:
-        return [f"report: {write(path)}"]
-    except DataError as error:  # the run is complete without it
+        return [f"report: {write()}"]
+    except DataError as error:
         return [str(error)]
 
 
