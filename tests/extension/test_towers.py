@@ -33,7 +33,13 @@ def train(steps: int, out: str, **more: object) -> object:
         model={"family": "own_towers:Towers", "overrides": sizes},
         objective={"class_path": "own_towers:Contrast"},
         optim={"lr": 1e-2, "schedule": "constant", "warmup": 0},
-        train={"out": out, "limit": f"{steps} steps", "batch_rows": 16, "eval_every": "100%"},
+        train={
+            "out": out,
+            "limit": f"{steps} steps",
+            "batch_rows": 16,
+            "eval_every": "100%",
+            "precision": "fp32",  # two processes equal one to 1e-5; in bf16, the choice of some CPUs, to 1e-3
+        },
         parallel={"device": "cpu"},
         **more,
     )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import pretrain
+from pretrain.training import update_rules
 
 # ------------------------------------------------------------------------------------------ texts and rows
 
@@ -403,9 +405,11 @@ def make(
 def train(folder: Path, name: str) -> None:
     """Train one run; the processes of a mesh all call this."""
     run = RUNS[name]
-    if run.stop:
-        _start(folder, name, run, [ctrl_c_after(run.stop)])
-    _start(folder, name, run, [])
+    # Where a CPU is good at bf16, Muon multiplies in it, which is another run.
+    with patch.object(update_rules, "multiplies_bf16_fast", return_value=False):
+        if run.stop:
+            _start(folder, name, run, [ctrl_c_after(run.stop)])
+        _start(folder, name, run, [])
 
 
 def _start(folder: Path, name: str, run: GoldenRun, hooks: list[Any]) -> None:

@@ -117,7 +117,7 @@ def test_the_suggestion_is_printed_although_the_picture_cannot_be_written(
 
     found = judged(RATES, [bowl(rate) for rate in RATES])
     monkeypatch.setattr("pretrain.training.lr_range.lr_range_test", lambda *_, **__: found)
-    monkeypatch.setattr("pretrain.utils.curves.replace_file", full)
+    monkeypatch.setattr("pretrain.utils.files.replace_file", full)
     monkeypatch.chdir(tmp_path)
     assert main(["lr-range", "--data", "a.txt"]) == 2
     shown = capsys.readouterr()

@@ -368,9 +368,8 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     _check(file, "", manifest, _SHAPE)
     _check(file, "options", manifest["options"], _OPTIONS, optional=("vocab_size",))
     _check(file, "tokenizer", manifest["tokenizer"], _TOKENIZER_SHAPE)
-    _check(
-        file, "unigram", manifest["unigram"], {"nats": _Range(float, 0, 1e6)}, optional=("nats",)
-    )
+    if manifest["unigram"]:
+        _check(file, "unigram", manifest["unigram"], {"nats": _Range(float, 0, 1e6)})
     for split in SPLITS:
         where, stats = f"splits.{split}", manifest["splits"].get(split)
         # Data prepared by older releases do not count unknown tokens.
