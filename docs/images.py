@@ -32,7 +32,7 @@ from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table
 from pretrain.finetuning.baseline import vector_baseline
 from pretrain.finetuning.compare import stratified_subset
-from pretrain.finetuning.remarks import baseline_columns
+from pretrain.objectives.image_classification import ImageClassification
 
 DATA = Path(os.environ.get("PRETRAIN_TEST_DATA", "../shared/data"))
 SHAPE = {"num_layers": 4, "pooling": "mean"}
@@ -103,7 +103,7 @@ def measured(count: int, seed: int, out: Path, **options: Any) -> dict[str, Any]
     )
     seconds = time.monotonic() - began
     assert result.test_metrics is not None
-    pixels = vector_baseline("pixels", *baseline_columns(train, valid, test))
+    pixels = vector_baseline("pixels", *ImageClassification.baseline_columns(train, valid, test))
     return {
         "vit": result.test_metrics["accuracy"],
         "pixels": pixels["score_test"],
@@ -231,7 +231,7 @@ def compare(
             )
     for seed in range(seeds):
         valid, train = drawn(rows, count, seed, held=held)
-        columns = baseline_columns(train, valid, test)
+        columns = ImageClassification.baseline_columns(train, valid, test)
         figures(
             {"what": "pixels", "set": name, "arm": "pixels", "seed": seed},
             lambda c=columns: {"accuracy": vector_baseline("pixels", *c)["score_test"]},

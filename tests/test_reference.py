@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import pretrain
 import pretrain.errors
 
@@ -62,3 +64,9 @@ def test_what_is_returned_is_there_too() -> None:
 def test_every_page_is_in_the_contents() -> None:
     listed = re.findall(r"^reference/(\w+)$", (DOCS / "reference.md").read_text(), re.M)
     assert sorted(listed) == [path.stem for path in PAGES]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DOCS.glob("*.py")))
+def test_what_a_script_of_the_documentation_imports_is_there(name: str) -> None:
+    if name != "conf":  # settings of Sphinx
+        importlib.import_module(name)
