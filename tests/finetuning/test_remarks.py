@@ -243,3 +243,19 @@ def test_one_tag_for_every_word_is_said_and_different_tags_are_not(
         monkeypatch.setattr(result.task, "predict", lambda table, found=answers: iter(found))
         lines = [line for line in remarks(result) if "same answer" in line]
         assert bool(lines) == (said is not None) and all(said in line for line in lines)
+
+
+def test_several_labels_that_are_the_same_for_all_rows_are_said(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "label": ["animal", row["label"]]} for row in rows_of(60)]
+    given = {**QUICK, "lr": 1e-9, "limit": "1 steps"}
+    result = finetune(checkpoint, rows, task="classification", out=tmp_path / "run", **given)
+    assert result.trivial["micro_f1"] > 0 and result.trivial_test is not None
+    # The figures of a model that names one class, the same for all.
+    result.metrics.update(accuracy=0.0, micro_f1=0.6)
+    answers = [{"label": ["animal"], "score": [0.9]}] * 3
+    monkeypatch.setattr(result.task, "predict", lambda table: iter(answers))
+    assert any("same answer to all 3" in line for line in remarks(result))
+    result.metrics["accuracy"] = 1.0  # no one answer is right in all rows
+    assert not any("same answer" in line for line in remarks(result))

@@ -341,3 +341,18 @@ def test_names_that_change_places_are_recorded() -> None:
     assert "codes" not in task_of(labels=("x", "y"), codes={"y": 1, "x": 0}).describe()
     exchanged = {"x": 1, "y": 0}
     assert task_of(labels=("x", "y"), codes=exchanged).describe()["codes"] == exchanged
+
+
+def test_the_trivial_baseline_of_several_labels_is_the_most_frequent_set() -> None:
+    learnt = [ANIMALS[:2], ANIMALS[:2], ANIMALS[:1], [], ANIMALS[2:]]
+    held_out = [ANIMALS[:2], ANIMALS[:1], ANIMALS[1:], ANIMALS[:2], []]
+    train, valid = (
+        read_table([{"text": "x", "label": one} for one in rows]) for rows in (learnt, held_out)
+    )
+    found = task_of(problem="multi_label").trivial(train, valid)
+    truth = np.array([[name in row for name in ANIMALS] for row in held_out])
+    guess = np.array([[True, True, False]] * 5)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
+    for average in ("micro", "macro"):
+        score = sk.f1_score(truth, guess, average=average, zero_division=0)
+        assert found[f"{average}_f1"] == pytest.approx(score)

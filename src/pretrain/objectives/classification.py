@@ -6,6 +6,7 @@ Letters: N examples, C classes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -303,13 +304,28 @@ class Classification(ClassTask):
             }
         hits, extra, missed = metrics["counts"]
         exact = float(metrics["exact"])
-        scores = figures_of.multilabel_scores(hits, extra, missed, exact, count)
-        return figures | {"accuracy": scores.pop("exact_match"), **scores}
+        return figures | self._several(hits, extra, missed, exact, count)
+
+    @staticmethod
+    def _several(hits: Any, extra: Any, missed: Any, exact: float, rows: float) -> dict[str, float]:
+        """Figures of several labels from sums over rows, see `metrics.multilabel_scores`."""
+        scores = figures_of.multilabel_scores(hits, extra, missed, exact, rows)
+        return {"accuracy": scores.pop("exact_match"), **scores}
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
-        """Majority baseline: accuracy of the most frequent class of the training rows."""
-        if not self.single or not len(held_out):
+        """Majority baseline: figures of the most frequent class, or set of classes, of the training rows."""
+        if not len(held_out):
             return {}
+        if not self.single:
+            sets = Counter(tuple(row.tolist()) for row in self.targets(train))
+            answer, truth = np.array(sets.most_common(1)[0][0]), np.array(self.targets(held_out))
+            return self._several(
+                (truth * answer).sum(0),
+                ((1 - truth) * answer).sum(0),
+                (truth * (1 - answer)).sum(0),
+                float((truth == answer).all(-1).sum()),
+                len(truth),
+            )
         known = [int(i) for i in self.targets(train)]
         most = max(set(known), key=known.count)
         hits = [int(i) == most for i in self.targets(held_out)]
