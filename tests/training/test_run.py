@@ -455,6 +455,20 @@ def test_a_run_replaces_and_hides_nothing(place: str, tmp_path: Path, text: Path
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
+def test_what_stands_in_the_place_of_a_checkpoint_is_kept_and_said(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def copy_a_file_there(record: Any) -> None:
+        if record["step"] == 2:
+            (tmp_path / "run/checkpoint-4").mkdir()
+            (tmp_path / "run/checkpoint-4/mine.txt").write_text("mine")
+
+    run = pretrain.train(settings(tmp_path, text, save_every="4 steps"), hooks=[copy_a_file_there])
+    assert (run.path / "checkpoint-4/manifest.json").exists()
+    assert (run.path / "checkpoint-4.other/mine.txt").read_text() == "mine"
+    assert "It is now" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_settings_of_a_new_model_are_not_used_for_a_checkpoint_and_said(
     tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

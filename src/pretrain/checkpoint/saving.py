@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import errno
+import itertools
 import os
 import re
 import threading
@@ -424,11 +425,26 @@ class _Unfinished:
             files.fsync_directory(self._directory)
             listed = manifest.read_manifest(self._directory)
             manifest.check_files(self._directory, listed, hashes=())
+            if manifest.step_of(self.target.name) is not None:
+                _keep_foreign(self.target)
             directories.publish(self._directory, self.target)
 
     def discard(self) -> None:
         """Remove the temporary directory, unless it is published."""
         self._created.close()
+
+
+def _keep_foreign(target: Path) -> None:
+    """Rename a directory in the place of a checkpoint that holds files and no manifest: no save has written it."""
+    if not target.is_dir() or os.path.lexists(target / manifest.NAME) or not os.listdir(target):
+        return
+    names = (target.with_name(f"{target.name}.other{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    files.IO.rename(target, aside)
+    files.note(
+        f"{target} holds files but no {manifest.NAME}, so it was not written as a checkpoint of this run. It is now "
+        f"{aside}; the checkpoint takes its name."
+    )
 
 
 def _folders(draft: Draft) -> list[str]:
