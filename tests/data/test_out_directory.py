@@ -186,6 +186,22 @@ def test_manifest_with_holes(source: Path, tmp_path: Path, where: list[str], val
     assert len(prepare(source, data.path).train) == len(data.train)
 
 
+def test_manifest_with_an_empty_optional_entry(source: Path, tmp_path: Path) -> None:
+    data = prepare(source, tmp_path / "out")
+    for where in (["options", "vocab_size"], ["splits", "train", "unknown"]):
+        manifest = json.loads((data.path / "manifest.json").read_text())
+        del manifest["digest"]
+        part = manifest
+        for key in where[:-1]:
+            part = part[key]
+        part[where[-1]] = None
+        folder = tmp_path / where[-1]
+        shutil.copytree(data.path, folder)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=f"{where[-1]} holds NoneType"):
+            Prepared.open(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/hostname", "tokenizer/../../secret", "tokenizer/..", "train.bin"]
 )

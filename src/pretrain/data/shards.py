@@ -427,13 +427,13 @@ def _damaged(file: Path, fault: str) -> DataError:
 def _check(
     file: Path, where: str, value: Any, shape: dict[str, Any], optional: Sequence[str] = ()
 ) -> None:
-    """Raise DataError unless a part of the manifest has these keys, types and ranges; ``optional`` ones may be None."""
+    """Raise DataError unless a part of the manifest has these keys, types and ranges; ``optional`` may be absent."""
     if not isinstance(value, dict):
         raise _damaged(file, f"{where} is missing or not an object")
     for key, kind in shape.items():
         name = f"{where}.{key}".lstrip(".")
         found: Any = value.get(key)
-        if found is None and key in optional:
+        if key in optional and (key not in value or (found is None and key == "weight")):
             continue
         if key not in value:
             raise _damaged(file, f"{name} is missing")

@@ -62,6 +62,8 @@ def image_vectors(
                 assert isinstance(backbone, ImageBackbone)
                 vectors = backbone.pooled(backbone(batch), pooling)
             parts.append(vectors.float().cpu())
+    if not parts and isinstance(backbone, TwoTowers):
+        return torch.empty(0, backbone.config.projection_dim)
     return torch.cat(parts)
 
 
