@@ -170,13 +170,7 @@ def test_sweep_leaves_what_is_not_ours(source: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_manifest_with_holes(source: Path, tmp_path: Path, where: list[str], value: Any) -> None:
     data = prepare(source, tmp_path / "out")
-    manifest = json.loads((data.path / "manifest.json").read_text())
-    del manifest["digest"]
-    place = manifest
-    for key in where[:-1]:
-        place = place[key]
-    place[where[-1]] = value
-    (data.path / "manifest.json").write_text(json.dumps(manifest))
+    manifest, place = changed_manifest(data, where, value)
     with pytest.raises(DataError, match=r"manifest\.json"):
         Prepared.open(data.path)
     del place[where[-1]]
@@ -186,20 +180,26 @@ def test_manifest_with_holes(source: Path, tmp_path: Path, where: list[str], val
     assert len(prepare(source, data.path).train) == len(data.train)
 
 
-def test_manifest_with_an_empty_optional_entry(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", [["options", "vocab_size"], ["splits", "train", "unknown"]])
+def test_manifest_with_an_empty_optional_entry(
+    source: Path, tmp_path: Path, where: list[str]
+) -> None:
     data = prepare(source, tmp_path / "out")
-    for where in (["options", "vocab_size"], ["splits", "train", "unknown"]):
-        manifest = json.loads((data.path / "manifest.json").read_text())
-        del manifest["digest"]
-        part = manifest
-        for key in where[:-1]:
-            part = part[key]
-        part[where[-1]] = None
-        folder = tmp_path / where[-1]
-        shutil.copytree(data.path, folder)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(DataError, match=f"{where[-1]} holds NoneType"):
-            Prepared.open(folder)
+    changed_manifest(data, where, None)
+    with pytest.raises(DataError, match=f"{where[-1]} holds NoneType"):
+        Prepared.open(data.path)
+
+
+def changed_manifest(data: Prepared, where: list[str], value: Any) -> tuple[dict[str, Any], Any]:
+    """Write the manifest with another value at a place, without its digest; return it and the object of that place."""
+    manifest = json.loads((data.path / "manifest.json").read_text())
+    del manifest["digest"]
+    place = manifest
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    (data.path / "manifest.json").write_text(json.dumps(manifest))
+    return manifest, place
 
 
 @pytest.mark.parametrize(

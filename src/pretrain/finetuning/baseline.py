@@ -259,25 +259,29 @@ def _tuned(
     texts, labels = columns[::2], columns[1::2]
     pairs = _are_pairs(texts, labels)
     train, valid, test = _targets(labels, metric)
-    best: tuple[float, float, dict[str, Any], Any, Any] | None = None
+    best: tuple[float, float, dict[str, Any], Any, Any, Any] | None = None
     for settings, transform in variants(_flat(texts[0])):
         features = of_pairs(transform) if pairs else transform
         x_train, x_valid = features(texts[0]), features(texts[1])
+        scaler = sklearn_module("preprocessing").StandardScaler() if scaled else None
+        if scaler is not None:
+            x_train, x_valid = scaler.fit_transform(x_train), scaler.transform(x_valid)
         for strength in sorted(grid):
-            model = _fit(x_train, train, strength, metric, seed, scaled)
+            model = _fit(x_train, train, strength, metric, seed)
             score = _score(metric, valid, model.predict(x_valid))
             # The correlation of a constant prediction is nan, and any number is better.
             if best is None or score > best[0] or (math.isnan(best[0]) and not math.isnan(score)):
-                best = (score, strength, settings, features, model)
+                best = (score, strength, settings, features, scaler, model)
     if best is None:
         raise DataError(
             "The training texts hold no word for the baseline to count (words have at least two letters or digits, "
             "and stop words are left out): check that the text column is the right one."
         )
-    score, strength, settings, features, model = best
+    score, strength, settings, features, scaler, model = best
+    x_test = features(texts[2]) if scaler is None else scaler.transform(features(texts[2]))
     return {
         "score_valid": score,
-        "score_test": _score(metric, test, model.predict(features(texts[2]))),
+        "score_test": _score(metric, test, model.predict(x_test)),
         "C": float(strength),
         "settings": {**settings, "metric": metric, "seed": seed},
     }
@@ -288,18 +292,14 @@ def linear_model(metric: str) -> str:
     return f"{'ridge' if metric in _OF_NUMBERS else 'logistic'} regression"
 
 
-def _fit(x: Any, y: Any, strength: float, metric: str, seed: int, scaled: bool) -> Any:
-    """Fit a linear model, on features of variance 1 if they are to be ``scaled``."""
+def _fit(x: Any, y: Any, strength: float, metric: str, seed: int) -> Any:
     linear, errors = sklearn_module("linear_model"), sklearn_module("exceptions")
     if metric in _OF_NUMBERS:
-        model = linear.Ridge(alpha=1.0 / strength, random_state=seed)
-    else:
-        model = linear.LogisticRegression(C=strength, max_iter=1000, random_state=seed)
-    steps = [sklearn_module("preprocessing").StandardScaler()] if scaled else []
+        return linear.Ridge(alpha=1.0 / strength, random_state=seed).fit(x, y)
     with warnings.catch_warnings():
         # With a very weak penalty the predictions converge before the last digits of the weights do.
         warnings.simplefilter("ignore", errors.ConvergenceWarning)
-        return sklearn_module("pipeline").make_pipeline(*steps, model).fit(x, y)
+        return linear.LogisticRegression(C=strength, max_iter=1000, random_state=seed).fit(x, y)
 
 
 def _score(metric: str, true: Any, predicted: Any) -> float:

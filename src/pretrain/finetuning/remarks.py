@@ -134,12 +134,17 @@ def _constant(result: Finetuned) -> str | None:
     table = result.data.valid
     if not len(table) or not _may_be_constant(result):
         return None
-    answers = list(result.task.predict(table))
-    said = {repr(choice) for answer in answers for choice in result.task.choices(answer)}
-    if len(said) != 1:
+    said: set[str] = set()
+    answered = 0
+    for answer in result.task.predict(table):
+        answered += 1
+        said |= {repr(choice) for choice in result.task.choices(answer)}
+        if len(said) > 1:
+            return None
+    if not said:
         return None
     return (
-        f"the model gives the same answer to all {len(answers):,} held-out rows ({said.pop()[:60]}): it has learnt "
+        f"the model gives the same answer to all {answered:,} held-out rows ({said.pop()[:60]}): it has learnt "
         f"nothing that tells them apart"
     )
 

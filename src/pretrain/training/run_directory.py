@@ -18,7 +18,7 @@ from pretrain.checkpoint.best import COMPARISON, SWEEP
 from pretrain.checkpoint.manifest import candidates
 from pretrain.training.logging import RunLog
 from pretrain.utils import runlock
-from pretrain.utils.directories import make_directories
+from pretrain.utils.directories import make_directories, unused
 from pretrain.utils.files import replace_file, writing
 
 __all__ = ["Home", "Unbegun"]
@@ -107,8 +107,7 @@ class Home:
 
     def refuge(self) -> Path:
         """Return an unused path for a directory beside it."""
-        names = (self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
-        return next(name for name in names if not os.path.lexists(name))
+        return unused(self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
 
     def furnish(self, refuge: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Write what a run needs besides its checkpoints to the new directory: settings and log."""

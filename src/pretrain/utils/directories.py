@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pretrain.errors import CheckpointError
@@ -38,6 +38,7 @@ __all__ = [
     "sweep",
     "temporary_directory",
     "temporary_name",
+    "unused",
 ]
 
 # new: being written. old: moved aside while it is replaced. gone: rotated out, being deleted.
@@ -88,6 +89,11 @@ def remove_tree(path: Path) -> None:
     if failure is not None:
         raise failure
     files.IO.rmdir(path)
+
+
+def unused(paths: Iterable[Path]) -> Path:
+    """Return the first of some paths at which there is nothing, not even a broken link."""
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def appears(path: Path) -> bool:
