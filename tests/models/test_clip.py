@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -204,3 +205,7 @@ def test_batches_that_no_tower_reads_are_named():
         model(packed)
     with pytest.raises(ModelError, match=r"must be \(images, 3, 8, 8\)"):
         model({"pixel_values": torch.zeros(1, 3, 9, 9)})
+
+
+def test_no_images_have_no_vectors():
+    assert make().embed(np.empty((0, 8, 8, 3), np.uint8)).shape == (0, TINY["projection_dim"])

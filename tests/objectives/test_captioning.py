@@ -199,6 +199,14 @@ def test_what_cannot_be_used_is_refused_or_counted(tokenizer: Tokenizer) -> None
         goal.encode(table([{"image": image, "text": 3}]))
 
 
+def test_the_text_of_a_row_without_an_image_is_not_read(tokenizer: Tokenizer) -> None:
+    rows = [SCENES[0], {**SCENES[1], "image": b"no picture", "text": 7}]
+    found = task(tokenizer).encode(table(rows))
+    assert len(found) == 1 and [1] in found.dropped.values()
+    with pytest.raises(DataError, match="not a text"):
+        task(tokenizer).encode(table([SCENES[0], {**SCENES[1], "text": 7}]))
+
+
 def test_texts_in_files_beside_images(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -728,6 +728,21 @@ def test_the_loss_on_all_rows_is_not_compared_with_that_of_a_sample(
     assert [r["step"] for r in on_as_many(evals, evals[-1])] == [6]
 
 
+def test_a_trainer_of_ones_own_has_its_own_schedule(tmp_path: Path, text: Path) -> None:
+    class Halving(Trainer):
+        def lr_factor(self) -> float:
+            return 0.5**self.state.step
+
+    data = pretrain.prepare(str(text), tmp_path / "data", vocab_size=280, row_length=32, quiet=True)
+    size = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32}
+    run = Halving(
+        pretrain.NextToken(pretrain.build("gpt2", tokenizer=data.tokenizer, **size)), data.train,
+        optim=OptimConfig(lr=1e-2), train=TrainConfig(out=str(tmp_path / "run"), limit="3 steps", batch_rows=4),
+        parallel=ParallelConfig(device="cpu"), quiet=True,
+    ).fit()  # fmt: skip
+    assert [record["lr"] for record in run.history if "lr" in record] == [1e-2, 5e-3, 2.5e-3]
+
+
 @pytest.mark.parametrize(
     "changed", [{"lr": 0.5}, {"weight_decay": 5.0}, {"name": "muon"}, {"schedule": "constant"}]
 )

@@ -28,7 +28,7 @@ from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record
-from pretrain.utils.strict_json import as_json, names_only, parse_json, to_json
+from pretrain.utils.strict_json import names_only, parse_json, to_json
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -202,7 +202,7 @@ def _config(
     if model.adapter is not None:
         facts = checkpoint.adapter_files.adapter_facts(model, full)
         config["pretrain"] = {**(config.get("pretrain") or {}), "adapter": facts}
-    return dict(as_json(names_only(config)))
+    return dict(finite_json(names_only(config)))
 
 
 def _training_group(stem: str, tensors: Mapping[str, Tensor], pieces: Pieces) -> Group:
@@ -318,7 +318,7 @@ def _generation_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config.get(key) is not None
     }
-    return dict(as_json(names_only({**ids, **drop_code(model.generation_config)})))
+    return dict(finite_json(names_only({**ids, **drop_code(model.generation_config)})))
 
 
 def tokenizer_entries(model: Model, *, segments: bool) -> dict[str, Any]:
@@ -382,3 +382,12 @@ def _named(groups: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Return the total size of tensors in bytes, also for tensors on the meta device."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def finite_json(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by strings; what else it does not have is left to fail."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    return [finite_json(item) for item in value] if isinstance(value, list) else value

@@ -247,7 +247,8 @@ def _check_tp(settings: ParallelConfig, world: int, possible: Sequence[int]) -> 
     if tp not in possible and tp != 1:
         raise ConfigError(
             f"parallel.tp is {tp}, but with this model and objective it may be {_listed(sorted({1, *possible}))}: it "
-            "must divide the heads, the key-value heads and the width of the feed-forward layer."
+            "must divide the heads, the key-value heads and the width of the feed-forward layer, and leave each "
+            "process rows of the vocabulary. Take one of these, or share the work by dp_shard instead."
         )
     if world % tp:
         raise ConfigError(

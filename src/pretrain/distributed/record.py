@@ -61,12 +61,12 @@ def stack_of(innermost: FrameType | TracebackType | None) -> str:
     if innermost is None:
         return ""
     if isinstance(innermost, TracebackType):
-        frames = traceback.extract_tb(innermost)
+        frames = traceback.extract_tb(innermost, limit=-_FRAMES)
     else:
-        frames = traceback.extract_stack(innermost)
+        frames = traceback.extract_stack(innermost, limit=_FRAMES)
     lines = [
         f"{_module_path(frame.filename)}:{frame.lineno} {frame.name}: {(frame.line or '')[:160]}"
-        for frame in frames[-_FRAMES:]
+        for frame in frames
     ]
     return "\n".join(lines)[-_TEXT:]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.checkpoint.draft import finite_json
 from pretrain.checkpoint.result import write_result
 from pretrain.config.spelling import PROBE, using
 from pretrain.errors import DataError
@@ -27,7 +28,7 @@ from pretrain.printing import aligned, printable
 from pretrain.report.history import loss_svg, plot_history, sort_records
 from pretrain.utils.curves import Plot, matrix_svg
 from pretrain.utils.html import Html, bullets, figure, notebook_view, show, table
-from pretrain.utils.strict_json import as_json, to_json
+from pretrain.utils.strict_json import to_json
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -226,7 +227,7 @@ class Finetuned:
         config = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
         config["pretrain"] = {**config["pretrain"], **self.model.extra_config["pretrain"]}
         card = (self.model.card or "").encode("utf-8", "replace")
-        texts = {"config.json": to_json(as_json(config)), "README.md": card}
+        texts = {"config.json": to_json(finite_json(config)), "README.md": card}
         self.run.result = write_result(self.run.path, chosen, texts)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:

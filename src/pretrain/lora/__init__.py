@@ -49,7 +49,9 @@ def apply_lora(model: Model, config: LoraConfig | None = None, seed: int = 0) ->
     """
     config = config or LoraConfig()
     if model.adapter is not None:
-        raise ModelError("The model has an adapter already. Merge or unload it first.")
+        raise ModelError(
+            "The model has an adapter already. Merge it (pretrain.lora.merge) or remove it (unload) first."
+        )
     full = choose_full(model, config)
     saved = {entry.disk.rpartition(".")[0] for entry in full}
     sites = {

@@ -173,14 +173,14 @@ class Captioning(ImageTask, TokenObjective):
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         names = [name for name in ("question", "text") if name in table.names]
         names = names if targets else [name for name in names if name != "text"]
-        empty = [empty_texts(table, names, i) for i in range(len(table))]
-        ids = {name: self._ids(table.columns[name]) for name in names}
 
         def target(rows: TaskRows, i: int, image: Stored) -> Any:
-            if empty[i]:
-                return f"empty {' and '.join(empty[i])}"
-            question = ids["question"][i] if "question" in names else []
-            answer = ids["text"][i] if "text" in names else []
+            if empty := empty_texts(table, names, i):
+                return f"empty {' and '.join(empty)}"
+            ids = dict(
+                zip(names, self._ids([table.columns[name][i] for name in names]), strict=True)
+            )
+            question, answer = ids.get("question", []), ids.get("text", [])
             room = self.max_length - len(question) - 1
             if room < 1:
                 return f"the question leaves no room for a text in {self.max_length} tokens"
@@ -211,9 +211,8 @@ class Captioning(ImageTask, TokenObjective):
     def _patches(self) -> int:
         return int(self.model.backbone.config.num_patches)
 
-    def _ids(self, cells: Sequence[str | None]) -> list[list[int]]:
-        """Encode texts without their frame; an empty cell has no tokens."""
-        texts = [cell or "" for cell in cells]
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts without their frame."""
         return [e.ids for e in self.tokenizer.frame_texts(texts, special=False, framed=False)]
 
     def truth(self, table: Table) -> list[Any]:

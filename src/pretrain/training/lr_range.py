@@ -95,11 +95,13 @@ class _Rising(Trainer):
 
     def __init__(self, *args: Any, lowest: float, highest: float, **options: Any) -> None:
         super().__init__(*args, quiet=True, **options)
-        self.lr_factor = lambda step, total: float(
-            lowest * (highest / lowest) ** (step / max(1, total - 1))
-        )
+        self.lowest, self.highest = lowest, highest
         self.rates: list[float] = []
         self.losses: list[float] = []
+
+    def lr_factor(self) -> float:
+        share = self.state.step / max(1, self.state.total_steps - 1)
+        return float(self.lowest * (self.highest / self.lowest) ** share)
 
     def _after_step(self, record: dict[str, Any]) -> None:
         super()._after_step(record)

@@ -665,7 +665,9 @@ def evaluate(
         chosen = evaluation_precision(before.train.eval_precision, chosen)
     built.to(where)
     if batch_rows is None:
-        batch_rows = (before.train.batch_rows if built.couples_examples else 0) or _ROWS
+        batch_rows = _ROWS
+        if built.couples_examples and home is not None:
+            batch_rows = RunConfig.of_run(home).train.batch_rows or _ROWS
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
@@ -743,7 +745,7 @@ def _held_out(
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
     elif names_function(data):
-        named = _settings_of(home).data
+        named = DataConfig() if home is None else RunConfig.of_run(home).data
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
         return _held_out_rows(home if same else None, found, model)

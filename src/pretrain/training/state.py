@@ -14,15 +14,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pretrain.distributed.launched import launched
 from pretrain.report.history import frame_of, loss_svg, plot_history, sort_records
 from pretrain.report.run_report import write
 from pretrain.utils.curves import Plot
 from pretrain.utils.html import notebook_view
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "SIGNALS",
@@ -302,6 +303,8 @@ def undisturbed(device: torch.device | None = None) -> Iterator[None]:
     Args:
         device: where the model runs; None if that is not known yet. The state of GPUs is restored if they are in use.
     """
+    import torch  # the results of runs are read without it
+
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # not annotated in torch
     in_use = begun or (device is not None and device.type == "cuda")
     gpus = range(torch.cuda.device_count()) if in_use else ()

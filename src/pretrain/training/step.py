@@ -43,7 +43,7 @@ def take_step(
     check_targets(count, state.step, state.rows, trainer.train.batch_rows)
     if optim.unfreeze and trainer.layers.unfreeze(state):
         strategy.wrap()
-    factor = trainer.lr_factor(state.step, state.total_steps)
+    factor = trainer.lr_factor()
     totals = _backward(trainer, batches, count)
     trainer.world.mark("update", state.step)
     trainer.scaler.unscale([local(p.grad) for p in trainer.params.values() if p.grad is not None])

@@ -156,14 +156,6 @@ class Trainer:
             raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
         self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective, self.out)
-        # Of the step and the steps of the whole run: the rate as a multiple of that of the settings.
-        self.lr_factor: Callable[[int, int], float] = functools.partial(
-            lr_factor,
-            schedule=self.optim.schedule,
-            warmup=self.optim.warmup,
-            decay=self.optim.decay,
-            min_lr=self.optim.min_lr,
-        )
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
@@ -485,6 +477,17 @@ class Trainer:
         if record:
             self.state.micro_rows = micro_rows
         self.micro_rows = self.feed.micro_rows = micro_rows
+
+    def lr_factor(self) -> float:
+        """Return the learning rate of this step, as a multiple of that of the settings."""
+        return lr_factor(
+            self.state.step,
+            self.state.total_steps,
+            schedule=self.optim.schedule,
+            warmup=self.optim.warmup,
+            decay=self.optim.decay,
+            min_lr=self.optim.min_lr,
+        )
 
     def _after_step(self, record: dict[str, Any]) -> None:
         """Log, evaluate, save and call hooks, each at its own interval."""
