@@ -35,7 +35,9 @@ from pretrain.utils import directories, files
 
 
 class Gate(files.FileIO):
-    """Holds every write until it is opened: the disk is slow while training goes on."""
+    """Holds every write until it is opened: the disk is slow while training goes on. It shuts behind `last`."""
+
+    last = ""
 
     def __init__(self) -> None:
         self.open_now, self.reached = threading.Event(), threading.Event()
@@ -44,6 +46,11 @@ class Gate(files.FileIO):
         self.reached.set()
         assert self.open_now.wait(30)
         return super().write(descriptor, data)
+
+    def rename(self, source, target):
+        super().rename(source, target)
+        if target.name == self.last:
+            self.open_now.clear()
 
 
 @pytest.fixture
@@ -123,6 +130,7 @@ def test_one_save_at_a_time(tmp_path, gate):
     saver = Saver(tmp_path, background=True)
     save(saver, model, 1)
     assert gate.reached.wait(10)
+    gate.last = "checkpoint-1"  # a fast disk would have the second before it is looked at
     release = threading.Timer(0.5, gate.open_now.set)
     release.start()
     began = time.monotonic()
@@ -130,6 +138,7 @@ def test_one_save_at_a_time(tmp_path, gate):
     save(saver, model, 2, keep=1)
     assert time.monotonic() - began > 0.3, "it waited for the one before"
     assert saver.durable == tmp_path / "checkpoint-1"
+    gate.open_now.set()
     saver.close()
     assert os.listdir(tmp_path) == ["checkpoint-2"]
     expected = contents(plainly(tmp_path / "plain", model, 2))
