@@ -22,6 +22,7 @@ from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.masks import Mask, pixel_features
 from pretrain.data.labels import LabelMap
+from pretrain.data.row_writer import RowWriter
 from pretrain.data.tables import Table
 from pretrain.errors import DataError, ModelError
 from pretrain.metrics import confusion_matrix, iou, mean_iou
@@ -243,6 +244,37 @@ def test_a_class_of_a_mask_is_its_name_and_not_its_number(tmp_path: Path) -> Non
             old.encode(made[name])
         old.labels_given = True
         assert np.array_equal(old.encode(made[name])[0]["mask"].values, masks[0]), name
+
+
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        (None, [0, 1]), ({"0": 0, "255": 1}, [0, 255]), ({"0": 1, "300": 0}, [300, 0]),
+        ({"7": 0, "9": 1, "8": 1, "x": 0}, [7, 8]), ({"0": 0}, [0, 1]), ({"1": 1}, [0, 1]),
+        ({"-1": 0, "0": 1}, [0, 1]), ({"0": 0, "70000": 1}, [0, 1]),
+    ],
+)  # fmt: skip
+def test_answers_hold_the_numbers_of_the_masks(
+    codes: Any, wanted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal = task(codes=codes)
+    kind = np.uint16 if max(wanted) > 255 else np.uint8
+    assert goal.numbers.tolist() == wanted and goal.numbers.dtype == kind
+    images, masks = squares(2)
+    answers = [goal.decode([(mask, 0.0)], [None]) for mask in masks]
+    answer, share = answers[0]["mask"], answers[0]["share"]
+    assert np.array_equal(answer, np.asarray(wanted)[masks[0]])
+    assert share == pytest.approx({"ground": 1 - masks[0].mean(), "square": masks[0].mean()})
+    monkeypatch.setattr(goal, "predict", lambda table: answers)
+    rows = Table("rows", {"image": list(images), "mask": [Mask(mask) for mask in masks]})
+    assert [row["score"] for row in goal.pictures(rows, 2)] == [1, 1]
+    with RowWriter(tmp_path / "o.jsonl", []) as output:
+        output.write({}, answers[0])
+    file = tmp_path / "o.jsonl.masks" / "000000.png"
+    assert np.array_equal(np.asarray(Image.open(file)), answer)
+    if codes and all(str(n) in codes for n in wanted):
+        again = goal.encode(goal.read([{"image": images[0], "mask": str(file)}]))
+        assert np.array_equal(again[0]["mask"].values, masks[0])
 
 
 def test_a_number_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ Letters: B images, C classes, h x w places of the map, H x W pixels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,7 +63,7 @@ class Segmentation(ImageTask, ClassTask):
         flip: mirror half of the training images; not where left and right have a meaning.
         class_weights, label_smoothing: see ``ClassTask``; a target is a pixel.
         codes: class number of every number in the masks; by default the numbers count the labels from 0. The number
-            255 is a pixel without a class, unless it has a code.
+            255 is a pixel without a class, unless it has a code. Answers are in these numbers, not in class numbers.
         max_length: of texts only; None.
 
     Row options: ``labels``, the class names in the order of their numbers.
@@ -94,6 +95,7 @@ class Segmentation(ImageTask, ClassTask):
         self.augmentation = Augmentation(crop, flip)
         numbered = {str(k): k for k in range(len(self.labels))}
         self.codes = class_codes(codes or numbered, self.labels)
+        self.numbers = _mask_numbers(self.codes, len(self.labels))
         self.check_whole()
 
     # ------------------------------------------------------------------ rows
@@ -303,10 +305,16 @@ class Segmentation(ImageTask, ClassTask):
         return list(zip(masks, scores.flatten(1).amax(1).tolist(), strict=True))
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
-        """Return ``mask``, the number of every pixel's class, (H, W); and the ``share`` of the pixels of each class."""
+        """Return ``mask``, (H, W), in the numbers of the masks that the model learned from; and ``share``.
+
+        ``share`` is that of the pixels of each class. The number of a class is the smallest one that has its code; that
+        of a class which no training mask could hold, the smallest free one. Where a PNG file cannot hold a number
+        (below 0, above 65535), they are the class numbers 0, 1, ... in the order of the labels.
+        """
         mask, _ = outputs[0]
         counts = np.bincount(mask.reshape(-1), minlength=len(self.labels)) / mask.size
-        return {"mask": mask, "share": dict(zip(self.labels, counts.tolist(), strict=True))}
+        share = dict(zip(self.labels, counts.tolist(), strict=True))
+        return {"mask": self.numbers[mask], "share": share}
 
     @classmethod
     def baseline_columns(cls, *tables: Table) -> list[Any]:
@@ -320,12 +328,13 @@ class Segmentation(ImageTask, ClassTask):
 
     def pictures(self, table: Table, count: int) -> list[dict[str, Any]]:
         """Masks and predicted masks over their images; the score is the mean intersection over union of the image."""
-        masks = self._masks(table)
+        masks, order = self._masks(table), np.argsort(self.numbers).astype(np.uint8)
 
         def judge(i: int, answer: dict[str, Any]) -> Any:
             if not isinstance(masks[i], Mask):
                 return None
-            truth, said = masks[i].values, answer["mask"]
+            truth = masks[i].values
+            said = order[np.searchsorted(self.numbers, answer["mask"], sorter=order)]
             known = truth != UNLABELLED
             matrix = figures_of.confusion_matrix(truth[known], said[known], len(self.labels))
             return figures_of.mean_iou(matrix), truth, said
@@ -359,6 +368,18 @@ def _as_targets(masks: Tensor) -> Tensor:
     """Return classes as int64, with ``IGNORE`` where there is none."""
     labels = masks.to(torch.int64)
     return labels.masked_fill_(labels == UNLABELLED, IGNORE)
+
+
+def _mask_numbers(codes: Mapping[str, int], count: int) -> np.ndarray:
+    """Return the number of each class in the masks of answers, (classes,) of 8 or 16 bits; see ``decode``."""
+    found = [(int(text), k) for text, k in codes.items() if text.lstrip("-").isdecimal()]
+    of_class = {k: n for n, k in sorted(found, reverse=True)}
+    taken = {UNLABELLED, *(n for n, _ in found)}
+    free = (n for n in itertools.count() if n not in taken)
+    numbers = [of_class[k] if k in of_class else next(free) for k in range(count)]
+    if not 0 <= min(numbers) <= max(numbers) < 1 << 16:
+        numbers = list(range(count))
+    return np.asarray(numbers, np.uint8 if max(numbers) <= UNLABELLED else np.uint16)
 
 
 def _numbers(found: Any) -> list[int]:
