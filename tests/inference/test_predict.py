@@ -6,6 +6,7 @@ import csv
 import json
 import signal
 import tracemalloc
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +486,60 @@ def test_the_model_says_what_a_folder_holds(model: Model, tmp_path: Path) -> Non
         predict_file(vit, tmp_path / "rows", tmp_path / "o.csv", progress=False, delimiter=",")
     with pytest.raises(DataError, match="is a folder, not a file of rows"):
         predict_file(model, tmp_path / "rows", tmp_path / "o.csv", progress=False)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "folder", "metadata", "masks", "coco", "audio"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_paths_in_what_is_written_are_read_from_there(
+    form: str, absolute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    rows, names = tmp_path / "in" / "rows", ["a.png", "b.png"]
+    for place in (rows / "images", rows / "masks", tmp_path / "out" / "deep"):
+        place.mkdir(parents=True)
+    for file in (folder / name for folder in (rows / "images", rows / "masks") for name in names):
+        image.new("L", (8, 8), int("b" in file.name)).save(file)
+    monkeypatch.chdir(tmp_path)
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "image_size": 8, "patch_size": 4}
+    family, head, source, column = "vit", "image-classification", f"in/rows/t.{form}", "image"
+    given = str(rows / "images" / "a.png") if absolute else "images/a.png"
+    table = [{"photo": given, "kind": "images/a.png"}, {"photo": "images/b.png", "kind": "b"}]
+    if form in ("csv", "jsonl"):
+        write_rows(rows / f"t.{form}", table)
+        column = "photo"
+    elif form in ("folder", "metadata"):
+        source = "in/rows/images"
+        if form == "metadata":
+            write_rows(rows / "images/metadata.csv", [{"file_name": name} for name in names])
+    elif form == "masks":
+        head, source = "segmentation", "in/rows"
+    elif form == "coco":
+        head, source = "object-detection", "in/rows"
+        files = [{"id": i, "file_name": n, "width": 8, "height": 8} for i, n in enumerate(names)]
+        box = {"image_id": 0, "category_id": 0, "bbox": [1, 1, 4, 4]}
+        content = {"images": files, "annotations": [box], "categories": [{"id": 0, "name": "x"}]}
+        (rows / "t.json").write_text(json.dumps(content))
+    else:
+        family, head, column = "audio-spectrogram-transformer", "audio-classification", "audio"
+        sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_length": 16}
+        with wave.open(str(rows / "a.wav"), "wb") as sound:
+            sound.setparams((1, 2, 16_000, 1600, "NONE", ""))
+            sound.writeframes(bytes(3200))
+        source, names = "in/rows/a.wav", ["a.wav"]
+    model = build(family, head=head, labels=["x", "y"], **sizes).eval()
+    start = tmp_path / source if absolute and form not in ("csv", "jsonl") else Path(source)
+    target = predict_file(model, start, "out/deep/o.jsonl", progress=False)
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    monkeypatch.chdir("/")
+    paths = [
+        row[key] for row in written for key in (column, "mask", "predicted_mask") if key in row
+    ]
+    assert {Path(path).name for path in paths} >= set(names)
+    assert all((tmp_path / "out" / "deep" / path).is_file() for path in paths)
+    if form in ("csv", "jsonl"):
+        assert written[0]["photo"] == (given if absolute else "../../in/rows/images/a.png")
+        assert written[0]["kind"] == "images/a.png"  # no column of images
+    assert len(predict_with(task_of(model), tmp_path / target)) == len(names)
 
 
 def test_places_that_cannot_be_written(model: Model, tmp_path: Path) -> None:

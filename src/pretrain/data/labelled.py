@@ -43,6 +43,7 @@ class Role:
         constant: all rows of a model have the column, or none: it belongs to what is asked.
         beside: (column, other role, its column), the last recognised as that role and the first as this one only
             where a table has both: ``("sentence", "text", "question")``.
+        file: a text in the column is the path of a file, relative to the file that the table was read from.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Role:
     many: bool = False
     constant: bool = False
     beside: tuple[tuple[str, str, str], ...] = ()
+    file: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ columns

@@ -20,7 +20,8 @@ from pretrain.errors import DataError, nearest
 from pretrain.utils.files import replace_file
 
 __all__ = [
-    "FileHashes", "cache_home", "find_files", "hidden", "passed_over", "shortened_path", "tar_files", "walk",
+    "FileHashes", "cache_home", "find_files", "hidden", "passed_over", "path_from", "shortened_path", "tar_files",
+    "walk",
 ]  # fmt: skip
 
 _GLOB = "*?["
@@ -127,6 +128,18 @@ def walk(
 def hidden(name: str) -> bool:
     """Whether a name in a folder is hidden, or one that archives of macOS add."""
     return name.startswith(".") or name == "__MACOSX"
+
+
+def path_from(folder: Path, file: Path) -> str:
+    """Return the path of a file as a table in a folder names it: relative to the folder, or absolute on another drive.
+
+    Links to folders are followed, because ``..`` leads out of the folder that a link names.
+    """
+    absolute = os.path.join(os.path.realpath(file.parent), file.name)
+    try:
+        return Path(os.path.relpath(absolute, os.path.realpath(folder))).as_posix()
+    except ValueError:
+        return absolute
 
 
 def shortened_path(name: Any) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint import load
 from pretrain.config.spelling import PREDICT, either, option, using
 from pretrain.data.labelled import Role, choose_columns, roles_table
-from pretrain.data.paths import tar_files
+from pretrain.data.paths import path_from, tar_files
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
 from pretrain.data.tables import Chunk, Table, in_chunks, splits, stream_chunks
@@ -452,7 +453,8 @@ def predict_file(
 
     The columns of the input are kept, and those of the predictions added: ``predicted_label``, ``score``. A row without
     text keeps its position and has no prediction; the number of such rows is printed. Columns are recognised in the
-    first 1,024 rows.
+    first 1,024 rows. Paths of images, masks and recordings are written relative to the output, as it is read again;
+    absolute ones stay.
 
     Args:
         checkpoint: a run (its best checkpoint is used), a model directory, or a ``Model``.
@@ -489,6 +491,7 @@ def predict_file(
         chunks = in_chunks(task.read(source, name="data", **form), _CHUNK)
     first = next(chunks)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
+    files = _file_columns(task, first.table, dict(columns or {}))
     count = empty = 0
     task.reset_counts()
     with (
@@ -499,7 +502,8 @@ def predict_file(
         for chunk in chain([first], chunks):
             table = roles_table(chunk.with_columns(chosen.values()), chosen)
             answers = _answers(task, table, batch_rows, options)
-            for row, answer in zip(chunk.rows, answers, strict=True):
+            rows = _rows_beside(target, chunk, files)
+            for row, answer in zip(rows, answers, strict=True):
                 output.write(row, answer)
                 count, empty = count + 1, empty + _is_empty(answer)
                 bar.update()
@@ -532,6 +536,43 @@ def _table_chunks(source: Path, **form: Any) -> Iterator[Chunk] | None:
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}.") from error
     return None
+
+
+def _file_columns(task: Task, table: Table, given: Mapping[str, str]) -> set[str]:
+    """Return the columns whose texts are paths, those of targets among them."""
+    roles = {role.name: replace(role, required=False) for role in task.roles if role.file}
+    wanted = {role: c for role, c in columns_of(task.model, table, given).items() if role in roles}
+    return set(choose_columns(table, list(roles.values()), wanted, quiet=True).values())
+
+
+def _rows_beside(target: Path, chunk: Chunk, files: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a chunk, in which paths of files hold for a table at ``target``; absolute ones stay.
+
+    Args:
+        target: the table that is written.
+        chunk: the rows, which may hold items of files in any column.
+        files: columns whose texts are paths, relative to the file that the rows were read from.
+    """
+    if not files:  # of a task that reads texts
+        yield from chunk.rows
+        return
+    from pretrain.data.images.decode import FileItem
+
+    origin = Path(chunk.table.origin)
+    folder = origin.parent if origin.is_file() else None
+    for i, row in enumerate(chunk.rows):
+        placed = dict(row)
+        for name, column in chunk.table.columns.items():
+            cell, text, base = column[i], row.get(name), folder if name in files else None
+            if isinstance(cell, FileItem):
+                text, base = cell.source, Path()
+            if base is None or not isinstance(text, str | Path) or not str(text).strip():
+                continue
+            if os.path.isabs(os.path.expanduser(text)):
+                placed[name] = str(text)
+            elif os.path.isfile(file := base / text):
+                placed[name] = path_from(target.parent, file)
+        yield placed
 
 
 def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:

@@ -36,6 +36,7 @@ CLIP = Role(
         *("path", "audio_path", "filepath", "file_path", "audio_file", "wav_path"),
     ),
     help="the recording: a path, bytes or an array",
+    file=True,
 )
 _RATE = Role(
     "sampling_rate",

@@ -54,6 +54,7 @@ MASK = Role(
     ),
     help="the mask: an image whose pixels are numbers of classes",
     target=True,
+    file=True,
 )  # fmt: skip
 _IMAGES = ("images", "image", "imgs", "img", "JPEGImages")
 _MASKS = ("masks", "mask", "labels", "annotations", "SegmentationClass")

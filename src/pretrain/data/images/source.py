@@ -35,6 +35,7 @@ IMAGE = Role(
         *("image_path", "filepath", "file_path", "image_file"),
     ),
     help="the image: a path, bytes or an array",
+    file=True,
 )
 _LABEL = Role("label", ("label", "labels", "class", "category", "target"), help="the class")
 _USUAL = 224  # size of the images of published models
