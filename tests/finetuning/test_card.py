@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ import yaml
 import pretrain
 from finetuning.conftest import QUICK, model_of, rows_of, texts
 from pretrain.checkpoint.licences import card_terms, licence_fields
-from pretrain.finetuning.card import base_model
+from pretrain.data.tables import Table
+from pretrain.finetuning.card import base_model, example_input
+from pretrain.objectives.audio_classification import AudioClassification
+from pretrain.objectives.captioning import Captioning
+from pretrain.objectives.classification import Classification
+from pretrain.objectives.object_detection import ObjectDetection
 
 transformers.logging.set_verbosity_error()
 TEXTS = [text for text, _ in texts(40)]
@@ -77,6 +83,25 @@ def test_the_code_of_a_card_of_pre_training_runs(family: str, tmp_path: Path) ->
     name, bare, _ = family.partition(" ")
     place = model_of(name, **({"head": None} if bare else {})).save(tmp_path / "model")
     assert len(run_code((place / "README.md").read_text(), place)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "wanted"),
+    [
+        (ObjectDetection, ("image", "boxes", "label", "image_size"), '"photo.jpg"'),
+        (AudioClassification, ("audio", "sampling_rate", "label"), '"recording.wav"'),
+        (Captioning, ("image", "question", "text"), '{"image": "photo.jpg", "question": "x"}'),
+        (Captioning, ("image", "text"), '"photo.jpg"'),
+        (Classification, ("text", "pair", "label"), '{"text": "x", "pair": "x"}'),
+    ],
+)
+def test_the_example_asks_for_what_an_answer_needs(
+    task: Any, columns: tuple[str, ...], wanted: str
+) -> None:
+    table = Table("rows", {name: ["x"] for name in columns})
+    data = SimpleNamespace(train=table, valid=table)
+    result: Any = SimpleNamespace(task=task.__new__(task), data=data)
+    assert example_input(result) == wanted
 
 
 def test_only_a_name_of_the_hub_is_a_base_model() -> None:

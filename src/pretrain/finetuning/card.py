@@ -260,9 +260,13 @@ def _short(text: str) -> str:
 
 
 def _read(result: Finetuned) -> list[str]:
-    """Roles of the inputs that the rows of this run have, without the targets."""
+    """Roles of the inputs that the rows of this run have and an answer needs, without the targets.
+
+    Others are what a reader says of single rows, such as the size of an image; see ``Role.constant``.
+    """
     roles = roles_read(type(result.task))
-    used = [role.name for role in roles if role.name in result.data.train.names]
+    needed = [role for role in roles if role.required or role.constant]
+    used = [role.name for role in needed if role.name in result.data.train.names]
     return used or [roles[0].name]
 
 
