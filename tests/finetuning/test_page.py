@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -429,6 +430,21 @@ def test_errors_are_shown() -> None:
     check_self_contained(Page(html))
     assert len(found) == 2 and found[0] is row and isinstance(found[:1], Errors)
     assert repr(Errors([])) == "no mistakes" and Page(Errors([])._repr_html_())
+
+
+def test_mistakes_of_questions_about_images_show_the_questions() -> None:
+    row = {"where": "row 1", "text": "a.png | how many?", "label": "2", "predicted": "3"}
+    image = {**row, "picture": "data:image/png;base64,AA", "score": None}
+    asked = Errors([{**image, "beside": "how many?"}])
+    heads = ["right", "predicted", "image", "text", "where"]
+    assert re.findall(r"<th\b[^>]*>(.*?)</th>", asked.html()) == heads
+    assert re.search("<td[^>]*>how many[?]</td>", asked.html())
+    assert "2 taken for 3\n" in repr(asked)
+    heads = ["right", "predicted", "score", "image", "where"]
+    plain = Errors([{**image, "beside": "", "score": 0.5}]).html()
+    assert re.findall(r"<th\b[^>]*>(.*?)</th>", plain) == heads
+    text = re.findall(r"<th\b[^>]*>(.*?)</th>", Errors([{**row, "score": 0.5}]).html())
+    assert text == ["right", "predicted", "score", "text", "where"]
 
 
 # ------------------------------------------------------------------------------------------------ pretrain report

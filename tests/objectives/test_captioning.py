@@ -138,7 +138,9 @@ def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
     again = [found["answer"] for found in tuned.predict(asked[::-1])]
     assert again == answers[::-1]  # whichever questions are answered together
     assert isinstance(tuned.predict(SCENES[0]["image"])["answer"], str)
-    assert tuned.errors(3)[0]["label"] != tuned.errors(3)[0]["predicted"]
+    mistake = tuned.errors(3)[0]
+    assert mistake["label"] != mistake["predicted"] and mistake["score"] is None
+    assert mistake["beside"] in {row["question"] for row in SCENES}
 
 
 def test_texts_that_are_never_written_are_not_exact(tokenizer: Tokenizer) -> None:

@@ -203,14 +203,16 @@ class Finetuned:
             if weight is not None:
                 wrong.append((weight, i, truth, found.get(self.task.answer_key, found)))
         wrong.sort(key=lambda item: (-item[0], item[1]))
-        judged, mistakes = self.judged, []
+        judged, mistakes, scored = self.judged, [], any(weight for weight, *_ in wrong)
         for weight, i, truth, answer in wrong[:count]:
             row = judged.row(i)
             inputs = [row[r.name] for r in self.task.roles if r.name in row and not r.target]
             picture = next(map(_thumbnail, (x for x in inputs if hasattr(x, "thumbnail"))), None)
+            beside = " | ".join(x for x in inputs if isinstance(x, str))
             mistakes.append({
                 "where": judged.where(i), "text": " | ".join(map(str, inputs)), "label": truth, "predicted": answer,
-                "score": weight, **({} if picture is None else {"picture": picture}),
+                "score": weight if scored else None,
+                **({} if picture is None else {"picture": picture, "beside": beside}),
             })  # fmt: skip
         return Errors(mistakes)
 
@@ -391,7 +393,8 @@ class Errors(Sequence[Mapping[str, Any]]):
 
     Args:
         rows: each ``where`` (place in the source), ``text``, ``label`` (the right answer), ``predicted`` and
-            ``score`` (how sure the model was, or how far off); of an image also ``picture``, its thumbnail.
+            ``score`` (how sure the model was, or how far off; None of a task that tells neither); of an image also
+            ``picture``, its thumbnail, and ``beside``, the texts that belong to it, such as a question.
     """
 
     rows: list[dict[str, Any]]
@@ -407,22 +410,27 @@ class Errors(Sequence[Mapping[str, Any]]):
             return "no mistakes"
         return "\n".join(
             f"{_line(row.get('where'), 80)}: {_line(row.get('label'), 80)} taken for "
-            f"{_line(row.get('predicted'), 80)} ({_short(row.get('score'))})\n"
+            f"{_line(row.get('predicted'), 80)}{_in_brackets(row.get('score'))}\n"
             f"    {_line(row.get('text'), 110)}"
             for row in self.rows
         )
 
     def html(self, text: int = _TEXT) -> str:
         """A table as HTML without a style of its own; texts are truncated to ``text`` characters."""
-        rows = [
-            [
-                _line(row.get("label"), 120), _line(row.get("predicted"), 120), _score(row.get("score")),
-                _picture(row) or _line(row.get("text"), text), _line(row.get("where"), 200),
-            ]
-            for row in self.rows
-        ]  # fmt: skip
-        read = "image" if any("picture" in row for row in self.rows) else "text"
-        return table(["right", "predicted", "score", read, "where"], rows, left=5)
+        columns: dict[str, list[Any]] = {
+            "right": [_line(row.get("label"), 120) for row in self.rows],
+            "predicted": [_line(row.get("predicted"), 120) for row in self.rows],
+        }
+        if any(row.get("score") is not None for row in self.rows):
+            columns["score"] = [_score(row.get("score")) for row in self.rows]
+        if images := any("picture" in row for row in self.rows):
+            columns["image"] = [_picture(row) or _line(row.get("text"), text) for row in self.rows]
+        key = "beside" if images else "text"
+        if not images or any(row.get(key) for row in self.rows):
+            columns["text"] = [_line(row.get(key), text) for row in self.rows]
+        columns["where"] = [_line(row.get("where"), 200) for row in self.rows]
+        rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
+        return table(list(columns), rows, left=len(columns))
 
     def _repr_html_(self) -> str:
         return notebook_view("errors", self.html() if self.rows else "<p>no mistakes</p>")
@@ -440,6 +448,10 @@ def _line(value: Any, limit: int) -> str:
     """A value on one line without terminal control characters, truncated to ``limit``."""
     text = printable(show(value)).strip() if value not in ([], ()) else "none"
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _in_brackets(score: Any) -> str:
+    return "" if score is None else f" ({_short(score)})"
 
 
 def _score(value: Any) -> str:
