@@ -170,6 +170,7 @@ def test_a_model_learns_and_answers_in_pixels_of_the_image(tuned: Any, place: Pa
 
 def test_the_report_shows_boxes(tuned: Any) -> None:
     page = tuned.report().read_text()
+    assert "a score of at least 0.3." in page
     assert page.count("<img ") == 24 and "bright" in page and "object-detection" in tuned.model.card
 
 
@@ -177,6 +178,13 @@ def test_the_command_line(tuned: Any, place: Path) -> None:
     out = place / "answers.csv"
     assert main(["predict", str(place / "tuned"), str(place / "images"), "--out", str(out)]) == 0
     assert "predicted_label,score,box" in out.read_text()
+    words = ["predict", str(place / "tuned"), str(place / "images"), "--out", str(out)]
+    lengths = list[int]()
+    for threshold in ("0.1", "1.0"):
+        assert main([*words, "--threshold", threshold]) == 0
+        lengths.append(len(out.read_text()))
+    assert lengths[0] > lengths[1]
+    assert main([*words, "--threshold", "2"]) != 0
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "rows.csv")]) == 0
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "coco.json")]) == 0
 

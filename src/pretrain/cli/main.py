@@ -397,6 +397,7 @@ _PREDICT: tuple[Option, ...] = (
      "above the threshold"),
     ("--labels", list[str] | None,
      "classes of a model of images and texts, e.g. [cat,dog]; not given, the vectors of the images"),
+    ("--threshold", float | None, "smallest score of an object that a model of boxes finds; not given, 0.3"),
     ("--template", str | None, "prompt with {} for the name of a class; not given, This is a photo of {}."),
     DEVICE,
     *READING,
@@ -414,7 +415,7 @@ def _predict(args: Any) -> None:
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
     if (top_k := options.pop("top_k")) is not None:
         options["top_k"] = None if top_k == "all" else top_k
-    for key in ("labels", "template"):
+    for key in ("labels", "template", "threshold"):
         if options[key] is None:
             del options[key]
     out = predict_file(*places, progress=not options.pop("quiet"), **options)

@@ -197,7 +197,10 @@ def _pictures(result: Finetuned) -> str:
         ]
         for row in shown
     ]
-    return card(f"<p>{colours}</p>") + table(["right", "predicted", "where", "IoU"], rows, left=3)
+    said = f"<p>{colours}</p>" + (
+        f"<p>{escape(result.task.drawn)}</p>" if result.task.drawn else ""
+    )
+    return card(said) + table(["right", "predicted", "where", "IoU"], rows, left=3)
 
 
 def _data(result: Finetuned) -> list[str]:

@@ -62,6 +62,7 @@ _THRESHOLDS = tuple(0.5 + 0.05 * k for k in range(10))
 _BUMP = 0.54  # size of the bump in units of the box (TTFNet)
 _SIDES_WEIGHT = 5.0  # of the overlap beside the focal loss (TTFNet)
 _MOST = 100  # boxes of an image
+_SURE = 0.3  # score of a box that is an answer, unless told otherwise
 _LEAST = 0.01  # score of a box that is evaluated
 _VISIBLE = 0.3  # share of a box that a crop must keep
 # Held-out images times classes that the classical baseline reads; 60 take a second.
@@ -85,6 +86,7 @@ class ObjectDetection(ImageTask):
 
     name: ClassVar[str] = "object-detection"
     roles: ClassVar[tuple[Role, ...]] = (IMAGE, BOXES, LABEL, SIZE)
+    drawn: ClassVar[str] = f"Predicted boxes are those with a score of at least {_SURE}."
     metric: str = "ap50"
     baseline: ClassVar[str | None] = "regions of pixels"
     trivial_name: ClassVar[str] = "boxes of one training image"
@@ -360,7 +362,7 @@ class ObjectDetection(ImageTask):
         return self._found(self.map_scores(batch), batch)
 
     def decode(
-        self, outputs: Sequence[Any], infos: Sequence[Any], *, threshold: float = 0.3
+        self, outputs: Sequence[Any], infos: Sequence[Any], *, threshold: float = _SURE
     ) -> dict[str, Any]:
         """Return ``label``, ``score`` and ``box`` (left, top, right, bottom in pixels) of the objects, best first.
 

@@ -204,6 +204,7 @@ class Task(Objective):
         head_kind: the head that the model gets; None keeps the one it has.
         row_options: options that only `learn` and `tidy` read of the training rows, with their types; those by which
             further rows are read too are arguments, and recorded.
+        drawn: a sentence on what of the answers ``pictures`` draws, if it is not all.
         reads_files: whether a text that is given to ``predict`` is the path of a file, and no input.
         recorded: attributes that ``describe`` records in config.json, as arguments of a later task.
         answer_key: the key of what ``decode`` returns that holds the answer, which ``truth`` is compared with.
@@ -235,6 +236,7 @@ class Task(Objective):
     answer_key: ClassVar[str] = "label"
     _map: LabelMap
     reads_files: ClassVar[bool] = False
+    drawn: ClassVar[str] = ""
 
     def __init__(self, model: Model, *, max_length: int | None = None, pack: bool = True) -> None:
         super().__init__(model)
