@@ -212,7 +212,8 @@ class Finetuned:
             mistakes.append({
                 "where": judged.where(i), "text": " | ".join(map(str, inputs)), "label": truth, "predicted": answer,
                 "score": weight if scored else None,
-                **({} if picture is None else {"picture": picture, "beside": beside}),
+                **({} if picture is None else {"picture": picture}),
+                **({"beside": beside} if picture is not None and beside else {}),
             })  # fmt: skip
         return Errors(mistakes)
 
@@ -394,7 +395,7 @@ class Errors(Sequence[Mapping[str, Any]]):
     Args:
         rows: each ``where`` (place in the source), ``text``, ``label`` (the right answer), ``predicted`` and
             ``score`` (how sure the model was, or how far off; None of a task that tells neither); of an image also
-            ``picture``, its thumbnail, and ``beside``, the texts that belong to it, such as a question.
+            ``picture``, its thumbnail, and ``beside``, the texts that belong to it, such as a question, if any.
     """
 
     rows: list[dict[str, Any]]
