@@ -238,6 +238,27 @@ def test_the_command(run: Any, capsys: Any) -> None:
     assert "--columns.label b names a column" in message and "--data ..." in message
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_saved_model_is_measured_in_the_precision_of_its_run(tmp_path: Path, lora: int) -> None:
+    start = str(model_of().save(tmp_path / "start"))
+    rows, options = numbers(24, 3), {"limit": "1 steps", "precision": "bf16", "lora": lora or None}
+    result = pretrain.finetune(
+        start, numbers(24, 1), "regression",
+        **QUICK | options | {"eval_precision": "train", "valid": rows, "out": tmp_path / "run"},
+    )  # fmt: skip
+    saved = result.save(tmp_path / "saved")
+    assert pretrain.evaluate(saved, rows) == result.metrics == result.evaluate(rows)
+    exact = pretrain.evaluate(saved, rows, precision="fp32")
+    assert exact != result.metrics
+    for name in {"config.json", "pretrain.json"} & {file.name for file in saved.iterdir()}:
+        text = (saved / name).read_text("utf-8")
+        assert '"eval_precision": "bf16"' in text
+        text = text.replace('"eval_precision": "bf16"', '"eval_precision": [1]')  # not ours
+        (saved / name).write_text(text, "utf-8")
+    (saved / "manifest.json").unlink(missing_ok=True)
+    assert pretrain.evaluate(saved, rows) == exact
+
+
 def test_rows_that_are_not_there_any_more(tmp_path: Path, capsys: Any) -> None:
     model = str(model_of().save(tmp_path / "start"))
     file = write(tmp_path / "train.jsonl", rows_of(30))

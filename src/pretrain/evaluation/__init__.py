@@ -221,9 +221,11 @@ def _evaluate_task(
         section = None if settings is None else settings.data
         table = labelled(data, trained, columns, section, reading.get("encoding"))
     train = TuneTrain() if settings is None else settings.train
-    chosen = reported_precision(None if settings is None else train, precision, device)
+    known = trained.model.provenance
+    of_run = None if settings is None else train
+    chosen = reported_precision(of_run, precision, device, known.get("eval_precision"))
     rows = encoded(trained, table, lambda: _before_training(path, trained, settings, base))
-    recorded = trained.model.provenance.get("batch_rows")
+    recorded = known.get("batch_rows")
     if settings is not None or type(recorded) is not int or recorded < 1:
         recorded = train.batch_rows  # of the run, else the default
     return measure(trained, rows, chosen, coupled_rows=recorded, **options)

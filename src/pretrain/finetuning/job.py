@@ -326,11 +326,16 @@ class Job:
             "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
             "rows": counts,
             "columns": self.data.columns,
-            # Metrics of objectives that couple examples depend on it.
-            "batch_rows": self.settings.train.batch_rows,
+            **self.measured_with(),
             "parent": origin(self.source) if isinstance(self.source, str) else None,
             **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
+
+    def measured_with(self) -> dict[str, Any]:
+        """What the metrics depend on: the precision and, for objectives that couple examples, the rows of a batch."""
+        train = self.settings.train
+        precision = train.precision if train.eval_precision == "train" else train.eval_precision
+        return {"batch_rows": train.batch_rows, "eval_precision": precision}
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -426,7 +431,10 @@ class Job:
             if chosen is not None:
                 load_weights(found, chosen, {})
                 block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
-                found.model.extra_config["pretrain"] = block.get("pretrain", {})
+                known = (
+                    block.get("pretrain", {}) | self.measured_with()
+                )  # may differ after a resumption
+                found.model.extra_config["pretrain"] = known
             return found.eval()
 
         rates = self.chosen(task, rates_of_run(run.path).get("lr"), run.path)

@@ -23,6 +23,7 @@ from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import (
+    PRECISIONS,
     Precision,
     choose_device,
     choose_precision,
@@ -121,13 +122,19 @@ def measure(
 
 
 def reported_precision(
-    train: TuneTrain | None, name: str = "auto", device: str = "auto"
+    train: TuneTrain | None, name: str = "auto", device: str = "auto", recorded: object = None
 ) -> Precision:
-    """Precision of reported metrics: the named one, else that of the run, or fp32 without a run."""
+    """Precision of reported metrics: the named one, else that of the run, else the recorded one, or fp32.
+
+    ``recorded`` comes from a file and may be anything; half precision of a GPU is left where there is none.
+    """
     chosen = choose_device(device)
-    if name != "auto" or train is None:
-        return choose_precision("fp32" if name == "auto" else name, chosen)
-    return evaluation_precision(train.eval_precision, choose_precision(train.precision, chosen))
+    if name == "auto" and train is not None:
+        return evaluation_precision(train.eval_precision, choose_precision(train.precision, chosen))
+    if name == "auto":
+        fits = recorded in PRECISIONS and not (recorded == "fp16" and chosen.type == "cpu")
+        name = str(recorded) if fits else "fp32"
+    return choose_precision(name, chosen)
 
 
 def measure_as_in_run(task: Task, rows: TaskRows, settings: TuneConfig) -> dict[str, float]:
