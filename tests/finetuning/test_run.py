@@ -487,3 +487,23 @@ def test_a_caller_without_gradients_keeps_its_random_state(tmp_path: Path, off: 
     with off():
         assert tune(model_of(), tmp_path / "off", limit="2 steps", lora=2).metrics == wanted
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("damaged", [b"[]", b'{"checkpoint": 5}', None])
+def test_a_damaged_choice_of_the_best_checkpoint_is_named_when_a_run_goes_on(
+    checkpoint: str, tmp_path: Path, damaged: bytes | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is written again; without one nothing is said, as the state of training has it."""
+    options = {"limit": "1 steps", "quiet": False}
+    result = tune(checkpoint, tmp_path / "run", rows_of(24), **options)
+    file = result.run.path / "best.json"
+    whole = file.read_bytes()
+    capfd.readouterr()
+    if damaged is None:
+        file.unlink()
+    else:
+        file.write_bytes(damaged)
+    tune(checkpoint, tmp_path / "run", rows_of(24), **options)
+    said = " ".join(capfd.readouterr().err.split())
+    assert ("best.json is damaged" in said) == (damaged is not None)
+    assert file.read_bytes() == whole

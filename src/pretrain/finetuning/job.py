@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import distributed
-from pretrain.checkpoint.best import BEST, SWEEP, rates_of_run, run_state, write_choice
+from pretrain.checkpoint.best import BEST, SWEEP, best_first, rates_of_run, run_state, write_choice
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
@@ -378,6 +378,7 @@ class Job:
 
         def resume() -> None:
             record_resume(trainer, settings)
+            best_first(out)  # names a damaged file before it is removed
             for name in (BEST, PAGE):  # what they say may not hold at the end
                 (out / name).unlink(missing_ok=True)
 
