@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pretrain
 import tiny
 from finetuning.conftest import QUICK, rows_of
 from pretrain import finetune, report
@@ -490,3 +491,22 @@ def test_the_page_of_rows_in_memory_is_not_made_again(
     assert (out / "report.html").is_file() and "report:" not in capfd.readouterr().err
     (tuned.path / "report.html").unlink()
     assert cli.main(["report", str(out)]) == 2 and "in memory" in capfd.readouterr().err
+
+
+def test_the_page_of_a_model_in_memory_is_made_again_from_the_best_checkpoint(
+    checkpoint: str, tmp_path: Path, capfd: Any
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(32)))
+    model = pretrain.load(checkpoint, quiet=True)
+    for lora in (0, 2):
+        out = tmp_path / f"clf-{lora}"
+        finetune(model, str(rows), "classification", out=out, **QUICK, lora=lora or None)
+        page = out / "report.html"
+        written = page.read_text("utf-8")
+        page.unlink()
+        code = cli.main(["report", str(out)])
+        if lora:  # an adapter is nothing without its model
+            assert code == 2 and "in memory" in capfd.readouterr().err
+        else:
+            assert code == 0 and page.read_text("utf-8").startswith(written)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.checkpoint import load
+from pretrain.checkpoint.best import COMPARISON
 from pretrain.config.spelling import FINETUNE, either, using
 from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
@@ -21,6 +23,8 @@ from pretrain.finetuning.compare import check_comparison, compare_arms, kept_com
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.page import render
 from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
+from pretrain.objectives import task_class
+from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.closing import reported, taken
 from pretrain.training.launch import on_devices, read_run
@@ -179,7 +183,8 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     changed.
 
     Raises:
-        DataError: model or rows were objects in memory, or the rows have changed since the run.
+        DataError: the rows were objects in memory, or have changed since the run; or the model before training was one,
+            and the run trained an adapter of it or compares with it.
         PretrainError: there is no such run, or its rows or its checkpoint cannot be read.
     """
     folder = Path(run_dir)
@@ -189,13 +194,20 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     settings, run = TuneConfig.of_run(folder), read_run(folder)
     settings.train.out = str(folder)
     sources = (settings.data.train, settings.data.valid, settings.data.test)
-    if any(map(from_memory, (settings.model.checkpoint, *sources))):
+    start, best = None, run.best or run.checkpoint
+    gone = any(map(from_memory, sources))
+    if not gone and from_memory(settings.model.checkpoint):
+        # The best checkpoint has all that a page shows, but for an adapter, or where it is compared with the start.
+        compares = task_class(settings.task.name).prepare_reference is not Task.prepare_reference
+        gone = bool(settings.method.lora) or compares or (folder / COMPARISON).exists()
+        start = None if gone or best is None else load(best, quiet=True)
+    if gone:
         raise DataError(
-            f"The model or the rows of {folder} were objects in memory, so its page can be written only where they "
-            "are: call finetune again with them and the same out, which trains no further."
+            f"The rows of {folder}, or a model that its page needs, were objects in memory, so it can be written only "
+            "where they are: call finetune again with them and the same out, which trains no further."
         )
     with muted(), naming_paths(folder, settings):
-        job = Job.open(None, settings, {}, quiet=True)
+        job = Job.open(start, settings, {}, quiet=True)
         result = job.read_back(run, write=False)
         result.comparison = kept_comparison(job)
     if result.model.extra_config["pretrain"].get("fingerprint") != result.fingerprint:
