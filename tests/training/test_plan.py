@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from pretrain.config import TrainConfig
 from pretrain.data.prepare import prepare
 from pretrain.nn.device import TOKENS_AT_ONCE
 from pretrain.training import plan as planning
+from pretrain.training import trainer as trainer_module
 from pretrain.training.plan import Plan, choose_micro_rows, settle_amounts
 from pretrain.training.state import RunState
-from tiny import Rows, objective, tokenizer
+from tiny import Rows, objective, tokenizer, trainer
 
 ROWS = Rows(10)
 GOAL = objective()
@@ -145,3 +147,29 @@ def test_a_longer_limit_in_minutes_goes_on() -> None:
     assert plan.first_total(done, 2.0) == 600
     same = RunState(step=300, total_steps=300, seconds=1200.0, limit="20 minutes")
     assert plan.first_total(same, 2.0) == 300
+
+
+def test_a_limit_in_minutes_leaves_out_the_start_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, check, late = time.monotonic, trainer_module.preflight, [0.0]
+
+    def slow(*given: Any) -> float:
+        late[0] += 1000.0
+        return check(*given)
+
+    def step(record: Any) -> None:
+        late[0] += 10.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + late[0])
+    monkeypatch.setattr(trainer_module, "preflight", slow)
+    for limit, steps in (("2 minutes", 12), ("4 minutes", 24)):  # the second one resumes
+        run = trainer(tmp_path, objective(), ROWS, limit=limit, hooks=[step])
+        assert steps - 2 <= run.fit().step <= steps + 2
+        assert run.state.seconds < 10 * steps + 30
+
+
+def test_a_new_run_has_a_step_however_short_its_limit() -> None:
+    plan = Plan(TrainConfig(limit="1 seconds", batch_rows=4), ROWS, GOAL, len(ROWS))
+    assert plan.first_total(RunState(), 5.0) == plan.total_steps(5.0) == 1
+    assert plan.reserve < 0.2

@@ -124,8 +124,9 @@ def choose_micro_rows(
 class Plan:
     """Convert ``train.limit`` to optimizer steps.
 
-    Steps and epochs are exact and known before step 0, tokens by the mean of the rows. Minutes are converted by the
-    measured pace, again after every step, so that the schedule ends when the time does.
+    Steps and epochs are exact and known before step 0, tokens by the mean of the rows. Minutes are those of training,
+    without start-up, and are converted by the measured pace, again after every step, so that the schedule ends when
+    the time does.
     """
 
     def __init__(
@@ -138,7 +139,8 @@ class Plan:
         self._data, self._objective = data, objective
         self._kept = 0
         self._first: tuple[float, int] | None = None
-        self.reserve = 1.0  # seconds kept for the last evaluation and the last checkpoint
+        # Seconds kept for the last evaluation and the last checkpoint; of a short limit in minutes a tenth of it.
+        self.reserve = min(1.0, 6 * self.limit.value)
 
     @functools.cached_property
     def units_per_row(self) -> float:
@@ -189,7 +191,8 @@ class Plan:
         if state.limit == self._text:
             return state.total_steps
         left = self.limit.value * 60 - state.seconds
-        return state.step + max(0, int(left / max(seconds_per_step, 1e-6)))
+        fewest = 0 if state.step else 1
+        return state.step + max(fewest, int(left / max(seconds_per_step, 1e-6)))
 
     def replan(self, state: RunState, tell: Callable[[int], int] = int) -> int:
         """Return the steps of the whole run, estimated after a step; ``tell`` broadcasts it, because clocks differ."""

@@ -91,7 +91,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
             f"first loss {first_loss:.3f}, an untrained model has about {expected:.3f}{verdict}"
         )
     if checkpoint is None:
-        lines += remarks(trainer, trainer.plan.total_steps(seconds))
+        lines += remarks(trainer, trainer.plan.first_total(trainer.state, seconds))
     else:
         lines.append(check_resumed(trainer, checkpoint))
     trainer.journal.started()
@@ -245,7 +245,7 @@ def describe(
 ) -> list[str]:
     """Return the lines that are printed before the first step; ``micro`` says how the micro-batch was chosen."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
-    steps = trainer.plan.total_steps(seconds)
+    steps = trainer.plan.first_total(trainer.state, seconds)
     in_all = f"{getattr(data, 'num_tokens', 0):,}"
     if in_all == "0":  # counting rows takes time, so only a limit that needs it does
         counted = trainer.plan.limit.kind == "tokens"

@@ -63,7 +63,7 @@ class RunState:
         loss_at_best: loss of that evaluation, which resolves ties; None if unknown.
         lowest: depth of the lowest layer unfrozen by gradual unfreezing; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
-        seconds: wall time of the run, over all resumes.
+        seconds: wall time of training, over all resumes, without the start-ups.
         lr: peak learning rate of the run.
         micro_rows: rows per forward pass that were measured to be the fastest, or since memory ran out with more; 0 if
             the settings and the data decide.

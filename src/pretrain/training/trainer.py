@@ -208,7 +208,7 @@ class Trainer:
             resume: called on rank zero when a checkpoint has been read and found to be one of this run.
             locked: the caller holds the lock of the run directory already.
         """
-        began, world = time.monotonic(), self.world
+        world = self.world
         unbegun = Unbegun(self.out, world.is_rank_zero)
         with contextlib.ExitStack() as stack:
             stack.enter_context(unbegun.removed())
@@ -230,7 +230,6 @@ class Trainer:
             )
             with contextlib.closing(self.journal), self._memory():
                 resumed = self._set_up()
-                self._began = began - self.state.seconds
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
                 if resumed and resume is not None:
                     world.on_rank_zero(resume)
@@ -376,6 +375,9 @@ class Trainer:
 
     def _loop(self) -> Run:
         state, stop, stopped = self.state, self.stop, "limit"
+        self._began = (
+            time.monotonic() - state.seconds
+        )  # here, because the start-up is no time of training
         self._cost = Cost()
         steps = self.feed.steps(state.rows)
         self.objective.train()
