@@ -240,7 +240,7 @@ def test_one_tag_for_every_word_is_said_and_different_tags_are_not(
     result.metrics["f1"] = 0.0
     for tags, said in ((["O", "O"], "('O')"), (["O", "B-CAT"], None)):
         answers = [{"tags": tags, "scores": [0.5, 0.5]}, {"tags": tags[:1], "scores": [0.5]}]
-        monkeypatch.setattr(result.task, "predict", lambda table, found=answers: iter(found))
+        monkeypatch.setattr(result.task, "predict", lambda *_, found=answers, **__: iter(found))
         lines = [line for line in remarks(result) if "same answer" in line]
         assert bool(lines) == (said is not None) and all(said in line for line in lines)
 
@@ -252,10 +252,15 @@ def test_several_labels_that_are_the_same_for_all_rows_are_said(
     given = {**QUICK, "lr": 1e-9, "limit": "1 steps"}
     result = finetune(checkpoint, rows, task="classification", out=tmp_path / "run", **given)
     assert result.trivial["micro_f1"] > 0 and result.trivial_test is not None
-    # The figures of a model that names one class, the same for all.
-    result.metrics.update(accuracy=0.0, micro_f1=0.6)
-    answers = [{"label": ["animal"], "score": [0.9]}] * 3
-    monkeypatch.setattr(result.task, "predict", lambda table: iter(answers))
-    assert any("same answer to all 3" in line for line in remarks(result))
-    result.metrics["accuracy"] = 1.0  # no one answer is right in all rows
-    assert not any("same answer" in line for line in remarks(result))
+    asked: list[int] = []
+    for answers in ([["animal"]] * 3, [["animal"], ["animal", "cat"], ["cat"]]):
+
+        def predict(table: Any, batch_rows: int, answers: list[list[str]] = answers) -> Any:
+            for k, label in enumerate(answers):
+                asked.append(k)
+                yield {"label": label}
+
+        monkeypatch.setattr(result.task, "predict", predict)
+        said = any("same answer to all 3" in line for line in remarks(result))
+        assert said == (answers == [["animal"]] * 3)
+    assert asked == [0, 1, 2, 0, 1]  # no rows are predicted after the second answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
+from pretrain.training.run import no_run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.run_log import read_log
 from tiny import Rows, losses, objective, trainer
@@ -167,6 +169,32 @@ def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
     refuge.rename(out)
     assert trainer(out, objective(), Rows(8)).fit().step == 12
     assert losses(out) == losses(whole.path)
+
+
+@pytest.mark.parametrize("kind", ["removed", "folder", "cut"])
+def test_log_and_settings_that_are_taken_away_are_written_again(
+    tmp_path: Path, kind: str, capfd: Any
+) -> None:
+    whole, out = trainer(tmp_path / "whole", objective(), Rows(8)).fit(), tmp_path / "run"
+
+    def take_away(record: Any) -> None:
+        for name in ("log.jsonl", "run.yaml") if record["step"] == 5 else ():
+            if kind == "cut" and name == "log.jsonl":
+                os.truncate(out / name, 40)
+                continue
+            (out / name).unlink()
+            if kind == "folder":
+                (out / name).mkdir()
+
+    task = trainer(out, objective(), Rows(8), hooks=[take_away], save_every="6 steps")
+    task.fit(lambda: (out / "run.yaml").write_text("settings") and None)
+    assert losses(out) == losses(whole.path) and (out / "run.yaml").read_text() == "settings"
+    said = capfd.readouterr().err
+    assert said.count("log.jsonl was removed or changed") == said.count("run.yaml was removed") == 1
+    assert trainer(out, objective(), Rows(8), limit="14 steps").fit().step == 14
+    assert "damaged" not in capfd.readouterr().err
+    assert "run.yaml is missing" not in no_run(tmp_path)
+    assert f"run.yaml is missing in {out}" in no_run(out / "checkpoint-12")
 
 
 @pytest.mark.parametrize(

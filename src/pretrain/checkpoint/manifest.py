@@ -382,8 +382,8 @@ def rotate(
 ) -> list[Path]:
     """Delete old checkpoints of a run; call it only when the newest is durable and verified.
 
-    Incomplete checkpoints older than the kept ones are deleted too. A checkpoint that cannot be deleted is reported on
-    stderr and stays until the next save tries again.
+    Incomplete checkpoints older than the kept ones are deleted too, but nothing without a manifest, which no run has
+    written. A checkpoint that cannot be deleted is reported on stderr and stays until the next save tries again.
 
     Args:
         run_dir: the run.
@@ -409,6 +409,8 @@ def rotate(
     for path in found:
         step = step_of(path.name)
         if step is None or path.name.startswith(".") or (newest is not None and step > newest):
+            continue
+        if not os.path.lexists(path / NAME):
             continue
         if whole >= keep and step not in protect:
             discard(path)

@@ -316,6 +316,9 @@ class Segmentation(ImageTask, ClassTask):
         share = dict(zip(self.labels, counts.tolist(), strict=True))
         return {"mask": self.numbers[mask], "share": share}
 
+    def choices(self, answer: Mapping[str, Any]) -> list[Any]:
+        return [label for label, share in answer.get("share", {}).items() if share]
+
     @classmethod
     def baseline_columns(cls, *tables: Table) -> list[Any]:
         """Features and classes of pixels that are drawn from all images."""

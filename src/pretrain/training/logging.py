@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,11 +53,30 @@ class RunLog:
             kept = [
                 r for r in found.records if keep_until is None or r.get("step", 0) <= keep_until
             ]
-            replace_file(path, b"".join(self._line(record) for record in kept))
-            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-            self._file = os.fdopen(files.IO.open(path, flags), "ab")
+            self._write_anew(kept)
 
-    def _set_aside(self, found: LogFile) -> None:
+    def _write_anew(self, records: Sequence[dict[str, Any]]) -> None:
+        self.records, self.last = [], ""
+        lines = b"".join(self._line(record) for record in records)
+        replace_file(self.path, lines)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+        self._file, self._size = os.fdopen(files.IO.open(self.path, flags), "ab"), len(lines)
+
+    def restore(self) -> None:
+        """Write the log again, and say so, if the file was removed, replaced or cut since it was written."""
+        with writing(self.path):
+            there = os.lstat(self.path) if os.path.lexists(self.path) else None
+            if there is not None and stat.S_ISREG(there.st_mode) and there.st_size >= self._size:
+                return
+            self._file.close()
+            aside = "" if there is None else f" What stood there is kept as {self._move_aside()}."
+            self._write_anew(self.records)
+            note(
+                f"{self.path} was removed or changed by another program while the run was going on. All of its lines "
+                f"are written again.{aside}"
+            )
+
+    def _move_aside(self) -> str:
         aside = next(
             name
             for k in itertools.count(1)
@@ -64,9 +84,12 @@ class RunLog:
         )
         if os.path.lexists(self.path):
             os.rename(self.path, aside)
+        return aside.name
+
+    def _set_aside(self, found: LogFile) -> None:
         note(
             f"{self.path} is damaged: {found.damage}. No result depends on it: the run continues with its "
-            f"{len(found.records)} intact lines, and the damaged file is kept as {aside.name}."
+            f"{len(found.records)} intact lines, and the damaged file is kept as {self._move_aside()}."
         )
 
     def _line(self, record: dict[str, Any]) -> bytes:
@@ -81,6 +104,7 @@ class RunLog:
         with writing(self.path):
             self._file.write(line)
             self._file.flush()
+            self._size += len(line)
 
     def sync(self) -> None:
         """Make the log durable (fsync); called before a checkpoint is written."""
@@ -400,6 +424,11 @@ class Journal:
             except Exception as error:  # training continues without a logger that fails
                 self._loggers.remove(logger)
                 self.say(f"a logger failed and is not used any more: {error}")
+
+    def restore_log(self) -> None:
+        """Write the log again if it was removed since it was written; see ``RunLog.restore``."""
+        if self._log is not None:
+            self._log.restore()
 
     def sync(self) -> None:
         """Make the log durable (fsync); called before a checkpoint is written."""

@@ -864,9 +864,13 @@ def run_of(path: Path) -> Path | None:
 
 
 def no_run(path: Path) -> str:
-    """Return the error message for a checkpoint that is in no run when no data are named."""
+    """Return the error message for a checkpoint that is in no run, or one without settings, when no data are named."""
+    home = next((p for p in (path, path.parent) if (p / "log.jsonl").is_file()), None)
+    why = "is not in a run directory of pretrain"
+    if home is not None:
+        why = f"is of a run whose settings are gone (run.yaml is missing in {home})"
     return (
-        f"{path} is not in a run directory of pretrain, so its held-out rows are not known. Name the data: "
+        f"{path} {why}, so its held-out rows are not known. Name the data: "
         f"pretrain evaluate {path} --data FILE, in Python pretrain.evaluate({str(path)!r}, data)."
     )
 

@@ -19,7 +19,7 @@ from pretrain.checkpoint.manifest import candidates
 from pretrain.training.logging import RunLog
 from pretrain.utils import runlock
 from pretrain.utils.directories import make_directories, unused
-from pretrain.utils.files import replace_file, writing
+from pretrain.utils.files import note, replace_file, writing
 
 __all__ = ["Home", "Unbegun"]
 
@@ -108,6 +108,21 @@ class Home:
     def refuge(self) -> Path:
         """Return an unused path for a directory beside it."""
         return unused(self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
+
+    def restore(self) -> None:
+        """Write the settings again, and say so, where their file was removed or replaced while the run was going on."""
+        for name, data in self._kept.items():
+            path = self.path / name
+            if path.is_file():
+                continue
+            with writing(path):
+                aside = unused(path.with_name(f"{name}.other{k or ''}") for k in count())
+                moved = os.path.lexists(path)
+                if moved:
+                    os.rename(path, aside)
+                replace_file(path, data)
+            kept = f" What stood there is kept as {aside.name}." if moved else ""
+            note(f"{path} was removed while the run was going on, and is written again.{kept}")
 
     def furnish(self, refuge: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Write what a run needs besides its checkpoints to the new directory: settings and log."""

@@ -529,6 +529,7 @@ class Trainer:
             return False
         self.metrics, self.peak = dict(found.figures), peak_flops(self.precision)
         self.plan.reserve = 1.0 + 1.2 * found.seconds
+        self._restore_files()
         self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
         if remark := self._cost.add(time.monotonic() - began, self):
             self.say(remark)
@@ -599,6 +600,13 @@ class Trainer:
         lost = float(self.home is not None and self.home.lost(now=True))
         if any(self.world.all_reduce_sum([lost])):
             self._rescue()
+        self._restore_files()
+
+    def _restore_files(self) -> None:
+        """Write log and settings again if another program removed them from the run directory, which is there."""
+        if self.home is not None and not self.home.lost(now=True):
+            self.home.restore()
+            self.journal.restore_log()
 
     def _rescue(self) -> None:
         """Save the run beside its directory, which is gone, and end it.
