@@ -35,7 +35,7 @@ from pretrain.utils.memory_info import free_memory, peak_memory
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["check_rows", "check_trainable", "numel", "preflight"]
+__all__ = ["check_rows", "check_trainable", "frozen_beside", "numel", "preflight"]
 
 # Steps below which a run is said to be short, readings of a text above which it is said to be learnt by heart (values
 # up to 4 are as good as new text, and beyond 16 little is gained: arXiv 2305.16264, figure 5), and mean occurrences of
@@ -57,7 +57,6 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     """
     train = trainer.train
     check_lengths(trainer)
-    parameters = numel(trainer)
     size = checkpoint_size(trainer) * (train.keep + 1)
     starting = trainer.journal.starting
     with starting("checking free space"):
@@ -77,7 +76,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
     if checkpoint is None:
         with starting("saving and reloading"):
             check_round_trip(trainer)
-    lines = describe(trainer, checkpoint, parameters, seconds, micro)
+    lines = describe(trainer, checkpoint, seconds, micro)
     with starting("surveying the rows"):
         lines += trainer.objective.survey(trainer.train_data)
     expected = trainer.objective.expected_first_loss()
@@ -131,6 +130,12 @@ def numel(trainer: Trainer, names: Iterable[str] | None = None) -> int:
     if names is None:
         names = [name for name, _ in trainer.objective.named_parameters()]
     return sum(math.prod(trainer.strategy.layout.shapes[name]) for name in names)
+
+
+def frozen_beside(trainer: Trainer) -> list[str]:
+    """Return the names of the parameters of the objective that are outside the model and never trained (a teacher)."""
+    named = trainer.objective.named_parameters()
+    return [name for name, p in named if not (name.startswith("model.") or p.requires_grad)]
 
 
 def check_monitor(trainer: Trainer) -> None:
@@ -241,7 +246,7 @@ def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
 
 
 def describe(
-    trainer: Trainer, checkpoint: Path | None, parameters: int, seconds: float, micro: str = ""
+    trainer: Trainer, checkpoint: Path | None, seconds: float, micro: str = ""
 ) -> list[str]:
     """Return the lines that are printed before the first step; ``micro`` says how the micro-batch was chosen."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
@@ -260,13 +265,15 @@ def describe(
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     timed = trainer.plan.limit.kind == "minutes"
     left = steps - trainer.state.step
+    frozen = numel(trainer, frozen_beside(trainer))
+    beside = f" and {frozen:,} frozen in the objective" if frozen else ""
     pace = f", about {duration(left * seconds)} on this machine" if left > 0 and not timed else ""
     lines = [
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
         f"evaluation in {trainer.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "
         f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
-        f"model {config.__class__.__name__.removesuffix('Config').lower()} with {parameters:,} parameters, "
-        f"{type(trainer.objective).__name__}",
+        f"model {config.__class__.__name__.removesuffix('Config').lower()} with {numel(trainer) - frozen:,} parameters"
+        f"{beside}, {type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {in_all} in all, {epochs:.2f} epochs in "
         f"{steps:,} steps{pace}",
         f"global batch {train.batch_rows} rows = {trainer.micro_rows} micro x {accumulation} accumulated x "

@@ -68,8 +68,8 @@ class RunState:
         micro_rows: rows per forward pass that were measured to be the fastest, or since memory ran out with more; 0 if
             the settings and the data decide.
         fixed_statistics: the running statistics of the model that the run began with are kept.
-        facts: what reports show of model and machine: ``parameters``, ``trained``, ``hardware``, ``precision``,
-            ``peak_memory`` (bytes of one process).
+        facts: what reports show of model and machine: ``parameters`` (without frozen ones beside the model),
+            ``trained``, ``hardware``, ``precision``, ``peak_memory`` (bytes of one process).
         log: digest of the last line of ``log.jsonl``.
     """
 

@@ -47,7 +47,7 @@ from pretrain.training.precision import (
     evaluation_precision,
     peak_flops,
 )
-from pretrain.training.preflight import check_rows, check_trainable, numel, preflight
+from pretrain.training.preflight import check_rows, check_trainable, frozen_beside, numel, preflight
 from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.run_directory import Home, Unbegun
 from pretrain.training.schedule import lr_factor
@@ -315,7 +315,7 @@ class Trainer:
         self.strategy.wrap()
         self.state.limit, self.peak = train.limit, peak_flops(self.precision)
         self.state.facts |= {
-            "parameters": numel(self),
+            "parameters": numel(self) - numel(self, frozen_beside(self)),
             "trained": numel(self, self.params),
             "hardware": hardware(self.device, world.size),
             "precision": self.precision.name,
