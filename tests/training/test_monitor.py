@@ -78,6 +78,15 @@ def test_the_best_checkpoint_is_that_of_the_figure(
     assert task.state.best_score == (want if name == "rmse" else -want)
 
 
+def test_a_line_says_why_the_last_evaluation_is_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = _run(tmp_path, [0.5, 0.49])
+    assert run.best.name == "checkpoint-2"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "validation:" in line]
+    assert lines[0].endswith("(best)") and lines[1].endswith("better by less than chance)")
+
+
 def test_patience_follows_the_figure(tmp_path: Path) -> None:
     _, run = _run(tmp_path, [0.5, 0.4, NAN, 0.45, 0.9, 0.9], patience=3)
     assert run.stopped == "patience" and run.step == 4 and run.best.name == "checkpoint-1"

@@ -77,8 +77,11 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     try:
         figures, seconds = _figures(trainer, limit)
         state.last_eval, state.owed = state.step, False
+        before = state.best_score if state.monitor == trainer.train.monitor else math.inf
         improved = improves(state, figures, trainer.train.monitor, rows=limit, last=last)
         note = " (best)" if improved else ""
+        if improved and state.best_score > before:
+            note = " (best: the last, as an earlier one was better by less than chance)"
         if last and limit < rows:
             (figures, seconds), note = _figures(trainer, rows), " on all rows"
     except EvaluationStopped:
