@@ -47,7 +47,8 @@ OUT, TOKENIZER, TEXTS = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 step = set()
 if {profile}:
     import threading
-    from pretrain.training import trainer
+    from pretrain.training import schedule, trainer
+    step.add(schedule.__file__)  # gives the step its learning rate
     def seen(frame, event, _):
         if event == "call":
             step.add(frame.f_code.co_filename)

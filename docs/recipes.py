@@ -197,16 +197,18 @@ def _screen() -> Iterator[dict[str, Any]]:
 
 def _final() -> Iterator[dict[str, Any]]:
     """The defaults against Muon: other texts, another family, another width."""
-    kinds: tuple[tuple[str, int, str, float, int], ...] = (
-        ("gpt2", 64, "peps", 5, 0),
-        ("gpt2", 64, "wikitext2", 5, 0),
-        ("llama", 64, "books", 5, 0),
-        ("gpt2", 128, "books", 5, 0),
+    kinds = (
+        ("gpt2", 64, "peps"),
+        ("gpt2", 64, "wikitext2"),
+        ("gpt2", 64, "books"),
+        ("llama", 64, "books"),
+        ("gpt2", 128, "books"),
     )
-    for kind in kinds:
-        for part in (PARTS[0], PARTS[2]):
-            yield _spec(*kind, part)
-    yield _spec("gpt2", 128, "books", 5, 0, PARTS[6])
+    for seed, kind in itertools.product(range(3), kinds):
+        for part in (PARTS[0], PARTS[2], PARTS[6]):
+            yield _spec(*kind, 5, seed, part)
+        for part in (PARTS[0], PARTS[6], STRONGER):
+            yield _spec(*kind, 15, seed, part)
 
 
 # The same multiples of the default rate at every width, which shows whether the best one moves with the width.

@@ -28,7 +28,13 @@ _MAX_SKIPPED_IN_ROW = 3
 
 
 def take_step(
-    trainer: Trainer, batches: list[Batch], count: float, tokens: int, began: float
+    trainer: Trainer,
+    batches: list[Batch],
+    count: float,
+    tokens: int,
+    *,
+    factor: float,
+    began: float,
 ) -> dict[str, Any]:
     """Take one optimizer step and return its record.
 
@@ -37,13 +43,13 @@ def take_step(
         batches: micro-batches of this rank.
         count: targets of the global batch.
         tokens: units of the global batch.
+        factor: learning rate of this step, as a multiple of that of the settings.
         began: when fetching the micro-batches started.
     """
     state, strategy, optim = trainer.state, trainer.strategy, trainer.optim
     check_targets(count, state.step, state.rows, trainer.train.batch_rows)
     if optim.unfreeze and trainer.layers.unfreeze(state):
         strategy.wrap()
-    factor = trainer.lr_factor()
     totals = _backward(trainer, batches, count)
     trainer.world.mark("update", state.step)
     trainer.scaler.unscale([local(p.grad) for p in trainer.params.values() if p.grad is not None])

@@ -394,7 +394,8 @@ class Trainer:
                     if stop.agreed is not None or self._out_of_patience():
                         stopped = stop.agreed or "patience"
                         break
-                    self._after_step(take_step(self, *shared, began))
+                    record = take_step(self, *shared, factor=self.lr_factor(), began=began)
+                    self._after_step(record)
             finally:
                 steps.close()
                 self.layers.release(0)  # undo gradual unfreezing for the caller
