@@ -31,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import pretrain
-from pretrain.training import optim
+from pretrain.training import update_rules
 from pretrain.training.optim import lr_of_width
 from pretrain.utils.curves import Series, curve_svg
 
@@ -116,8 +116,8 @@ def run(spec: dict[str, Any], out: Path) -> None:
         stack.enter_context(contextlib.redirect_stdout(console))
         stack.enter_context(contextlib.redirect_stderr(console))
         if spec.get("quintic"):
-            stack.enter_context(mock.patch.object(optim, "_POLAR_EXPRESS", (QUINTIC,) * 5))
-            stack.enter_context(mock.patch.object(optim, "_MARGIN", 1.0))
+            stack.enter_context(mock.patch.object(update_rules, "_POLAR_EXPRESS", (QUINTIC,) * 5))
+            stack.enter_context(mock.patch.object(update_rules, "_MARGIN", 1.0))
         found = pretrain.train(
             data={
                 "train": str(train),

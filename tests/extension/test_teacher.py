@@ -52,7 +52,9 @@ def test_a_teacher_is_recorded_and_never_written(here: None) -> None:
     state = json.loads(Path("student/checkpoint-8/training/state.json").read_text())
     assert len(state["identity"]["teacher"]) == 64
     # The teacher is no part of the model that reports speak of.
-    assert state["run"]["facts"]["parameters"] == pretrain.load("student", quiet=True).num_parameters()
+    assert (
+        state["run"]["facts"]["parameters"] == pretrain.load("student", quiet=True).num_parameters()
+    )
     figures = pretrain.evaluate("student", objective="own_teacher:Distillation")
     assert figures["loss"] == pytest.approx(again.metrics["loss"], rel=1e-6)
     # The teacher is trained further, so it gives other targets.

@@ -14,8 +14,9 @@ import yaml
 import pretrain
 from finetuning.conftest import QUICK, model_of, rows_of, texts
 from pretrain.checkpoint.licences import card_terms, licence_fields
+from pretrain.checkpoint.model_card import base_model
 from pretrain.data.tables import Table
-from pretrain.finetuning.card import base_model, example_input
+from pretrain.finetuning.card import example_input
 from pretrain.objectives.audio_classification import AudioClassification
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import Classification
@@ -126,10 +127,14 @@ def test_a_licence_that_the_hub_does_not_list_is_other() -> None:
 
 def test_the_card_of_the_built_in_text_is_accepted_by_the_hub(hub: Any) -> None:
     model = model_of("gpt2")
-    model.extra_config["pretrain"] = {"sources": [{"name": "python", "licence": "PSF-2.0"}]}
+    model.extra_config["pretrain"] = {
+        "sources": [{"name": "python", "licence": "PSF-2.0"}],
+        "parent": "hub:org/base@abc123",
+    }
     model.push_to_hub("org/gpt2")
     repository = hub.repositories["org/gpt2"]
     card = repository.commits[repository.refs["main"]]["README.md"].decode()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/base"
     assert card_terms(card)["license_name"] == "psf-2.0" and "| python | PSF-2.0 |" in card
     assert 'pretrain.load("org/gpt2")' in card
 

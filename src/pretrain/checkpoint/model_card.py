@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.checkpoint.licences import card_terms, licence_fields
+from pretrain.utils.hub_names import hub_name
 
 __all__ = [
     "COUNTS",
@@ -15,6 +16,7 @@ __all__ = [
     "HERE",
     "PIPELINES",
     "auto_class",
+    "base_model",
     "front_matter",
     "markdown_table",
     "model_card",
@@ -57,6 +59,8 @@ _CALLS = {
     "texts": 'embed(["A first text.", "A second text."])',
     "pairs": 'predict("photo.jpg", labels=["cat", "dog"])',
 }
+# Directory of a model in the cache of the hub.
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 # Families whose tokenizer transformers 5 rebuilds, ignoring `tokenizer_class`.
 _OWN_TOKENIZER = {
     "qwen2": "In transformers 5 `AutoTokenizer` gives every qwen2 directory the text splitting of Qwen's own "
@@ -130,6 +134,7 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
         "pipeline_tag": _pipeline(family, head_kind),
         **(licence_fields({**block, "license": licences[0]}) if one_licence else {}),
         "language": block.get("language"),
+        "base_model": base_model(str(block.get("parent") or "")),
         "tags": ["pretrain", family],
     }
     lines = [
@@ -195,6 +200,15 @@ def objective_name(block: Mapping[str, Any]) -> str | None:
     if isinstance(objective, Mapping):
         objective = objective.get("name") or objective.get("class_path")
     return str(objective) if objective else None
+
+
+def base_model(checkpoint: str) -> str | None:
+    """Return the name on the Hub of the model that was fine-tuned; None for a directory of this machine."""
+    name = hub_name(checkpoint) if checkpoint.startswith("hub:") else None
+    if name is not None:
+        return name.repository
+    cached = _SNAPSHOT.search(checkpoint)
+    return f"{cached[1]}/{cached[2]}" if cached else None
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:

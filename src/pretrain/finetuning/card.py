@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,13 @@ from pretrain.checkpoint.model_card import (
     EXAMPLE,
     HERE,
     PIPELINES,
+    base_model,
     front_matter,
     markdown_table,
     one_line,
 )
 from pretrain.finetuning.settings import from_memory
 from pretrain.inference.predict import roles_read
-from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned
@@ -52,7 +51,6 @@ _METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
     "loss": ("loss", "Loss"),
 }
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _MOST_LABELS = 60
 _FILES = {"image": "photo.jpg", "audio": "recording.wav"}  # inputs that are no texts
 _MOST_CHARACTERS, _MOST_WORDS = 80, 12  # of an example input
@@ -137,15 +135,6 @@ def model_card(result: Finetuned) -> str:
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def base_model(checkpoint: str) -> str | None:
-    """Return the name on the Hub of the model that was fine-tuned; None for a directory of this machine."""
-    name = hub_name(checkpoint) if checkpoint.startswith("hub:") else None
-    if name is not None:
-        return name.repository
-    cached = _SNAPSHOT.search(checkpoint)
-    return f"{cached[1]}/{cached[2]}" if cached else None
 
 
 def _directory_name(checkpoint: str) -> str | None:
