@@ -124,6 +124,16 @@ def test_opening_a_run_opens_its_result(run: Path, capfd: pytest.CaptureFixture[
     assert best_first(run)[0].name == "model", "a damaged result must be reported"
 
 
+def test_a_result_without_a_manifest_is_not_used_and_named(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_result(run, run / "checkpoint-5")
+    (run / "model" / "manifest.json").unlink()
+    capfd.readouterr()
+    assert Path(str(load(run, quiet=True).source)).name == "checkpoint-5"
+    assert "model has no manifest.json" in capfd.readouterr().err
+
+
 def test_a_run_that_goes_on_may_have_a_better_checkpoint(run: Path) -> None:
     (run / BEST).unlink()
     write_result(run, run / "checkpoint-5")

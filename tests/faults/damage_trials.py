@@ -30,7 +30,7 @@ import numpy as np
 import pretrain
 from faults import products
 from pretrain.checkpoint import load, read_training
-from pretrain.checkpoint.best import best_first, rates_of_run
+from pretrain.checkpoint.best import rates_of_run
 from pretrain.checkpoint.peers import ALONE
 from pretrain.checkpoint.sharded_loading import latest_together
 from pretrain.config import RunConfig, check
@@ -81,14 +81,14 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
-def of_model(path: Path) -> str:
-    """What ``load`` gives."""
+def of_model(path: Path, *, named: bool = True) -> str:
+    """What ``load`` gives; ``named`` with the name of the directory that it was found in."""
     model = load(path, quiet=True)
     tokenizer = model.tokenizer
     assert tokenizer is not None
     block = model.extra_config.get("pretrain")
     words = [tokenizer.fingerprint, tokenizer.encode("sea ship"), tokenizer.chat_template]
-    source = None if model.source is None else os.path.basename(model.source)
+    source = os.path.basename(model.source) if named and model.source else None
     return digest(
         dict(model.state_dict()), model.hf_config(), model.generation_config, words, block, source
     )
@@ -101,7 +101,10 @@ def of_training(path: Path) -> str:
 
 
 def of_run(run: Path, settings: Any) -> str:
-    """What the same command again, loading, reporting and evaluating get from a run."""
+    """What the same command again, loading, reporting and evaluating get from a run.
+
+    A result that is not used leaves the same model in a checkpoint: its name is no part of what one gets.
+    """
     check._named.clear()
     check_same_run(settings, run)
     newest = latest_together(run, ALONE)
@@ -109,7 +112,7 @@ def of_run(run: Path, settings: Any) -> str:
     history = read_history(run)
     kinds = [history.train, history.evals, history.events]
     return digest(
-        newest.name, of_training(newest), best_first(run)[0].name, of_model(run), rates_of_run(run),
+        newest.name, of_training(newest), of_model(run, named=False), rates_of_run(run),
         json.dumps(kinds, sort_keys=True), type(settings).load(run / "run.yaml").to_dict(),
     )  # fmt: skip
 

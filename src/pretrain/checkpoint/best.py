@@ -85,6 +85,14 @@ def best_first(run_dir: Path) -> list[Path]:
     checkpoint. The other checkpoints follow with the highest step first.
     """
     found, result = manifest.candidates(run_dir), _result(run_dir)
+    model = run_dir / RESULT
+    if not result and any(
+        os.path.lexists(model / name) for name in ("config.json", manifest.ADAPTER_CONFIG)
+    ):
+        note(
+            f"{model} has no {manifest.NAME}, which the result of a run has. It is not used; a checkpoint of the run "
+            "is, if there is one."
+        )
     path, known = run_dir / BEST, {checkpoint.name for checkpoint in found}
     known |= {f"checkpoint-{step}" for step in result.values()}
     state, newest = next(((s, c.name) for c in found if (s := run_state(c))), ({}, ""))
