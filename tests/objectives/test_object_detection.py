@@ -25,7 +25,7 @@ from pretrain.data.images.decode import FileItem
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.measure import labelled
-from pretrain.inference.predict import task_of
+from pretrain.inference.predict import predict_file, task_of
 from pretrain.metrics import box_iou, detection_precision, without_overlap
 from pretrain.objectives.object_detection import ObjectDetection
 
@@ -187,6 +187,22 @@ def test_the_command_line(tuned: Any, place: Path) -> None:
     assert main([*words, "--threshold", "2"]) != 0
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "rows.csv")]) == 0
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "coco.json")]) == 0
+
+
+@pytest.mark.parametrize("form", ["xyxy", "xywh"])
+def test_files_of_boxes_are_predicted_by_image_and_read_again(
+    place: Path, tmp_path: Path, form: str
+) -> None:
+    goal = task(box_format=form)
+    model = goal.model
+    model.extra_config["pretrain"] = {"objective": goal.describe()}
+    for source in ("coco.json", "voc", "rows.csv"):
+        out = predict_file(model, place / source, tmp_path / f"{source}.jsonl", progress=False)
+        table = goal.gathered(goal.read(out, name="data"), {})
+        assert len(table) == 6 and "predicted_label" in table.names
+        examples = goal.encode(goal.tidy(table, goal.learn(table, {}), {"box_format": form}))
+        for example, row in zip(examples, squares(6), strict=True):
+            assert example["boxes"].tolist() == row["boxes"]
 
 
 def test_every_form_of_rows_gives_the_same_examples(place: Path, tmp_path: Path) -> None:

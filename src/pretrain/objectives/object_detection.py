@@ -125,6 +125,13 @@ class ObjectDetection(ImageTask):
     def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
         return gathered_boxes(table, columns, {role.name: role.known for role in cls.roles})
 
+    def written(self, table: Table) -> Table:
+        """Give boxes whose source defines their numbers in the box format of the run, in which they are read again."""
+        if self.box_format == _FORMATS[0] or "boxes" not in table.names:
+            return table
+        boxes = [[_as_extent(box) for box in row or ()] for row in table.columns["boxes"]]
+        return table.with_columns({**table.columns, "boxes": boxes}, table.label_names)
+
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         rows = _lists(table, "label")
@@ -434,6 +441,14 @@ def _lists(table: Table, role: str) -> list[list[Any]]:
             )
         found.append(list(value or ()))
     return found
+
+
+def _as_extent(box: Any) -> Any:
+    """Return left, top, width and height of the numbers of ``Corners``; any other box as it is."""
+    if not isinstance(box, Corners) or len(box) != 4:
+        return box
+    left, top, right, bottom = map(float, box)
+    return [left, top, right - left, bottom - top]
 
 
 def _read_as(box: Any, form: str) -> str:

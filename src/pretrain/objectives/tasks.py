@@ -358,6 +358,10 @@ class Task(Objective):
         """
         return table
 
+    def written(self, table: Table) -> Table:
+        """Return rows of `gathered` as a table of predictions holds them, so that they can be read again."""
+        return table
+
     @classmethod
     def check_unread(cls, table: Table, columns: Mapping[str, Any]) -> None:
         """Refuse training rows with a column that is not read, and without which they would mean something else.
