@@ -406,6 +406,18 @@ def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Pa
             ObjectDetection.read(file)
 
 
+def test_a_category_of_coco_without_a_box_is_a_class(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "images")
+    content = json.loads((place / "coco.json").read_text())
+    content["categories"].append({"id": 1, "name": "cat"})
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    table = ObjectDetection.gathered(ObjectDetection.read(tmp_path / "coco.json"), {}).take([1, 0])
+    known = ObjectDetection.learn(table, {})
+    assert known.labels == ("bright", "cat", "dark") and known.strata is not None
+    assert len(known.strata) == 2
+    assert ObjectDetection.learn(table, {"labels": list(NAMES)}).labels == NAMES
+
+
 def test_boxes_may_be_arrays_and_json(tmp_path: Path) -> None:
     goal, rows = task(), squares(4)
     Image.fromarray(rows[0]["image"]).save(tmp_path / "a.png")

@@ -452,9 +452,10 @@ def predict_file(
     """Write predictions for every row of a file to another file, in order; line-based files of any length are streamed.
 
     The columns of the input are kept, and those of the predictions added: ``predicted_label``, ``score``. A row without
-    text keeps its position and has no prediction; the number of such rows is printed. Where several rows are one example
-    (one box or one word in each), and for annotations of COCO and Pascal VOC, the file is read whole and the output has
-    one row for each example, with boxes in the box format of the run. Columns are recognised in the first 1,024 rows. Paths of images, masks and recordings are written relative to the output, as it is read again;
+    text keeps its position and has no prediction; the number of such rows is printed. Where several rows are one
+    example (one box or one word in each), and for annotations of COCO and Pascal VOC, the file is read whole and the
+    output has one row for each example, with boxes in the box format of the run. Columns are recognised in the first
+    1,024 rows. Paths of images, masks and recordings are written relative to the output, as it is read again;
     absolute ones stay.
 
     Args:

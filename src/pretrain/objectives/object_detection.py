@@ -26,6 +26,7 @@ from pretrain.data.images.augment import Augmentation, View
 from pretrain.data.images.boxes import (
     BOXES,
     SIZE,
+    BoxTable,
     Corners,
     gathered_boxes,
     read_boxes,
@@ -140,6 +141,10 @@ class ObjectDetection(ImageTask):
         different = list(dict.fromkeys(str(label).strip() for row in rows for label in row))
         if not different:
             raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
+        listed = list[list[Any]]()
+        if isinstance(table, BoxTable) and not (given or checkpoint):
+            listed = [[*table.categories]]  # classes without a box are learned too
+            different = list(dict.fromkeys([*different, *map(str.strip, table.categories)]))
         one = given or different
         if len(one) == 1 and not isinstance(one, str) and not checkpoint and not names:
             # One class is enough here, because a place may also be no object. A list names the class or its number;
@@ -150,7 +155,12 @@ class ObjectDetection(ImageTask):
             known = LabelMap((str(name).strip(),), {str(key).strip(): 0})
         else:
             known, _ = make_tag_map(
-                rows, given, names=names, checkpoint=checkpoint, where=table.where, column="label"
+                [*rows, *listed],
+                given,
+                names=names,
+                checkpoint=checkpoint,
+                where=table.where,
+                column="label",
             )
         strata = label_strata([[str(label) for label in row] for row in rows])
         boxes = sum(map(len, rows))
