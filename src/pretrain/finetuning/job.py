@@ -17,7 +17,7 @@ from pretrain.checkpoint.best import BEST, SWEEP, best_first, rates_of_run, run_
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
-from pretrain.config.spelling import option
+from pretrain.config.spelling import option, option_name
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError, Interrupted
 from pretrain.finetuning.measure import measure_as_in_run, measure_in_parts
@@ -57,6 +57,7 @@ from pretrain.training.trainer import Trainer
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.training.validation import score as lower_is_better
 from pretrain.utils.files import note
+from pretrain.utils.imports import call_named
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -181,7 +182,8 @@ class Job:
         before = versions(model)
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
-        task = self.task(model, max_length=settings.data.max_length, **options)
+        options["max_length"] = settings.data.max_length
+        task = call_named(self.task, options, option_name, model)
         task.labels_given = bool(settings.task.options.get("labels"))
         if touched_early(task, before):
             return self.build(**new)
