@@ -17,7 +17,7 @@ from pretrain.checkpoint.best import BEST, SWEEP, best_first, rates_of_run, run_
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
-from pretrain.config.spelling import option, option_name
+from pretrain.config.spelling import option
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError, Interrupted
 from pretrain.finetuning.measure import measure_as_in_run, measure_in_parts
@@ -120,7 +120,7 @@ class Job:
     ) -> Job:
         """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
-        check_options(task, settings.task.options)
+        check_options(task, settings.task.options, settings.spell)
         check_monitor(task, task.name, settings.train.monitor)
         choose_device(settings.parallel.device)
         check_loggers(settings.train.loggers)
@@ -183,7 +183,7 @@ class Job:
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         options["max_length"] = settings.data.max_length
-        task = call_named(self.task, options, option_name, model)
+        task = call_named(self.task, options, settings.spell, model)
         task.labels_given = bool(settings.task.options.get("labels"))
         if touched_early(task, before):
             return self.build(**new)

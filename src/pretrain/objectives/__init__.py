@@ -215,17 +215,19 @@ def arguments(cls: type[Objective]) -> tuple[dict[str, inspect.Parameter], bool]
     return named, inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
-    """Check the options of a task against its signature; errors spell them as the user wrote them.
+def check_options(
+    task: type[Task], options: Mapping[str, Any], spell: Callable[[str], str] = option_name
+) -> None:
+    """Check the options of a task against its signature; errors spell them as the user wrote them, by ``spell``.
 
     Raises:
         ConfigError: an unknown option (the nearest is suggested), or a value of the wrong type.
     """
     if "max_length" in options:
         raise ConfigError(
-            f"max_length is not an option of the task, but of the data: {option('max_length')}."
+            f"{spell('max_length')} is not an option of the task, but of the data: {option('max_length')}."
         )
-    check_arguments(task, options, option_name, task.row_options)
+    check_arguments(task, options, spell, task.row_options)
 
 
 def check_arguments(
