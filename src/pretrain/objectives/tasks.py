@@ -31,6 +31,7 @@ from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, ExampleList, Objective, checked_smoothing
+from pretrain.utils.run_log import NATS
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -703,6 +704,8 @@ class ClassTask(Task):
     Raises:
         ConfigError: an option is out of range.
     """
+
+    loss_unit: str = NATS
 
     def __init__(
         self, model: Model, class_weights: Any, label_smoothing: float, max_length: int | None, pack: bool

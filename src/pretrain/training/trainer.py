@@ -227,6 +227,7 @@ class Trainer:
                 self.quiet,
                 leads=world.is_rank_zero,
                 unit=self.objective.unit_name,
+                loss_unit=self.objective.loss_unit,
             )
             with contextlib.closing(self.journal), self._memory():
                 resumed = self._set_up()
