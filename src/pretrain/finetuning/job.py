@@ -183,7 +183,7 @@ class Job:
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         options["max_length"] = settings.data.max_length
-        task = call_named(self.task, options, settings.spell, model)
+        task: Task = call_named(self.task, options, settings.spell, model)
         task.labels_given = bool(settings.task.options.get("labels"))
         if touched_early(task, before):
             return self.build(**new)

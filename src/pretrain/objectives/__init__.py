@@ -195,7 +195,7 @@ def build_objective(
     given = as_json(init_args)  # a class may change what it is given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = call_named(cls, init_args, _spell, model)
+        built: Objective = call_named(cls, init_args, _spell, model)
     # config.json of those that are built in has only what their description lacks.
     if class_path not in OBJECTIVES or not given.keys() <= built.describe().keys():
         built.init_args = given
