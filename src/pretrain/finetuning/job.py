@@ -475,10 +475,7 @@ class Job:
             f"{task.name}: {counts} rows from {data.names['train']}",
             task.sizes(rows),
         ]
-        if data.learned.strata is not None and data.learned.labels and len(data.learned.labels) > 1:
-            lines.append(
-                f"{len(data.learned.labels)} labels: {', '.join(data.learned.labels[:12])}"
-            )
+        lines += data.learned.classes
         trained = [p for p in task.model.parameters() if p.requires_grad]
         whole = task.model.num_parameters()
         part = sum(p.numel() for p in trained)

@@ -78,6 +78,8 @@ def look(
     found = open_data(settings, objects, cls, classes_of(model, cls))
     notes = list(found.notes)
     classes = {name: _classes(cls, getattr(found, name), found.learned) for name in found.counts}
+    if not any(classes.values()):  # of parts of a row: words, pixels, objects
+        notes += found.learned.classes
     common: dict[str, Any] = {
         "name": found.names["train"],
         "task": task,

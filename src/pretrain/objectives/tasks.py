@@ -70,6 +70,13 @@ class Learned:
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def classes(self) -> list[str]:
+        """A line that names the classes, if there are several or one that is found or not; else none."""
+        names = self.labels if self.strata is not None and self.labels else ()
+        kind = "label" if len(names) == 1 else "labels"
+        return [f"{len(names)} {kind}: {', '.join(names[:12])}"] if names else []
+
 
 def _is_finite(value: Any, *, infinite: bool = False) -> bool:
     """Whether all floats in arrays, lists and mappings are finite; ``infinite`` allows -inf and inf (masked scores)."""
