@@ -131,7 +131,9 @@ class Job:
         if by_name:
             source = settings.model.checkpoint = settle_checkpoint(settings)
         check_fits(source, task)
-        data = open_data(settings, objects, task, classes_of(source, task))
+        out = Path(settings.train.out) if settings.train.out else None
+        begun = classes_of(out, task) if out is not None and has_begun(out) else None
+        data = open_data(settings, objects, task, classes_of(source, task), begun)
         job = cls(source, settings, data, task, quiet)
         if isinstance(source, Model):  # all of its kind have one name in the settings
             job.weights = current_world().broadcast_result(
@@ -140,12 +142,16 @@ class Job:
             given = f"{given} {job.weights}"
         if not settings.train.out:
             settings.train.out = f"runs/{task.name}-{job.key(given)}"
-            if by_name and has_begun(Path(settings.train.out)):
+            out = Path(settings.train.out)
+            if by_name and has_begun(out):
                 # The run may have begun with an earlier commit of the model, which may name other classes.
                 settings.model.checkpoint = given
                 if settle_checkpoint(settings) != source:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
+            begun = classes_of(out, task) if has_begun(out) else None
+            if begun and set(begun) != set(data.learned.labels or begun):
+                return cls.open(model, settings, objects, quiet=quiet)
         return job
 
     def key(self, checkpoint: str) -> str:

@@ -143,8 +143,11 @@ class ObjectDetection(ImageTask):
             raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
         listed = list[list[Any]]()
         if isinstance(table, BoxTable) and not (given or checkpoint):
-            listed = [[*table.categories]]  # classes without a box are learned too
-            different = list(dict.fromkeys([*different, *map(str.strip, table.categories)]))
+            # Classes without a box are learned too, but not by a run that an earlier version began without them.
+            begun = options.get("begun_labels")
+            classes = [name for name in table.categories if begun is None or name.strip() in begun]
+            listed = [classes]
+            different = list(dict.fromkeys([*different, *map(str.strip, classes)]))
         one = given or different
         if len(one) == 1 and not isinstance(one, str) and not checkpoint and not names:
             # One class is enough here, because a place may also be no object. A list names the class or its number;

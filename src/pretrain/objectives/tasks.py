@@ -405,7 +405,8 @@ class Task(Objective):
         Args:
             table: the training rows, columns named by role.
             options: task arguments that the caller gave, including those of ``row_options``; ``labels`` is the class
-                order, ``checkpoint_labels`` that of a checkpoint with the head of this task.
+                order, ``checkpoint_labels`` that of a checkpoint with the head of this task, ``begun_labels`` that of
+                the run if it has begun.
 
         Raises:
             DataError: the targets are not valid for this task; the message names rows.
