@@ -581,6 +581,16 @@ def test_a_signal_saves_the_run_and_sets_the_exit_code(
     assert list((tmp_path / "run").glob("checkpoint-1/manifest.json"))
 
 
+def test_a_signal_during_the_start_up_of_a_run_says_that_nothing_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Trainer, "probe", lambda run: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(long_run(tmp_path)) == 143
+    said = capsys.readouterr().err
+    assert "interrupted. No step of" in said and "step 1 " not in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_process_that_gets_a_signal_saves_and_ends_with_its_code(

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt as error:
-        _complain("interrupted.", "")
+        _complain(f"interrupted. {error}".rstrip(), "")
         return error.code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of standard output has exited, e.g. `| head`
         discard(sys.stdout)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.distributed.launched import launched
+from pretrain.errors import Interrupted
 from pretrain.report.history import frame_of, loss_svg, plot_history, sort_records
 from pretrain.report.run_report import write
 from pretrain.utils.curves import Plot
@@ -198,11 +199,29 @@ class StopRequest:
     Attributes:
         name: the signal that this process received; may be set at any moment.
         agreed: the signal that all ranks agreed to stop for; changes in ``settle`` only.
+        said: while it is not None a signal raises Interrupted with this text at once, see ``at_once``.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.agreed: str | None = None
+        self.said: str | None = None
+
+    @contextlib.contextmanager
+    def at_once(self, said: str) -> Iterator[None]:
+        """Let a signal raise Interrupted with the text ``said``, as long as there is nothing to save."""
+        self.said = said
+        try:
+            if self.name is not None:  # it came before
+                raise self.interrupted()
+            yield
+        finally:
+            self.said = None
+
+    def interrupted(self) -> Interrupted:
+        """Return the exception that ends the run for the signal that was received."""
+        assert self.name is not None
+        return Interrupted(128 + getattr(signal, self.name), self.said or "")
 
     def flags(self) -> list[float]:
         """Return one flag for each of `SIGNALS`, 1.0 for the received one; to be summed over all ranks."""
@@ -225,6 +244,9 @@ def catch_signals() -> Iterator[StopRequest]:
     remaining processes when the first one has ended, and the checkpoint may not be complete by then.
 
     Outside the main thread Python allows no signal handlers, and the request stays empty.
+
+    Raises:
+        Interrupted: inside ``StopRequest.at_once``, for the first signal.
     """
     request, several, received = StopRequest(), launched(), list[tuple[float, int]]()
     if threading.current_thread() is not threading.main_thread():
@@ -240,7 +262,10 @@ def catch_signals() -> Iterator[StopRequest]:
         if again and (number == signal.SIGINT or not several):
             signal.signal(number, before[number])
             signal.raise_signal(number)
-        request.name = request.name or signal.Signals(number).name
+        if request.name is None:
+            request.name = signal.Signals(number).name
+            if request.said is not None:
+                raise request.interrupted()
 
     for name in SIGNALS:
         number = getattr(signal, name)
