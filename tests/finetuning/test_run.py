@@ -20,7 +20,7 @@ from pretrain.cli.main import main
 from pretrain.config.spelling import Interface, using
 from pretrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pretrain.finetuning import job as running
-from pretrain.finetuning.run import follow_up
+from pretrain.finetuning.run import follow_up, report
 from pretrain.objectives.classification import Classification
 
 
@@ -477,6 +477,43 @@ def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path:
     with pytest.raises(ConfigError, match="holds a model"):
         tune(place, place, rows_of(24))
     assert sorted(os.listdir(place)) == before
+
+
+def test_an_adapter_of_a_run_that_trained_on_finds_the_checkpoint_it_belongs_to(
+    tmp_path: Path,
+) -> None:
+    """Resumed, opened and reported; without that checkpoint the error names it, and putting it back helps."""
+    base, out, rows = tmp_path / "base", tmp_path / "adapter", tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(24)))
+    better: dict[str, Any] = {"monitor": "loss", "lr": 1e-3, "schedule": "constant"}
+    tune(model_of(), base, limit="2 steps", **better)
+    tune(base, out, str(rows), limit="1 steps", lora=2)
+    shutil.copytree(base / "checkpoint-2", tmp_path / "kept")
+    run = tune(model_of(), base, limit="6 steps", **better).run
+    assert run.best.name == "checkpoint-6" and not (base / "checkpoint-2").exists()
+    (out / "report.html").unlink()
+    for call in (lambda: tune(base, out, str(rows), limit="3 steps", lora=2), lambda: report(out)):
+        with pytest.raises(CheckpointError, match=r"\(step 2\) are no longer there.*Put a copy"):
+            call()
+    with pytest.raises(CheckpointError, match="trained on step 2 of its base"):
+        pretrain.load(out)
+    kept = shutil.move(tmp_path / "kept", base / "checkpoint-2")
+    assert pretrain.load(out, quiet=True).source == str(kept)
+    assert main(["report", str(out)]) == 0
+    assert tune(base, out, str(rows), limit="3 steps", lora=2).run.step == 3
+
+
+def test_an_adapter_of_a_checkpoint_that_was_removed_is_opened_on_the_result(
+    tmp_path: Path,
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    tune(model_of(), base, limit="1 steps")
+    rows = rows_of(24)
+    tune(base / "checkpoint-1", out, rows, limit="1 steps", lora=2)
+    shutil.rmtree(base / "checkpoint-1")
+    assert pretrain.load(out, quiet=True).source == str(base / "model")
+    resumed = tune(base / "checkpoint-1", out, rows, limit="2 steps", lora=2)
+    assert resumed.run.step == 2
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

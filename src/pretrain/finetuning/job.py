@@ -52,7 +52,7 @@ from pretrain.training.run import (
     settle_checkpoint,
 )
 from pretrain.training.run_directory import Unbegun
-from pretrain.training.starting_model import hash_weights, origin
+from pretrain.training.starting_model import began_with, hash_weights, origin, parent_step
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.training.validation import score as lower_is_better
@@ -130,6 +130,8 @@ class Job:
         by_name = model is None or isinstance(model, str | os.PathLike)
         if by_name:
             source = settings.model.checkpoint = settle_checkpoint(settings)
+            if source and settings.train.out:
+                source = began_with(source, Path(settings.train.out))
         check_fits(source, task)
         out = Path(settings.train.out) if settings.train.out else None
         begun = classes_of(out, task) if out is not None and has_begun(out) else None
@@ -149,6 +151,7 @@ class Job:
                 if settle_checkpoint(settings) != source:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
+                job.source = began_with(source, out)
             begun = classes_of(out, task) if has_begun(out) else None
             if begun and set(begun) != set(data.learned.labels or begun):
                 return cls.open(model, settings, objects, quiet=quiet)
@@ -335,7 +338,10 @@ class Job:
             "rows": counts,
             "columns": self.data.columns,
             **self.measured_with(),
-            "parent": origin(self.source) if isinstance(self.source, str) else None,
+            "parent": origin(self.settings.model.checkpoint)
+            if isinstance(self.source, str)
+            else None,
+            **(parent_step(self.source) if isinstance(self.source, str) else {}),
             **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 
