@@ -74,6 +74,15 @@ def fails(capsys: Any, *words: str) -> str:
     return str(shown.err)
 
 
+@pytest.mark.parametrize(
+    "words", ["lr-range --plot", "quickstart --out", "prepare x --out", "merge x --out"]
+)
+def test_an_empty_name_of_what_is_written_is_refused_first(words: str, capsys: Any) -> None:
+    option = words.split()[-1]
+    for given in ([*words.split(), ""], f"{words}=".split()):
+        assert f"{option} is empty" in fails(capsys, *given)
+
+
 # ----------------------------------------------------------------------------------------------- help
 
 
