@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import math
+import numbers
 import os
 import re
 import stat
@@ -22,6 +23,7 @@ from pretrain.errors import ConfigError, nearest, suggestion
 from pretrain.utils.files import note, replace_file
 
 __all__ = [
+    "check_count",
     "check_value",
     "name_change",
     "place_in",
@@ -472,6 +474,14 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     if hint is None or not plain(hint):
         return value
     return _Checker({}).value(key, value, hint)
+
+
+def check_count(name: str, value: Any, least: int | None = 1) -> None:
+    """Raise a ConfigError unless a value is a whole number, also one of numpy, of at least ``least`` (None: any)."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number{bound}.")
 
 
 def _is_number(value: Any) -> bool:

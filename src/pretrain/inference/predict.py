@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
+from pretrain.config.check import check_count
 from pretrain.config.spelling import PREDICT, either, option, using
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.paths import path_from, tar_files
@@ -21,7 +22,6 @@ from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
 from pretrain.data.tables import Chunk, Table, in_chunks, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
-from pretrain.inference.prompts import check_count
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.printing import console, in_notebook
