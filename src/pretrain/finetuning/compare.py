@@ -49,7 +49,7 @@ from pretrain.report.history import read_history
 from pretrain.training.run import resumable, run_key
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.utils.curves import Series, curve_svg
-from pretrain.utils.files import note, read_bytes
+from pretrain.utils.files import muted, note, read_bytes
 from pretrain.utils.html import bullets, notebook_view, table
 from pretrain.utils.strict_json import parse_json, unsealed, without_nan
 
@@ -382,7 +382,8 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         """A vector for each text; texts that several seeds share are embedded once."""
         new = list(dict.fromkeys(text for text in texts if text not in vectors))
         if new:
-            vectors.update(zip(new, embed(new), strict=True))
+            with muted():  # the run says which texts are cut
+                vectors.update(zip(new, embed(new), strict=True))
         return np.stack([vectors[text] for text in texts])
 
     return {
