@@ -234,6 +234,33 @@ def test_sweep_takes_the_best_and_prints_a_table(
     assert "each, by" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_trials_leave_directories_of_others_alone(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """A directory at OUT.trial was deleted."""
+    out, notes = tmp_path / "run", tmp_path / "run.trial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    place = tmp_path / "place" if linked else out
+    left = place / ".pretrain-new-4194305-0123abcd-trial"  # of a sweep that was killed
+    left.mkdir(parents=True)
+    if linked:
+        out.symlink_to(place)
+    places: list[Path] = []
+    fit = running.Trainer.fit
+
+    def seen(self: Any, *given: Any, **more: Any) -> Any:
+        places.append(self.out)
+        return fit(self, *given, **more)
+
+    monkeypatch.setattr(running.Trainer, "fit", seen)
+    tune(checkpoint, out, lr="sweep", lrs=[1e-3, 1e-2], limit="1 steps")
+    assert notes.read_text() == "mine" and not left.exists()
+    assert len({path.name for path in places}) == 3 and places[-1].samefile(out)
+    assert all(path.parent.samefile(out) and not path.exists() for path in places[:-1])
+
+
 @pytest.mark.parametrize(("monitor", "said"), [("pearson", "-0.2500"), ("mse", "0.2500")])
 def test_the_table_of_a_sweep_has_the_sign_of_the_figure(
     checkpoint: str,

@@ -56,7 +56,7 @@ from pretrain.training.starting_model import began_with, hash_weights, origin, p
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.training.validation import score as lower_is_better
-from pretrain.utils.files import note
+from pretrain.utils.files import note, temporary_name
 from pretrain.utils.imports import call_named
 
 if TYPE_CHECKING:
@@ -546,8 +546,9 @@ class Job:
         rows, *others = (encode(task, part, "trial", 1.0, []) for part in parts)
         for part in (rows, *others):
             task.prepare_reference(part)
-        out, world = Path(f"{self.settings.train.out}.trial"), current_world()
-        world.on_rank_zero(lambda: shutil.rmtree(out, ignore_errors=True))
+        # In the directory that this job has locked, where the next one that locks it removes what a kill leaves.
+        world, name = current_world(), temporary_name(Path(self.settings.train.out, "trial"), "new")
+        out = Path(world.broadcast_object(os.fspath(name)))
         try:
             run = self.trainer(
                 task, rows, None, out=out, rates=rates, limit=limit, seed=seed, save=False
