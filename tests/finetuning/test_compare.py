@@ -155,7 +155,7 @@ def test_a_comparison_that_was_interrupted_goes_on_and_is_kept(
 
     monkeypatch.setattr(Job, "score", score)
     monkeypatch.setattr("pretrain.finetuning.compare._baselines", lambda *_: {})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"comparison\.json keeps the scores of .*\(3\)"):
         compared(checkpoint, out, str(rows))
     assert [path.name for path in out.iterdir()] == ["comparison.json"]
     found = compared(checkpoint, out, str(rows)).comparison

@@ -18,7 +18,7 @@ import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.cli.main import main
 from pretrain.config.spelling import Interface, using
-from pretrain.errors import CheckpointError, ConfigError, DataError, TrainingError
+from pretrain.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from pretrain.finetuning import job as running
 from pretrain.finetuning.run import follow_up, report
 from pretrain.objectives.classification import Classification
@@ -259,6 +259,37 @@ def test_trials_leave_directories_of_others_alone(
     assert notes.read_text() == "mine" and not left.exists()
     assert len({path.name for path in places}) == 3 and places[-1].samefile(out)
     assert all(path.parent.samefile(out) and not path.exists() for path in places[:-1])
+
+
+def test_a_sweep_that_was_interrupted_goes_on(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lost all its trials."""
+    tried: list[float] = []
+    score = running.Job.score
+
+    def one(job: Any, *parts: Any, rates: Any, **given: Any) -> list[float]:
+        tried.append(rates["lr"])
+        if len(tried) == 2:
+            raise Interrupted(143)
+        return score(job, *parts, rates=rates, **given)
+
+    given: dict[str, Any] = {"lr": "sweep", "lrs": [1e-3, 1e-2], "limit": "1 steps"}
+    whole = tune(checkpoint, tmp_path / "whole", **given)
+    monkeypatch.setattr(running.Job, "score", one)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match=r"trials\.json keeps the scores of .* \(1\); the same"):
+        tune(checkpoint, out, **given)
+    assert [path.name for path in out.iterdir()] == ["trials.json"]
+    result = tune(checkpoint, out, **given)
+    assert tried == [1e-3, 1e-2, 1e-2] and result.rates == whole.rates
+    assert weights(result) == weights(whole)
+    (out / "trials.json").write_text("{}")  # a run that has begun has its rate
+    assert tune(checkpoint, out, **given).rates == whole.rates and len(tried) == 3
+    shutil.copyfile(tmp_path / "whole" / "trials.json", tmp_path / "trials.json")
+    tried[1:] = []
+    with pytest.raises(Interrupted, match="No trial was finished"):  # other rows: none is kept
+        tune(checkpoint, tmp_path, rows_of(30), **given)
 
 
 @pytest.mark.parametrize(("monitor", "said"), [("pearson", "-0.2500"), ("mse", "0.2500")])

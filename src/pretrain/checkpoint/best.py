@@ -23,6 +23,7 @@ __all__ = [
     "COMPARISON",
     "RESULT",
     "SWEEP",
+    "TRIALS",
     "best_first",
     "opened",
     "rates_of_run",
@@ -34,14 +35,14 @@ __all__ = [
 ]
 
 BEST, SWEEP = "best.json", "sweep.json"
-COMPARISON = "comparison.json"  # see ``pretrain.finetuning.compare``
+COMPARISON, TRIALS = "comparison.json", "trials.json"  # see ``pretrain.finetuning.trials``
 RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
 
 
 def write_choice(path: Path, body: Mapping[str, Any]) -> None:
-    """Write ``best.json``, ``sweep.json`` or ``comparison.json`` with its digest, atomically."""
+    """Write a file of this module or of kept trials with its digest, atomically."""
     with writing(path):
         replace_file(path, sealed(body))
 

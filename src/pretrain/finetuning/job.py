@@ -9,11 +9,20 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import distributed
-from pretrain.checkpoint.best import BEST, SWEEP, best_first, rates_of_run, run_state, write_choice
+from pretrain.checkpoint.best import (
+    BEST,
+    SWEEP,
+    TRIALS,
+    best_first,
+    rates_of_run,
+    run_state,
+    write_choice,
+)
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
@@ -34,6 +43,7 @@ from pretrain.finetuning.start import (
     touched_early,
     versions,
 )
+from pretrain.finetuning.trials import Kept, trials_key
 from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
@@ -498,6 +508,8 @@ class Job:
     def sweep(self, task: Task) -> float:
         """Try learning rates in short runs and return the best on the held-out rows.
 
+        Trials that the run directory keeps are not trained again, see `Kept`.
+
         Raises:
             DataError: there are no held-out rows to choose by.
         """
@@ -510,10 +522,13 @@ class Job:
         _, epoch = self.steps(len(train))
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
-        found = {
-            lr: self.score(train, valid, rates=self.rates(task, lr), limit=limit, seed=seed)[0]
-            for lr in self.settings.optim.lrs or grid(self.lr(task))
-        }
+        kept, found = Kept(Path(self.settings.train.out, TRIALS), scores=1), {}
+        kept.begin(trials_key(self))
+        for lr in self.settings.optim.lrs or grid(self.lr(task)):
+            rates = self.rates(task, lr)
+            one = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
+            with kept.said():
+                (found[lr],), _ = kept.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", one)
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
         for lr, score in found.items():
