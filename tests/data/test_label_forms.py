@@ -231,6 +231,104 @@ def test_when_a_comma_stands_between_labels() -> None:
     assert read(["a", "b", "a"], problem="multi_label")[1] == [{"a"}, {"b"}, {"a"}]
 
 
+HOT = ([1, 0, 1], [0, 1, 0])
+JOINED = [",", ";", "|", " ", ", "]
+
+
+@pytest.mark.parametrize("options", [{}, {"problem": "multi_label"}])
+@pytest.mark.parametrize("spell", [str, lambda x: f"{x}.0", lambda x: str(bool(x)).lower()])
+def test_vectors_whose_places_are_texts(spell: Any, options: dict[str, Any]) -> None:
+    rows = [[spell(x) for x in row] for row in HOT]
+    for labels in (["a", "b", "c"], None):
+        given = options if labels is None else {**options, "labels": labels}
+        wanted = learned([{"text": str(i), "label": row} for i, row in enumerate(HOT)], **given)[:2]
+        assert wanted[1] == ([{"a", "c"}, {"b"}] if labels else [{"0", "2"}, {"1"}])
+        forms = [rows, [str(row) for row in rows], *([m.join(r) for r in rows] for m in JOINED)]
+        for cells in forms:
+            source = [{"text": str(i), "label": cell} for i, cell in enumerate(cells)]
+            *found, told = learned(source, **given)
+            assert tuple(found) == wanted and told.options["label_form"] == "vectors", cells
+        for mark in JOINED:
+            source = [{"text": str(i), "label": mark.join(row)} for i, row in enumerate(rows)]
+            assert learned(source, **given, label_separator=mark)[:2] == wanted
+        source = [{"text": str(i), "label": str(row)} for i, row in enumerate(rows)]
+        assert learned(source, **given, label_separator=",")[:2] == wanted
+
+
+@pytest.mark.parametrize("mark", [None, *JOINED])
+def test_texts_that_are_vectors_with_a_single_one_are_a_choice(mark: str | None) -> None:
+    def read(rows: list[list[int]], **options: Any) -> Any:
+        cells = [list(map(str, row)) if mark is None else mark.join(map(str, row)) for row in rows]
+        source = read_table([{"text": str(i), "label": c} for i, c in enumerate(cells)])
+        found = Classification.learn(source, {"problem": "single_label", **options})
+        return found, Classification.tidy(source, found, options).columns["label"]
+
+    one_hot = [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    found, tidied = read(one_hot, labels=["a", "b", "c"])
+    assert found.strata == [0, 2, 1] and tidied == ["a", "c", "b"]
+    with pytest.raises(DataError, match="row 1 .*has 2 labels"):
+        read([[1, 0, 1], [0, 1, 0]])
+    if mark is not None:
+        assert read(one_hot, label_separator="")[1] == [mark.join(map(str, r)) for r in one_hot]
+
+
+def test_pairs_of_zeros_and_ones() -> None:
+    def read(cells: list[Any], **options: Any) -> Any:
+        return learned([{"text": str(i), "label": c} for i, c in enumerate(cells)], **options)[1]
+
+    pairs = ["1,0", "0,1"]
+    with pytest.raises(DataError, match="label_form='vectors' or label_form='numbers'"):
+        read(pairs)
+    vectors, numbers = [{"0"}, {"1"}], [{"0", "1"}] * 2
+    for cells in (pairs, ["1|0", "0|1"], [["1", "0"], ["0", "1"]], [[1, 0], [0, 1]]):
+        assert read(cells, labels=["a", "b"]) == [{"a"}, {"b"}]
+        assert read(cells, label_form="vectors") == vectors
+        assert read(cells, label_form="numbers") == numbers
+    assert read(pairs, label_separator=",") == read(pairs, problem="multi_label") == vectors
+    # Where the labels are called so, lists of texts are their names.
+    assert read([["1", "0"], ["0", "1"]], labels=["0", "1"]) == numbers
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "wanted"),
+    [
+        ([[0], [1], [0, 1]], [[0, 1], [1, 0]], [["a", "b"]] * 2),
+        (["0", "1", "0|1"], ["0|1", "1|0"], [["a", "b"]] * 2),
+        ([["0"], ["1"], ["0", "1"]], [["0", "1"]], [["a", "b"]]),
+        ([[0], [2], [0, 1]], [[0, 1], [1, 0]], [["a", "b"]] * 2),
+        ([[0], [2], [0, 1]], [[1, 0, 1]], [["a", "c"]]),
+        ([[0, 1], [1, 1]], [[1], [0]], None),
+        ([[0, 1, 0], [1, 0, 1]], [[1, 2]], None),
+        (["0,1,0", "1,0,1"], ["1,0"], None),
+        ([[0, 1, 0], [1, 0, 1]], [["a", "b"]], [["a", "b"]]),
+    ],
+)
+def test_further_rows_have_the_form_of_the_training_rows(
+    train: list[Any], held: list[Any], wanted: Any
+) -> None:
+    def table(cells: list[Any]) -> Table:
+        return read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])
+
+    three = any(c in ([2], [0, 1, 0], "0,1,0") for c in train)
+    options = {"labels": ["a", "b", "c"] if three else ["a", "b"]}
+    found = Classification.learn(table(train), options)
+    if wanted is None:
+        with pytest.raises(DataError, match="row 1 .*must be a vector of . zeros and ones"):
+            Classification.tidy(table(held), found, options)
+    else:
+        tidied = Classification.tidy(table(held), found, options).columns["label"]
+        assert [sorted(row) for row in tidied] == wanted
+
+
+def test_rows_that_are_tidied_are_no_vectors() -> None:
+    cells: list[Any] = [[1, 1, 0], [1, 1, 0], [1, 0, 0]]
+    source = read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])
+    found = Classification.learn(source, {})
+    tidied = Classification.tidy(source, found, {}).take([0, 1])
+    assert tidied.columns["label"] == [["0", "1"]] * 2
+    assert Classification.tidy(tidied, found, {}).columns["label"] == [["0", "1"]] * 2
+
+
 def test_printed_lists() -> None:
     assert (
         printed_list("[]")

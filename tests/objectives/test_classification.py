@@ -211,6 +211,24 @@ def test_a_separator_holds_for_further_rows(separator: str, tmp_path: Path) -> N
     assert "label_separator" not in task_of().describe()
 
 
+def test_the_form_of_lists_is_kept_with_the_model(tmp_path: Path) -> None:
+    assert "label_form" not in task_of(problem="multi_label").describe()
+    task = task_of(labels=("a", "b"), problem="multi_label", label_form="numbers")
+    task.model.extra_config["pretrain"] = {"objective": task.describe()}
+    task.model.save(tmp_path / "model")
+    reopened = predict.task_of(pretrain.load(tmp_path / "model", quiet=True))
+    assert reopened.truth(bad([[0, 1], [1, 0]])) == [["a", "b"]] * 2
+    # A run of an earlier version, which did not record it, goes on.
+    earlier = task_of(labels=("a", "b"), problem="multi_label")
+    assert earlier.truth(bad([[0, 1], [1, 0]])) == [["b"], ["a"]]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"pretrain": {"objective": earlier.record()}, "id2label": {"0": "a", "1": "b"}})
+    )
+    check_recorded(task, tmp_path)
+    with pytest.raises(ConfigError, match="'vectors' or 'numbers'"):
+        task_of(label_form="lists")
+
+
 def test_what_is_learned_of_the_rows() -> None:
     table = read_table(rows_of(12))
     found = Classification.learn(table, {})

@@ -25,8 +25,9 @@ from pretrain.errors import DataError, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "LabelMap", "Several", "blanks_note", "exact_number", "finite_numbers", "flattened", "is_missing", "is_on",
-    "make_tag_map", "number_in", "printed_list", "printed_mapping", "read_several", "spelled", "unlabelled_note",
+    "LABEL_FORMS", "LabelMap", "NameList", "Several", "blanks_note", "exact_number", "finite_numbers", "flattened",
+    "is_missing", "is_on", "make_tag_map", "number_in", "printed_list", "printed_mapping", "read_several", "spelled",
+    "unlabelled_note",
 ]  # fmt: skip
 
 _SHOWN = 3
@@ -36,7 +37,9 @@ LARGEST = 1e37  # largest target; differences and sums over a batch still fit si
 
 _UNLABELLED = ("-1", "-")  # the second is that of SNLI, where the annotators disagreed
 _MARKS = ("|", ";", ",")  # separators of names in one cell
+_PAIRS = {"0,0", "0,1", "1,0", "1,1"}
 _RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
+LABEL_FORMS = ("vectors", "numbers")  # what lists of zeros and ones can be
 _SPELLED = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 Where = Callable[[int], str]
@@ -673,11 +676,17 @@ class Several:
         rows: names or numbers of the classes of each row; None if each row has a single label.
         names: names of the classes in order, if the rows contain class numbers and the form defines their names.
         notes: lines to print.
+        form: ``"vectors"`` of zeros and ones, class ``"numbers"``, or None for names and mappings.
     """
 
     rows: list[list[Any]] | None
     names: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
+    form: str | None = None
+
+
+class NameList(list[str]):
+    """The names of the classes of a row, in whatever form its source had them; no vector, even if they are 0 and 1."""
 
 
 def read_several(
@@ -689,6 +698,8 @@ def read_several(
     spellings: Collection[str] = (),
     separator: str | None = None,
     always: bool = False,
+    single: bool = False,
+    form: str | None = None,
 ) -> Several:
     """Read a column in which rows may have any number of labels.
 
@@ -700,10 +711,37 @@ def read_several(
         spellings: values that a cell may contain besides the names.
         separator: text between names in one cell; "" if names are never joined; None detects it from the column.
         always: treat the column as multi-label in any form; a single name is a list of one label.
+        single: treat texts as one class each, unless all are vectors.
+        form: what lists of zeros and ones are, ``"vectors"`` or class ``"numbers"``; None decides by the column.
 
     Raises:
         DataError: the column mixes forms, is ambiguous, or has an invalid vector; names the row.
     """
+    if values and all(isinstance(value, NameList) for value in values):
+        return Several([list(value) for value in values])
+    known = None if labels is None else {str(label).strip() for label in (*labels, *spellings)}
+    vectors = _Vectors(where, names, labels, known, form)
+    found = _read(values, vectors, separator, always=always, single=single)
+    items = [item for row in found.rows or () for item in row]
+    if (
+        found.form is None
+        and names is found.names is None
+        and items
+        and all(map(_is_number, items))
+    ):
+        found.form = "numbers"
+    return found
+
+
+def _is_number(item: Any) -> bool:
+    number = number_in(item) if isinstance(item, str) else item
+    return isinstance(number, int | float) and not isinstance(number, bool)
+
+
+def _read(
+    values: Sequence[Any], vectors: _Vectors, separator: str | None, *, always: bool, single: bool
+) -> Several:
+    where = vectors.where
     lists = [i for i, value in enumerate(values) if _is_list(value)]
     mappings = [i for i, value in enumerate(values) if isinstance(value, Mapping)]
     if mappings and len(mappings) == len(values):
@@ -717,19 +755,22 @@ def read_several(
             )
         # The order of a set depends on the seed of Python's hashes.
         rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else list(v) for v in values]
-        return _from_lists(rows, where, names, labels)
+        return _from_lists(rows, vectors)
     texts = ["" if is_missing(value) else value for value in values]
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
-        if separator is None:
+        if separator != "" and (
+            hot := _written_vectors(texts, vectors, separator, always or single)
+        ):
+            return hot
+        if separator is None and not single:
             mapped = [printed_mapping(text) for text in texts]
             if all(isinstance(found, dict) for found in mapped):
                 return _from_mappings(mapped, where)
             parsed = [printed_list(text) for text in texts]
             if any(found is not None for found in parsed):
-                return _from_printed(texts, parsed, where, names, labels)
-            known = None if labels is None else {str(label) for label in (*labels, *spellings)}
-            separator, notes = _separator(texts, known, always)
+                return _from_printed(texts, parsed, vectors)
+            separator, notes = _separator(texts, vectors.known, always, vectors.form)
         if separator:
             return Several([_parts(text, separator) for text in texts], None, notes)
     if always:
@@ -766,28 +807,113 @@ def _from_mappings(values: Sequence[Any], where: Where) -> Several:
     return Several(rows, tuple(names))
 
 
-def _from_lists(
-    rows: list[list[Any]],
-    where: Where,
-    names: Sequence[str] | None,
-    labels: Sequence[str] | None,
-) -> Several:
-    width = _vector_width(rows, where, names, labels)
-    if width:
+@dataclass(frozen=True)
+class _Vectors:
+    """What tells vectors of zeros and ones from lists; the arguments are those of `read_several`.
+
+    Args:
+        known: values that a cell may contain: the labels and their other spellings.
+    """
+
+    where: Where
+    names: Sequence[str] | None
+    labels: Sequence[str] | None
+    known: Collection[str] | None
+    form: str | None
+
+    def read(self, rows: list[list[Any]]) -> Several | None:
+        """Return the labels of rows that are vectors; None if they list names or class numbers."""
+        items = [item for row in rows for item in row if not is_missing(item)]
+        texts = bool(items) and all(isinstance(x, str) and is_on(x) is not None for x in items)
+        if texts:
+            rows = [[None if is_missing(x) else int(bool(is_on(x))) for x in row] for row in rows]
+            repeated = any(len(set(row)) < len(row) for row in rows)
+            known, widths = self.known or (), {len(row) for row in rows}
+            misfit = self.labels is not None and widths != {len(self.labels)}
+            if not (self.form or repeated) and (misfit or {*map(str.strip, items)} <= {*known}):
+                return None
+        width = self._width(rows)
+        if not width:
+            return None
+        labels = self.labels
         if labels is not None and len(labels) != width:
             raise DataError(
-                f"{where(0)}: label is a vector of {width} zeros and ones, and there are {len(labels)} labels: "
+                f"{self.where(0)}: label is a vector of {width} zeros and ones, and there are {len(labels)} labels: "
                 f"{', '.join(map(str, labels[:12]))}. Give one label for each place, in order: "
                 f"{option('labels', [...])}."
             )
-        known = tuple(map(str, range(width) if labels is None else labels))
-        found = Several([[k for k, on in enumerate(row) if on] for row in rows], known)
+        called = tuple(map(str, range(width) if labels is None else labels))
+        hot = [[k for k, on in enumerate(row) if on] for row in rows]
+        found = Several(hot, called, form="vectors")
         if labels is None:
             found.notes.append(
                 f"label: vectors of {width} zeros and ones, one place for each label; the labels are called 0 to "
                 f"{width - 1} ({option('labels', ['name', ...])} names them)"
             )
         return found
+
+    def _width(self, rows: list[list[Any]]) -> int:
+        """Return the length of the rows if they are vectors of zeros and ones; 0 if they list names or class numbers.
+
+        Class numbers are integers that do not repeat within a row, so bools, floats and repeated zeros indicate
+        vectors. Rows of two numbers 0 or 1, which could be either, are read as vectors, unless the training rows had
+        class numbers: as class numbers, nearly all rows would have both classes.
+        """
+        items = [item for row in rows for item in row if not is_missing(item)]
+        if self.names is not None or not items:
+            return 0
+        if not all(isinstance(x, bool | int | float) for x in items):
+            return 0
+        sure = [i for i, row in enumerate(rows) if any(isinstance(x, bool | float) for x in row)]
+        widths = {len(row) for row in rows}
+        if any(is_missing(item) for row in rows for item in row):
+            sure = [i for i in sure if any(isinstance(x, bool) for x in rows[i])]
+        repeated = [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
+        if self.form == "numbers" and not (sure or repeated):
+            return 0
+        if strange := [i for i in sure if any(x not in (0, 1) for x in rows[i])]:
+            i = strange[0]
+            value = next(x for x in rows[i] if x not in (0, 1))
+            raise DataError(
+                f"{self.where(i)}: label is a list with the number {value!r}. A list must hold names, integer numbers "
+                "of classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
+            )
+        if self.form == "vectors":
+            self._check(rows, widths)
+        if len(widths) > 1 or not all(x in (0, 1) for x in items):
+            if wrong := sure or repeated:
+                i, sizes = wrong[0], sorted(widths)
+                what = f"other rows have lists of {sizes[0]} to {sizes[-1]} items"
+                if len(widths) == 1:
+                    what = "other rows hold numbers above 1"
+                raise DataError(
+                    f"{self.where(i)}: label is {shortened(rows[i])}, looking like a vector of zeros and ones, but "
+                    f"{what}. Give vectors of one length, or the list of the classes that fit."
+                )
+            return 0
+        width = widths.pop()
+        if width == 1 and sure:
+            raise DataError(
+                f"{self.where(0)}: label is a vector of one place, which is one class only. Give two classes: 0 and "
+                "1, or two names."
+            )
+        return width if width > 1 else 0
+
+    def _check(self, rows: list[list[Any]], widths: set[int]) -> None:
+        """Refuse numbers that are no vectors, in a column that is known to hold vectors."""
+        width = max(widths) if self.labels is None else len(self.labels)
+        for i, row in enumerate(rows):
+            if len(row) != width or any(x not in (0, 1) for x in row if not is_missing(x)):
+                raise DataError(
+                    f"{self.where(i)}: label is {shortened(row)}, and with {option('label_form', 'vectors')}, given or "
+                    f"found in the training rows, it must be a vector of {width} zeros and ones. Write it so, or give "
+                    "the names of the labels."
+                )
+
+
+def _from_lists(rows: list[list[Any]], vectors: _Vectors) -> Several:
+    if (hot := vectors.read(rows)) is not None:
+        return hot
     missing = sum(is_missing(item) for row in rows for item in row)
     found = Several([[item for item in row if not is_missing(item)] for row in rows])
     if missing:
@@ -795,53 +921,6 @@ def _from_lists(
             f"label: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
         )
     return found
-
-
-def _vector_width(
-    rows: list[list[Any]],
-    where: Where,
-    names: Sequence[str] | None,
-    labels: Sequence[str] | None,
-) -> int:
-    """Return the length of the rows if they are vectors of zeros and ones, or 0 if they list names or class numbers.
-
-    Class numbers are integers that do not repeat within a row, so bools, floats and repeated zeros indicate vectors.
-    Rows of two numbers 0 or 1, which could be either, are read as vectors: as class numbers, nearly all rows would have
-    both classes.
-    """
-    items = [item for row in rows for item in row if not is_missing(item)]
-    if names is not None or not items or not all(isinstance(x, bool | int | float) for x in items):
-        return 0
-    sure = [i for i, row in enumerate(rows) if any(isinstance(x, bool | float) for x in row)]
-    widths = {len(row) for row in rows}
-    if any(is_missing(item) for row in rows for item in row):
-        sure = [i for i in sure if any(isinstance(x, bool) for x in rows[i])]
-    if strange := [i for i in sure if any(x not in (0, 1) for x in rows[i])]:
-        i = strange[0]
-        value = next(x for x in rows[i] if x not in (0, 1))
-        raise DataError(
-            f"{where(i)}: label is a list with the number {value!r}. A list must hold names, integer numbers of "
-            "classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
-        )
-    if len(widths) > 1 or not all(x in (0, 1) for x in items):
-        wrong = sure or [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
-        if wrong:
-            i, sizes = wrong[0], sorted(widths)
-            what = f"other rows have lists of {sizes[0]} to {sizes[-1]} items"
-            if len(widths) == 1:
-                what = "other rows hold numbers above 1"
-            raise DataError(
-                f"{where(i)}: label is {shortened(rows[i])}, looking like a vector of zeros and ones, but {what}."
-                " Give vectors of one length, or the list of the classes that fit."
-            )
-        return 0
-    width = widths.pop()
-    if width == 1 and sure:
-        raise DataError(
-            f"{where(0)}: label is a vector of one place, which is one class only. Give two classes: 0 and 1, or "
-            "two names."
-        )
-    return width if width > 1 else 0
 
 
 # ------------------------------------------------------------------------------------------------ text cells
@@ -925,11 +1004,10 @@ def _item(token: str) -> Any:
 def _from_printed(
     texts: Sequence[str],
     parsed: Sequence[list[Any] | None],
-    where: Where,
-    names: Sequence[str] | None,
-    labels: Sequence[str] | None,
+    vectors: _Vectors,
 ) -> Several:
     """Read a column of printed lists; raise DataError if it has other text too."""
+    where, labels = vectors.where, vectors.labels
     lists = [i for i, found in enumerate(parsed) if found is not None]
     other = next((i for i, found in enumerate(parsed) if found is None), None)
     if other is not None:
@@ -939,11 +1017,49 @@ def _from_printed(
             f"{where(other)}: label holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
             f"{shortened(texts[lists[0]])}. Write every row as a list, [] where no class fits."
         )
-    found = _from_lists([list(items or ()) for items in parsed], where, names, labels)
+    found = _from_lists([list(items or ()) for items in parsed], vectors)
     found.notes.insert(
         0, f"label: printed lists, such as {shortened(texts[0])}, are read as lists of labels"
     )
     return found
+
+
+def _written_vectors(
+    texts: Sequence[str], vectors: _Vectors, separator: str | None, decided: bool
+) -> Several | None:
+    """Read texts that are all vectors of zeros and ones, printed or with a mark between the places; None if not.
+
+    Pairs of digits with a comma can be decimals too, so they are vectors only if the caller has ``decided`` on classes,
+    or the two labels.
+    """
+    cells = {text.strip() for text in texts}
+    if vectors.known is not None and cells <= {*vectors.known}:
+        return None
+    parsed = [printed_list(cell) for cell in texts]
+    if all(items is not None for items in parsed):
+        found = _from_printed(texts, parsed, vectors)
+        return found if separator or found.form == "vectors" else None
+    for mark in (*_MARKS, None) if separator is None else (separator.strip() or None,):
+        split = {
+            cell: [part.strip() for part in cell.split(mark)] if cell else [] for cell in cells
+        }
+        if any(is_on(part) is None for row in split.values() for part in row if part):
+            continue
+        widest = max(map(len, split.values()))
+        pairs = mark == "," and widest == 2 and separator is vectors.form is None
+        if widest < 2 or (pairs and not decided and len(vectors.labels or ()) != 2):
+            continue
+        rows = [list(split[text.strip()]) for text in texts]
+        if (hot := vectors.read(rows)) is None:
+            return None
+        hot.notes.insert(
+            0,
+            f"label: texts such as {shortened(texts[0])} are read as vectors of zeros and ones "
+            f"({option('label_form', 'numbers')} reads class numbers, {option('label_separator', '')} one class for "
+            "each text)",
+        )
+        return hot
+    return None
 
 
 def _parts(text: str, mark: str) -> list[str]:
@@ -953,7 +1069,7 @@ def _parts(text: str, mark: str) -> list[str]:
 
 
 def _separator(
-    texts: Sequence[str], labels: Collection[str] | None, always: bool
+    texts: Sequence[str], labels: Collection[str] | None, always: bool, form: str | None
 ) -> tuple[str, list[str]]:
     """Detect the separator of names in one cell from the whole column; return it ("" for none) and lines to print.
 
@@ -985,7 +1101,14 @@ def _separator(
             f"{option('label_separator', mark)} reads several labels, "
             f"{option('problem', 'single_label')} one class for each text"
         )
-        if mark == "," and all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells):
+        decimals = all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells)
+        if mark == "," and form is None and decimals and cells <= _PAIRS:
+            raise DataError(
+                f"label holds {shortened(joined[0])}, which can be a vector of two places, or two class numbers. Set "
+                f"{option('label_form', 'vectors')} or {option('label_form', 'numbers')}; if it is a number with a "
+                f"decimal comma, {option('task', 'regression')}."
+            )
+        if mark == "," and form is None and decimals:
             raise DataError(
                 f"label holds {shortened(joined[0])}, which can be a number with a decimal comma "
                 f"({option('task', 'regression')}) or several class numbers "

@@ -31,7 +31,7 @@ class AudioClassification(ImageClassification):
         shift: largest random shift of a training spectrogram in time, as a share of its frames.
         mask_time: widest random mask in time, as a share of the frames; see ``SpectrogramChanges``.
         mask_bands: widest random mask of mel bands, as a share of them.
-        problem, class_weights, label_smoothing, threshold, codes, label_separator: see
+        problem, class_weights, label_smoothing, threshold, codes, label_separator, label_form: see
             ``Classification``.
         max_length: of texts only; None.
 
@@ -60,6 +60,7 @@ class AudioClassification(ImageClassification):
         threshold: float = 0.5,
         codes: Mapping[str, int] | None = None,
         label_separator: str | None = None,
+        label_form: str | None = None,
         max_length: int | None = None,
     ) -> None:
         super().__init__(
@@ -70,6 +71,7 @@ class AudioClassification(ImageClassification):
             threshold=threshold,
             codes=codes,
             label_separator=label_separator,
+            label_form=label_form,
             max_length=max_length,
         )
         self.augmentation = SpectrogramChanges(shift, mask_time, mask_bands)

@@ -20,7 +20,10 @@ from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.labelled import Role
 from pretrain.data.labels import (
+    LABEL_FORMS,
     LabelMap,
+    NameList,
+    Several,
     blanks_note,
     flattened,
     make_tag_map,
@@ -89,6 +92,8 @@ class Classification(ClassTask):
         threshold: probability above which a class is predicted, for multi-label problems.
         codes: class number of every spelling of a label in the column; by default the labels themselves.
         label_separator: separator between several labels in one text cell, "" for none; not given, as detected.
+        label_form: what zeros and ones in lists are: ``"vectors"`` with a place for each class, or class ``"numbers"``;
+            not given, as found in the training rows.
         max_length, pack: see ``Task``.
 
     Row options: ``labels``, the class names in order.
@@ -126,6 +131,7 @@ class Classification(ClassTask):
         threshold: float = 0.5,
         codes: Mapping[str, int] | None = None,
         label_separator: str | None = None,
+        label_form: str | None = None,
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
@@ -140,7 +146,11 @@ class Classification(ClassTask):
         if problem == _MULTI and not 0 < threshold < 1:
             raise ConfigError(f"threshold is {threshold}; it must lie between 0 and 1.")
         self.problem, self.threshold = problem, threshold
-        self.label_separator = label_separator
+        if label_form not in (None, *LABEL_FORMS):
+            raise ConfigError(
+                f"label_form is {label_form!r}; it must be {' or '.join(map(repr, LABEL_FORMS))}."
+            )
+        self.label_separator, self.label_form = label_separator, label_form
         self._map = LabelMap(self.labels, class_codes(codes, self.labels))
         model.extra_config["problem_type"] = f"{problem}_classification"
 
@@ -159,8 +169,10 @@ class Classification(ClassTask):
             table.where,
             names=names,
             labels=checkpoint if given is None else list(given),
-            separator=options.get("label_separator", "" if problem == _SINGLE else None),
+            separator=options.get("label_separator"),
             always=problem == _MULTI,
+            single=problem == _SINGLE,
+            form=options.get("label_form"),
         )
         known: dict[str, Any] = {"names": form.names or names, "checkpoint": checkpoint}
         notes = [*form.notes, *blanks_note(chain(*form.rows) if form.rows else values, "label")]
@@ -183,7 +195,9 @@ class Classification(ClassTask):
                     "label: every row has exactly one label; if there can be no more, "
                     f"{option('problem', _SINGLE)} trains a choice between them"
                 )
-        fixed = {"problem": problem or _SINGLE, "codes": dict(found.codes)}
+        fixed: dict[str, Any] = {"problem": problem or _SINGLE, "codes": dict(found.codes)}
+        if form.form is not None:
+            fixed["label_form"] = form.form
         return Learned(found.labels, strata, fixed, notes)
 
     @classmethod
@@ -195,15 +209,17 @@ class Classification(ClassTask):
         known = LabelMap(labels, learned.options["codes"])
         values, names = table.columns["label"], table.label_names.get("label")
         single = learned.options["problem"] == _SINGLE
-        if single and not any(isinstance(v, list | Mapping) for v in values):
-            known.ids(values, names=names, where=table.where)
+        form = _several(
+            table, known, single, options.get("label_separator"), learned.options.get("label_form")
+        )
+        rows = _class_numbers(table, known, form, single=single)
+        if form.rows is None:
             tidied = [value.strip() if isinstance(value, str) else value for value in values]
+        elif single:
+            tidied, names = [labels[row[0]] for row in rows], None
         else:
-            separator = "" if single else options.get("label_separator")
-            rows = _class_numbers(table, known, single=single, separator=separator)
-            tidied = [labels[row[0]] if single else [labels[k] for k in row] for row in rows]
-            names = None
-        if tidied == values:
+            tidied, names = [NameList(labels[k] for k in row) for row in rows], None
+        if single and tidied == values:
             return table
         kept = {} if names is None else {"label": names}
         return table.with_columns({**table.columns, "label": tidied}, kept)
@@ -213,7 +229,8 @@ class Classification(ClassTask):
         if learned.options["problem"] != _SINGLE:
             return None
         known = LabelMap(learned.labels or (), learned.options["codes"])
-        return [row[0] for row in _class_numbers(table, known, single=True)]
+        form = _several(table, known, True, "", None)  # the rows are tidied
+        return [row[0] for row in _class_numbers(table, known, form, single=True)]
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows, kept = self.encode_inputs(table, targets=targets)
@@ -236,9 +253,9 @@ class Classification(ClassTask):
         Raises:
             DataError: a label is not among those of the model.
         """
-        separator = self.label_separator
         known = self.label_map
-        rows = _class_numbers(table, known, single=self.single, separator=separator)
+        form = _several(table, known, self.single, self.label_separator, self.label_form)
+        rows = _class_numbers(table, known, form, single=self.single)
         if self.single:
             return [np.asarray(row[0], dtype=np.int64) for row in rows]
         targets = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
@@ -366,7 +383,15 @@ class Classification(ClassTask):
         # The default is left out, as in the descriptions of earlier runs.
         if self.label_separator is not None:
             own["label_separator"] = self.label_separator
+        if self.label_form is not None:
+            own["label_form"] = self.label_form
         return super().describe() | own
+
+    def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
+        """Compare as `Task` does, but for ``label_form``, which earlier versions did not record."""
+        return (key == "label_form" and None in (then, now)) or super().same_argument(
+            key, then, now, labels
+        )
 
 
 def best_classes(
@@ -388,27 +413,35 @@ def best_classes(
     return {"label": [labels[k] for k in order], "score": [float(scores[k]) for k in order]}
 
 
+def _several(
+    table: Table, known: LabelMap, single: bool, separator: str | None, label_form: str | None
+) -> Several:
+    """Read the label column of further rows, see `read_several`; ``rows`` is None if each has one value."""
+    return read_several(
+        table.columns["label"],
+        table.where,
+        names=table.label_names.get("label"),
+        labels=known.labels,
+        spellings=known.codes,
+        separator=separator,
+        always=not single,
+        single=single,
+        form=label_form,
+    )
+
+
 def _class_numbers(
-    table: Table, known: LabelMap, *, single: bool, separator: str | None = None
+    table: Table, known: LabelMap, form: Several, *, single: bool
 ) -> list[list[int]]:
     """Class numbers of every row of the label column, whatever its form: one per row, or any number.
 
     Raises:
         DataError: an unknown label, or not exactly one label where one is required; the message names the row.
     """
-    values, names = table.columns["label"], table.label_names.get("label")
-    if single and not any(isinstance(value, list | tuple | Mapping) for value in values):
+    names = table.label_names.get("label")
+    if form.rows is None:
+        values = table.columns["label"]
         return [[k] for k in known.ids(values, names=names, where=table.where)]
-    form = read_several(
-        values,
-        table.where,
-        names=names,
-        labels=known.labels,
-        spellings=known.codes,
-        separator=separator,
-        always=True,
-    )
-    assert form.rows is not None
     numbered = form.names or names
     if single:
         lone = _only(form.rows, table.where)

@@ -47,7 +47,7 @@ class ImageClassification(ImageTask, Classification):
         cutmix: the same for a box of the image that is replaced by that of another one; 0 for none.
         pooling: what the classifier of a ViT reads: ``first``, the class token, or the ``mean`` of the patches, as in
             the fine-tuning of MAE; not given, as the config of the model says. It is recorded there.
-        problem, class_weights, label_smoothing, threshold, codes, label_separator: see
+        problem, class_weights, label_smoothing, threshold, codes, label_separator, label_form: see
             ``Classification``.
         max_length: of texts only; None.
 
@@ -77,6 +77,7 @@ class ImageClassification(ImageTask, Classification):
         threshold: float = 0.5,
         codes: Mapping[str, int] | None = None,
         label_separator: str | None = None,
+        label_form: str | None = None,
         max_length: int | None = None,
     ) -> None:
         self.refuse_length(max_length)
@@ -88,6 +89,7 @@ class ImageClassification(ImageTask, Classification):
             threshold=threshold,
             codes=codes,
             label_separator=label_separator,
+            label_form=label_form,
             pack=False,
         )
         self.augmentation: Any = Augmentation(crop, flip, randaugment)
