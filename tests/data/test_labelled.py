@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import random
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.config.spelling import FINETUNE, using
 from pretrain.data.labelled import (
     Role,
     choose_columns,
@@ -309,6 +311,35 @@ def test_names_that_are_not_known_are_refused_unless_the_caller_gave_them() -> N
     alike = LabelMap.learn(["Spam", "spam", "ham"])
     assert alike.ids(["spam", "Spam", "HAM"]) == [2, 0, 1]
     refused(lambda: alike.ids(["SPAM"]), "'SPAM' is not among")
+
+
+def test_bools_and_the_numbers_0_and_1_stand_for_each_other() -> None:
+    forms = ([0, 1], ["0", "1"], [False, True], ["False", "True"], ["false", "true"], [0.0, 1.0])
+    for values in forms:
+        for told in (None, ["ham", "spam"], {0: "ham", 1: "spam"}, {False: "ham", True: "spam"}):
+            made = LabelMap.learn(values, told)
+            assert told is None or made.labels == ("ham", "spam")
+            for further in forms:
+                assert made.ids(further) == [0, 1], (values, told, further)
+    assert LabelMap.learn([True, True], ["ham", "spam"]).ids([True]) == [1]
+    assert LabelMap(("ham", "spam"), {"ham": 0, "spam": 1}).ids([True, False]) == [1, 0]
+    for other in (LabelMap.learn([0, 1, 2]), LabelMap.learn([1, 2], ["ham", "spam"])):
+        refused(lambda other=other: other.ids([True]), "'True' is not among")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 4], "labels={0: 'neg', 4: 'pos'}"),
+        (["1", "-1"], "labels={-1: 'neg', 1: 'pos'}"),
+        (["yes", "no"], "labels={'no': 'neg', 'yes': 'pos'}"),
+    ],
+)
+def test_values_that_are_none_of_the_labels_need_a_dict(values: list[Any], words: str) -> None:
+    with using(FINETUNE):
+        refused(lambda: LabelMap.learn(values, ["neg", "pos"]), "is not among", words)
+    told = ast.literal_eval(words.partition("=")[2])
+    assert LabelMap.learn(values, told).labels == ("neg", "pos")
 
 
 def test_the_names_of_renamed_values_are_read_too() -> None:

@@ -37,6 +37,7 @@ LARGEST = 1e37  # largest target; differences and sums over a batch still fit si
 
 _UNLABELLED = ("-1", "-")  # the second is that of SNLI, where the annotators disagreed
 _MARKS = ("|", ";", ",")  # separators of names in one cell
+_GIVEN = "the labels given"
 _PAIRS = {"0,0", "0,1", "1,0", "1,1"}
 _RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
 LABEL_FORMS = ("vectors", "numbers")  # what lists of zeros and ones can be
@@ -61,7 +62,7 @@ class LabelMap:
     """The classes of a column.
 
     A value is looked up as it is written, then without regard to case, blanks and the form of a number, if one class
-    alone is meant.
+    alone is meant. Where there are two, 0 and 1, or False and True, the one pair stands for the other.
 
     Args:
         labels: names of the classes; the index of a name is the id of its class.
@@ -113,7 +114,7 @@ class LabelMap:
             )
         what = "its classes"
         if given is not None:
-            made, what = _given(given, texts, column, names), "the labels given"
+            made, what = _given(given, texts, column, names), _GIVEN
         elif checkpoint is not None:
             made = _of_checkpoint(checkpoint, texts, where, column, names)
             what = "the classes of the checkpoint"
@@ -254,6 +255,16 @@ class LabelMap:
             if trains()
             else "Correct the row, or leave it out: the model knows no other classes."
         )
+        alien = len(strange) == len(texts) and not suggestion(first, self.labels)
+        if what == _GIVEN and names is None and alien:
+            near, pairs = (
+                "",
+                dict(zip(sorted(map(_key, unknown), key=_order), self.labels[:12], strict=False)),
+            )
+            cure = (
+                "None of the labels is among the values, and nothing says which value is which label. Give a dict of "
+                f"value and label: {option('labels', pairs)}."
+            )
         if names is not None and first in (own := [str(name).strip() for name in names]):
             cure = (
                 f"The numbers of the column stand for the classes {_listed(own)}, which are recognised by their names. "
@@ -330,6 +341,16 @@ def spelled(value: Any) -> str:
     )
 
 
+def _key(text: str) -> Any:
+    """Return a value of a column as the key of a dict of labels."""
+    number = exact_number(text)
+    return text if number is None else number
+
+
+def _order(key: Any) -> tuple[bool, Any]:
+    return isinstance(key, str), key
+
+
 def exact_number(text: str) -> int | float | None:
     """Return the finite number that a text spells, or None; all digits of an integer count."""
     return int(text) if re.fullmatch(r"[+-]?\d{1,300}", text) else number_in(text)
@@ -348,6 +369,11 @@ def _finder(spellings: Mapping[str, int]) -> Callable[[str], int | None]:
     alike: dict[str | float, set[int]] = {}
     for text, k in spellings.items():
         alike.setdefault(_plain(text), set()).add(k)
+    numbers, bools = {key for key in alike if not isinstance(key, str)}, {"false", "true"}
+    if numbers == {0, 1} and not bools & alike.keys():
+        alike |= {"false": alike[0], "true": alike[1]}
+    elif not numbers and bools <= alike.keys():
+        alike |= {0: alike["false"], 1: alike["true"]}
 
     def find(text: str) -> int | None:
         if text in spellings:
@@ -598,6 +624,8 @@ def _given(
     present, count = {_plain(text) for text in texts}, len(labels)
     if isinstance(given, Mapping) or not present or any(find(text) is not None for text in texts):
         return LabelMap(labels, codes)
+    if count == 2 and present <= {"false", "true"}:
+        return LabelMap(labels, {"False": 0, "True": 1})
     from_zero, from_one = set(range(count)), set(range(1, count + 1))
     if present <= from_one and count in present:
         return LabelMap(labels, {str(k + 1): k for k in range(count)})
