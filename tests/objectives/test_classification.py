@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import pretrain
 from contract import check_objective
 from finetuning.conftest import ANIMALS, model_of, rows_of
+from pretrain.data.labelled import roles_table
 from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import ConfigError, DataError, TrainingError
@@ -211,6 +213,42 @@ def test_a_separator_holds_for_further_rows(separator: str, tmp_path: Path) -> N
     assert "label_separator" not in task_of().describe()
 
 
+@pytest.mark.parametrize("kind", ["frame", "dict", "dict of series", "parquet"])
+def test_the_order_of_categories_is_kept(kind: str, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    labels = pandas.Categorical(["neg", "pos"] * 4, categories=["pos", "neg", "neu"])
+    frame = pandas.DataFrame({"text": [f"t {i}" for i in range(8)], "category": labels})
+    source: Any = {"text": list(frame["text"]), "category": labels}
+    if kind == "frame":
+        source = frame
+    elif kind == "dict of series":
+        source = {"text": frame["text"], "category": frame["category"]}
+    elif kind == "parquet":
+        source = tmp_path / "rows.parquet"
+        frame.to_parquet(source)
+    read = read_table(source)
+    table = roles_table(read, {"text": "text", "label": "category"})
+    assert table.fingerprint == replace(table, orders={}).fingerprint
+    found = Classification.learn(table, {})
+    assert found.labels == ("pos", "neg", "neu") and found.strata == [1, 0] * 4
+    assert found.notes == ["label: classes without a row, as the column declares: 'neu'"]
+    assert Classification.learn(table, {"labels": ["neg", "pos"]}).labels == ("neg", "pos")
+    # A run that an earlier version began goes on with its classes.
+    assert Classification.learn(table, {"begun_labels": ("neg", "pos")}).labels == ("neg", "pos")
+    begun = {"begun_labels": found.labels}
+    assert Classification.learn(table, begun).labels == found.labels
+
+
+def test_what_is_stored_as_a_dictionary_has_no_order(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = arrow.array(["b", "a", "b"]).dictionary_encode()
+    parquet.write_table(
+        arrow.table({"text": ["x", "y", "z"], "label": column}), tmp_path / "a.parquet"
+    )
+    table = read_table(tmp_path / "a.parquet")
+    assert table.orders == {} and Classification.learn(table, {}).labels == ("a", "b")
+
+
 def test_the_form_of_lists_is_kept_with_the_model(tmp_path: Path) -> None:
     assert "label_form" not in task_of(problem="multi_label").describe()
     task = task_of(labels=("a", "b"), problem="multi_label", label_form="numbers")
@@ -221,10 +259,12 @@ def test_the_form_of_lists_is_kept_with_the_model(tmp_path: Path) -> None:
     # A run of an earlier version, which did not record it, goes on.
     earlier = task_of(labels=("a", "b"), problem="multi_label")
     assert earlier.truth(bad([[0, 1], [1, 0]])) == [["b"], ["a"]]
-    (tmp_path / "config.json").write_text(
-        json.dumps({"pretrain": {"objective": earlier.record()}, "id2label": {"0": "a", "1": "b"}})
-    )
-    check_recorded(task, tmp_path)
+    for told in (earlier, task):
+        config = {"pretrain": {"objective": told.record()}, "id2label": {"0": "a", "1": "b"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for form in (None, "vectors", "numbers"):
+            now = task_of(labels=("a", "b"), problem="multi_label", label_form=form)
+            check_recorded(now, tmp_path)
     with pytest.raises(ConfigError, match="'vectors' or 'numbers'"):
         task_of(label_form="lists")
 

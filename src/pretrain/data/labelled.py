@@ -10,7 +10,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
@@ -244,6 +244,11 @@ def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
         DataError: such a column has a value other than 0 and 1; names the row.
     """
     columns, names = {}, {}
+    orders = {
+        role: table.orders[column]
+        for role, column in chosen.items()
+        if isinstance(column, str) and column in table.orders
+    }
     for role, column in chosen.items():
         if isinstance(column, list):
             columns[role], names[role] = _one_column(table, column), list(column)
@@ -251,7 +256,7 @@ def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
         columns[role] = table.columns[column]
         if column in table.label_names:
             names[role] = table.label_names[column]
-    return table.with_columns(columns, names)
+    return replace(table.with_columns(columns, names), orders=orders)
 
 
 def _one_column(table: Table, labels: Sequence[str]) -> list[Any]:

@@ -84,13 +84,14 @@ class LabelMap:
         *,
         names: Sequence[str] | None = None,
         checkpoint: Sequence[str] | None = None,
+        order: Sequence[Any] | None = None,
         where: Where = _row,
         column: str = "label",
     ) -> LabelMap:
         """Determine the classes from the training rows.
 
-        Without `given`, `names` and `checkpoint`, the classes are the distinct values, sorted by size if all are
-        numbers and by character otherwise.
+        Without `given`, `names` and `checkpoint`, the classes are those of `order` (``Table.orders``), or else the
+        distinct values, sorted by size if all are numbers and by character otherwise.
 
         Args:
             values: one string, integer or bool per row.
@@ -99,6 +100,7 @@ class LabelMap:
             names: names of the classes whose numbers the column contains (``Table.label_names``).
             checkpoint: names of the classes of the checkpoint that is fine-tuned, whose order is kept; the column
                 contains these names or their numbers.
+            order: all values that the column may hold, in the order that its source declares.
             where: returns the location of a row, for error messages.
             column: name of the column, for error messages.
 
@@ -122,6 +124,8 @@ class LabelMap:
             made = cls.numbered(names)
         else:
             labels = _sorted_labels(texts, values, where, column)
+            declared = tuple(dict.fromkeys(map(spelled, order or ())))
+            labels = declared if set(labels) <= set(declared) else labels
             made = cls(labels, {label: k for k, label in enumerate(labels)})
         made._ids(values, names, made._spellings, where, column, what)
         return made

@@ -64,6 +64,7 @@ class Table:
         origin: name of the source in :meth:`where`.
         unit: ``line`` or ``row`` of a file, or the name of an index of an object in memory.
         hint: a sentence to add to the error if no column is recognised.
+        orders: by column, all values that a categorical column of pandas may hold, in the order that it declares.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Table:
     origin: str = ""
     unit: str = "row"
     hint: str = ""
+    orders: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise DataError if the columns, or the places, differ in length."""
@@ -335,6 +337,7 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
 
 def _columns(source: Mapping[Any, Any], name: str) -> Table:
     made: dict[str, list[Any]] = {}
+    orders = _orders((str(key), getattr(column, "dtype", None)) for key, column in source.items())
     for key, column in source.items():
         column = column.tolist() if hasattr(column, "tolist") else column
         if not isinstance(column, list | tuple):
@@ -346,7 +349,8 @@ def _columns(source: Mapping[Any, Any], name: str) -> Table:
             raise DataError(f"{name} has the column {str(key)!r} twice.")
         made[str(key)] = [plain_value(value) for value in column]
     count = len(next(iter(made.values()), ()))
-    return Table(f"a dict of {count:,} rows", made, origin="a dict of columns", unit="index")
+    called = f"a dict of {count:,} rows"
+    return Table(called, made, origin="a dict of columns", unit="index", orders=orders)
 
 
 def _frame(frame: Any) -> Table:
@@ -355,7 +359,16 @@ def _frame(frame: Any) -> Table:
         series = frame.iloc[:, k]
         pairs = zip(series.tolist(), series.isna().tolist(), strict=True)
         columns[name] = [None if absent else value for value, absent in pairs]
-    return _made(columns, len(frame), "a pandas frame", unit="position")
+    made = _made(columns, len(frame), "a pandas frame", unit="position")
+    return replace(made, orders=_orders(zip(columns, frame.dtypes, strict=True)))
+
+
+def _orders(types: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    """Return the declared values of each column whose NumPy or pandas type has them."""
+    found = {name: getattr(dtype, "categories", None) for name, dtype in types}
+    return {
+        name: plain_value(values.tolist()) for name, values in found.items() if values is not None
+    }
 
 
 def _made(columns: dict[str, list[Any]], count: int, what: str, unit: str = "index") -> Table:
@@ -730,7 +743,32 @@ def _parquet(path: Path) -> Table:
                 "strings."
             ) from error
     features = _features(table.schema.metadata)
-    return _of_file(path, _in_modes(columns, features), label_names=_class_names(features))
+    orders = _declared(table)
+    made = _of_file(path, _in_modes(columns, features), label_names=_class_names(features))
+    return replace(made, orders=orders)
+
+
+def _declared(table: Any) -> dict[str, list[Any]]:
+    """Return the values of each column that was categorical in pandas; a dictionary alone is a form of storage."""
+    try:
+        described = json.loads((table.schema.metadata or {})[b"pandas"])["columns"]
+        counts = {
+            entry["name"]: entry["metadata"]["num_categories"]
+            for entry in described
+            if entry["pandas_type"] == "categorical"
+        }
+    except (KeyError, ValueError, TypeError):
+        return {}
+    orders = {}
+    for name in counts.keys() & set(table.schema.names):
+        chunks = table.column(name).unify_dictionaries().chunks
+        if (
+            chunks
+            and hasattr(chunks[0], "dictionary")
+            and len(chunks[0].dictionary) == counts[name]
+        ):
+            orders[name] = chunks[0].dictionary.to_pylist()
+    return orders
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Job:
                 settings.model.checkpoint = source
                 job.source = began_with(source, out)
             begun = classes_of(out, task) if has_begun(out) else None
-            if begun and set(begun) != set(data.learned.labels or begun):
+            if begun and tuple(begun) != tuple(data.learned.labels or begun):
                 return cls.open(model, settings, objects, quiet=quiet)
         return job
 

@@ -30,6 +30,7 @@ from pretrain.data.labels import (
     read_several,
     unlabelled_note,
 )
+from pretrain.data.tables import shown
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
@@ -178,10 +179,21 @@ class Classification(ClassTask):
         notes = [*form.notes, *blanks_note(chain(*form.rows) if form.rows else values, "label")]
         if form.rows is None or problem == _SINGLE:
             lone = values if form.rows is None else _only(form.rows, table.where)
-            found = LabelMap.learn(lone, given, where=table.where, **known)
+            found = LabelMap.learn(
+                lone, given, where=table.where, order=table.orders.get("label"), **known
+            )
+            begun = options.get("begun_labels")
+            if begun is not None and tuple(begun) != found.labels:
+                # An earlier version may have begun the run without the order that a column of pandas declares.
+                found = LabelMap.learn(lone, given, where=table.where, **known)
             strata: Any = found.ids(lone, names=known["names"], where=table.where)
             if given is None:
                 notes += unlabelled_note(lone, found.labels, "label")
+            unused = [found.labels[k] for k in sorted({*range(len(found.labels))} - {*strata})]
+            if unused and "label" in table.orders:
+                notes.append(
+                    f"label: classes without a row, as the column declares: {shown(unused)}"
+                )
         else:
             found, several = make_tag_map(
                 form.rows, given, where=table.where, column="label", **known
@@ -388,10 +400,8 @@ class Classification(ClassTask):
         return super().describe() | own
 
     def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
-        """Compare as `Task` does, but for ``label_form``, which earlier versions did not record."""
-        return (key == "label_form" and None in (then, now)) or super().same_argument(
-            key, then, now, labels
-        )
+        """Compare as `Task` does, but for ``label_form``: the rows that it was needed for are compared themselves."""
+        return key == "label_form" or super().same_argument(key, then, now, labels)
 
 
 def best_classes(
