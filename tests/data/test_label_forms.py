@@ -320,6 +320,35 @@ def test_further_rows_have_the_form_of_the_training_rows(
         assert [sorted(row) for row in tidied] == wanted
 
 
+@pytest.mark.parametrize("nothing", [None, "", float("nan"), []])
+def test_a_row_with_nothing_is_the_same_in_all_parts(nothing: Any) -> None:
+    def table(cells: list[Any]) -> Table:
+        return read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])
+
+    columns: list[tuple[list[Any], dict[str, Any], bool]] = [
+        (["a", "b"], {}, False),
+        (["a", "b"], {"problem": "multi_label"}, nothing != []),
+        (["a", "b", "a,b"], {}, nothing != []),
+        ([["a"], ["b"]], {}, nothing == []),
+        ([[1, 0, 1], [0, 1, 0]], {}, False),
+        (["1,0,1", "0,1,0"], {}, False),
+    ]
+    for cells, options, empty in columns:
+        found = Classification.learn(table(cells), options)
+        if empty:
+            more = Classification.learn(table([*cells, nothing]), options)
+            for learned in (found, more):
+                tidied = Classification.tidy(table([*cells, nothing]), learned, options)
+                assert tidied.columns["label"][-1] == []
+            continue
+        # One row of lists makes the other cells those that are wrong.
+        wrong = len(cells) + 1 if nothing != [] or isinstance(cells[0], list) else 1
+        with pytest.raises(DataError, match=f"row {wrong} "):
+            Classification.learn(table([*cells, nothing]), options)
+        with pytest.raises(DataError, match=f"row {wrong} "):
+            Classification.tidy(table([*cells, nothing]), found, options)
+
+
 def test_rows_that_are_tidied_are_no_vectors() -> None:
     cells: list[Any] = [[1, 1, 0], [1, 1, 0], [1, 0, 0]]
     source = read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])

@@ -910,7 +910,7 @@ class _Vectors:
                 f"{self.where(i)}: label is a list with the number {value!r}. A list must hold names, integer numbers "
                 "of classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
             )
-        if self.form == "vectors":
+        if self.form == "vectors" or (0 in widths and (sure or repeated)):
             self._check(rows, widths)
         if len(widths) > 1 or not all(x in (0, 1) for x in items):
             if wrong := sure or repeated:
