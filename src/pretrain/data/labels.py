@@ -259,7 +259,8 @@ class LabelMap:
             if trains()
             else "Correct the row, or leave it out: the model knows no other classes."
         )
-        alien = len(strange) == len(texts) and not suggestion(first, self.labels)
+        joined = any(mark in text for text in unknown for mark in (*_MARKS, " "))
+        alien = len(strange) == len(texts) and not (joined or suggestion(first, self.labels))
         if what == _GIVEN and names is None and alien:
             near, pairs = (
                 "",
