@@ -222,6 +222,25 @@ def test_the_average_begins_at_the_model_and_follows_it() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_last_norm_takes_over_mean_and_scale_of_the_features(kind: str) -> None:
+    goal = objective(kind).train()
+    batch = batch_of(goal)
+    with torch.no_grad():
+        # As large as those of a trained model, beside which the constant in the normalisation is nothing.
+        goal.model.backbone.final_norm.weight *= 30
+        before = float(goal(batch).total)
+        for _ in range(300):
+            goal.after_step()
+            after = float(goal(batch).total)
+        pooled = goal.model.backbone({"pixel_values": batch["views"].flatten(0, 1)})[:, 1:].mean(1)
+    variance, mean = torch.var_mean(pooled, dim=0, correction=0)
+    torch.testing.assert_close(mean, torch.zeros(16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(variance, torch.ones(16), rtol=1e-3, atol=0)
+    if kind != "MoCo":  # whose average follows the model
+        assert after == pytest.approx(before, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_views_of_images_depend_on_the_row_alone(kind: str) -> None:
     goal = objective(kind, crop=0.4, flip=True)
     images = [
@@ -236,6 +255,29 @@ def test_views_of_images_depend_on_the_row_alone(kind: str) -> None:
     assert torch.equal(held, together)  # without random crops the views would be equal
 
 
+def test_patches_are_hidden(tmp_path: Path) -> None:
+    goal = objective("LeJEPA", mask_ratio=0.5)
+    batch = batch_of(goal)
+    places = batch["visible_index"]
+    assert places.shape == (8, 2, 2) and (places.diff(dim=-1) > 0).all() and places.max() == 3
+    assert not torch.equal(places[:, 0], places[:, 1])  # each view shows others
+    assert goal.units(batch) == 8 * 2 * 4
+    assert goal.flops(64, 8, 4) < objective("LeJEPA").flops(64, 8, 4)
+    # What is hidden does not count.
+    hidden = torch.ones(8, 2, 4, dtype=torch.bool).scatter(2, places, False)
+    apart = hidden.view(8, 2, 1, 2, 1, 2, 1).expand(8, 2, 1, 2, 4, 2, 4).reshape(8, 2, 1, 8, 8)
+    loss = float(goal(batch).total.detach())
+    batch["views"] = batch["views"] + 5 * apart
+    assert float(goal(batch).total.detach()) == pytest.approx(loss, rel=1e-6)
+    batch["views"] = batch["views"] + 5 * batch["views"].square()
+    assert float(goal(batch).total.detach()) != pytest.approx(loss, rel=1e-3)
+    check_row_randomness(goal, rows(8))
+    check_objective_resumes(lambda: objective("LeJEPA", mask_ratio=0.5), rows(16), tmp_path)
+    shape = {key: value for key, value in TINY.items() if key != "pooling"}
+    whole = build("vit_mae", None, head=None, **shape)
+    assert build_objective("LeJEPA", {"mask_ratio": 0.5}, whole)(batch).total.isfinite()
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     labelled = build("vit", head="image-classification", labels=("a", "b"), **TINY)
     with pytest.raises(ModelError, match="without a head"):
@@ -245,11 +287,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     for kind, options in (
         ("LeJEPA", {"views": 1}),
         ("LeJEPA", {"weight": 1.0}),
+        ("LeJEPA", {"mask_ratio": 1.0}),
         ("SimCLR", {"temperature": 0.0}),
         ("MoCo", {"momentum": 1.0}),
     ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             objective(kind, **options)
+    with pytest.raises(ConfigError, match="reads whole images only"):
+        LeJEPA(build("resnet", "tiny"), mask_ratio=0.5)
     with pytest.raises(DataError, match=r"\(2, channels, height, width\)"):
         objective("SimCLR").collate(
             [{"pixel_values": np.zeros((1, 8, 8), np.float32)}] * 2, row_rngs(0, "collate", 0, 2)

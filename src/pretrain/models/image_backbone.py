@@ -16,6 +16,7 @@ from pretrain.models.backbone import Backbone
 from pretrain.models.dense_head import DENSE, DenseHead, doublings
 from pretrain.models.names import Name
 from pretrain.nn.attention import KVCache
+from pretrain.nn.norm import LayerNorm
 
 __all__ = ["ImageBackbone", "image_processor", "random_images"]
 
@@ -39,10 +40,12 @@ class ImageBackbone(Backbone):
 
     Class attributes:
         lead_tokens: number of hidden states before those of the patches, such as that of a class token.
+        reads_parts: ``visible_index`` (B, K) of a batch names the only patches that are computed.
     """
 
     causal: ClassVar[bool] = False
     lead_tokens: int = 1
+    reads_parts: ClassVar[bool] = False
     processor_class: ClassVar[Any] = ImageProcessor
 
     @classmethod
@@ -100,6 +103,11 @@ class ImageBackbone(Backbone):
                 f"because this {self.model_type} model reads {channels} channels. The image processor beside the "
                 "weights returns that."
             )
+
+    @property
+    def output_norm(self) -> LayerNorm | None:
+        """The norm whose result the hidden states are; None in families that end otherwise."""
+        return None
 
     def pooled(self, hidden: Tensor, how: str | None = None) -> Tensor:
         """Return one vector for each image, (B, T, D) -> (B, D).

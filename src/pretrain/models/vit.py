@@ -169,13 +169,15 @@ def encoder_names(
 class ViT(ImageBackbone):
     """Encoder of image patches; ``pixel_values`` (B, C, H, W) -> (B, 1 + P, D), the class token first.
 
-    With ``attention_bias``, (B|1, H|1, 1 + P, 1 + P), that is added to the scores of attention in every block.
+    With ``attention_bias``, (B|1, H|1, 1 + P, 1 + P), that is added to the scores of attention in every block. With
+    ``visible_index``, (B, K) indices of patches, it computes only these: (B, 1 + K, D).
     """
 
     model_type: ClassVar[str] = "vit"
     config_class: ClassVar[type[BackboneConfig]] = ViTConfig
     prefix: ClassVar[str] = "vit."
     unit_name: ClassVar[str] = "patches"
+    reads_parts: ClassVar[bool] = True
     modules_of_peft: ClassVar[Mapping[str, str]] = {
         f"encoder.layer.{{n}}.{disk}": f"layers.{{n}}.{name}" for disk, name in _PEFT_NAMES.items()
     }
@@ -216,11 +218,16 @@ class ViT(ImageBackbone):
                 f"{config.patch_size} x {config.patch_size}. Make them larger: set size in preprocessor_config.json."
             )
         mask = AttentionMask(bias=batch.get("attention_bias"))
-        x = self.run(self.drop(self.embedding(pixels)), mask, keep=batch.get("keep_index"))
+        shown = [batch["visible_index"]] if "visible_index" in batch else []
+        x = self.run(self.drop(self.embedding(pixels, *shown)), mask, keep=batch.get("keep_index"))
         found: Tensor = self.final_norm(x)
         return found
 
     # ------------------------------------------------------------------ what a batch is
+
+    @property
+    def output_norm(self) -> LayerNorm:
+        return self.final_norm
 
     def units(self, batch: Batch) -> int:
         images, _, height, width = batch["pixel_values"].shape

@@ -180,6 +180,7 @@ class ViTMAE(ImageBackbone):
     }
     successors: ClassVar[Mapping[str, str]] = dict.fromkeys(("image-classification", *DENSE), "vit")
     unit_name: ClassVar[str] = "patches"
+    reads_parts: ClassVar[bool] = True
     hf_keys: ClassVar[Mapping[str, Key]] = {
         **ENCODER_KEYS,
         "qkv_bias": Key("qkv_bias", True),
@@ -200,6 +201,10 @@ class ViTMAE(ImageBackbone):
         x = self.patches(batch["pixel_values"], batch.get("visible_index"))
         hidden: Tensor = self.norm(self.run(self.drop(x), AttentionMask()))
         return hidden
+
+    @property
+    def output_norm(self) -> LayerNorm:
+        return self.norm
 
     def units(self, batch: Batch) -> int:
         """Return the number of patches of all images, hidden ones included."""

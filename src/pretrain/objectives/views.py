@@ -3,7 +3,9 @@
 LeJEPA (arXiv 2511.08544) predicts the mean of the views of an image and keeps projections distributed like a normal
 distribution; SimCLR (2002.05709) and MoCo v3 (2104.02057) tell the other view of an image from those of other images.
 Inputs of the projector are normalised over the global batch, as by the BatchNorm of the papers, because the features of
-a new model are nearly equal for all images; between its layers stands LayerNorm, which needs no other image.
+a new model are nearly equal for all images; between its layers stands LayerNorm, which needs no other image. The loss
+therefore leaves mean and scale of each feature free; after each step the last norm of the backbone takes them over, so
+that what is saved has features of mean 0 and variance 1, from which a classifier learns faster.
 
 Letters: n images of this rank, N of the whole batch, V views of each, P size of a projection, M directions, K knots.
 """
@@ -36,6 +38,7 @@ __all__ = ["LeJEPA", "MoCo", "SimCLR", "gaussian_distance"]
 
 _EPS = 1e-5  # added to the variance of a feature over the batch, as by BatchNorm
 _WIDER = 4  # width of a projector in units of the model's
+_SHARE = 0.1  # of the way to mean 0 and variance 1 that the last norm goes after a step
 
 
 class Views(Objective):
@@ -87,6 +90,7 @@ class Views(Objective):
         self.views, self.projection, self.pooling = views, projection, pooling
         self.augmentation = Augmentation(crop, flip, randaugment)
         self.projector = _perceptron(model.backbone.config.hidden_size, projection)
+        self._seen: tuple[Tensor, Tensor] | None = None  # mean and variance of the features
         # Counted now, because sharded parameters have fewer.
         self._weights = sum(p.numel() for p in self.projector.parameters())
 
@@ -114,12 +118,28 @@ class Views(Objective):
     def projected(self, batch: Batch, backbone: Any, projector: nn.Module) -> Tensor:
         """Return the projections of all views in fp32, (n, V, P)."""
         views = batch["views"]
-        hidden = backbone({"pixel_values": views.flatten(0, 1)})
+        inputs = {"pixel_values": views.flatten(0, 1)}
+        if "visible_index" in batch:
+            inputs["visible_index"] = batch["visible_index"].flatten(0, 1)
+        hidden = backbone(inputs)
         pooled = backbone.pooled(hidden, self.pooling).float().reshape(*views.shape[:2], -1)
         every, _ = self.whole_batch(pooled)
         variance, mean = torch.var_mean(every, dim=(0, 1), correction=0)
+        if self.training and backbone is self.model.backbone:
+            self._seen = mean.detach(), variance.detach()
         found: Tensor = projector((pooled - mean) * (variance + _EPS).rsqrt())
         return found.float()
+
+    def after_step(self) -> None:
+        """Move the last norm of the backbone towards features of mean 0 and variance 1; the loss stays as it is."""
+        norm: Any = self.model.backbone.output_norm
+        if norm is None or self._seen is None or not norm.weight.requires_grad:
+            return
+        mean, variance = self._seen
+        weight, bias = norm.weight, norm.bias
+        factor = _like(weight, (variance + _EPS) ** (-_SHARE / 2))
+        local(weight).mul_(factor)
+        local(bias).sub_(_like(bias, _SHARE * mean)).mul_(factor)
 
     def head_weights(self) -> int:
         """Weights that each view is multiplied with behind the backbone, for all views of an image."""
@@ -145,10 +165,14 @@ class LeJEPA(Views):
         model, views, crop, flip, randaugment, projection, pooling: see ``Views``.
         weight: share of SIGReg in the loss, λ of the paper.
         directions: random directions that each image of a batch adds to those along which SIGReg compares.
+        mask_ratio: share of the patches of each view that is hidden, others in every view, so that a view is not seen
+            whole; the encoder computes only the visible ones. For families that read parts of an image, such as vit.
     """
 
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "distance", "sigreg")
-    described: ClassVar[tuple[str, ...]] = (*Views.described, "views", "weight", "directions")
+    described: ClassVar[tuple[str, ...]] = (
+        *Views.described, "views", "weight", "directions", "mask_ratio",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -160,6 +184,7 @@ class LeJEPA(Views):
         projection: int = 16,
         weight: float = 0.02,
         directions: int = 1,
+        mask_ratio: float = 0.0,
         pooling: str | None = None,
     ) -> None:
         super().__init__(model, views, crop, flip, randaugment, projection, pooling)
@@ -168,14 +193,32 @@ class LeJEPA(Views):
                 f"weight is {weight} and directions {directions}; weight must lie between 0 and 1, and directions be 1 "
                 "or more."
             )
-        self.weight, self.directions = weight, directions
+        if not 0 <= mask_ratio < 1:
+            raise ConfigError(
+                f"mask_ratio is {mask_ratio}; it must be from 0 to less than 1, a share of the patches."
+            )
+        if mask_ratio and not model.backbone.reads_parts:
+            raise ConfigError(
+                f"mask_ratio is {mask_ratio}, and a {model.backbone.model_type} model reads whole images only. Leave "
+                "it out, or build the family vit."
+            )
+        self.weight, self.directions, self.mask_ratio = weight, directions, mask_ratio
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
-        """Add ``directions`` (n, directions, P): rows draw them for all, so that all ranks use the same."""
+        """Add ``directions`` (n, directions, P): rows draw them for all, so that all ranks use the same.
+
+        If patches are hidden, ``visible_index`` (n, V, K) names those of each view that are not, in ascending order.
+        """
         batch = super().collate(examples, rngs, evaluation=evaluation)
         shape = (self.directions, self.projection)
         drawn = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
-        return batch | {"directions": torch.from_numpy(drawn)}
+        batch["directions"] = torch.from_numpy(drawn)
+        if self.mask_ratio:
+            patches = super().units(batch) // batch["views"].shape[:2].numel()
+            shown = max(1, int(patches * (1 - self.mask_ratio)))
+            places = [[rng.permutation(patches)[:shown] for _ in range(self.views)] for rng in rngs]
+            batch["visible_index"] = torch.from_numpy(np.sort(np.array(places), axis=-1))
+        return batch
 
     def forward(self, batch: Batch) -> Loss:
         rows = self.projected(batch, self.model.backbone, self.projector)
@@ -187,6 +230,11 @@ class LeJEPA(Views):
         total = (1 - self.weight) * distance + self.weight * apart
         metrics: dict[str, Any] = {"distance": distance.detach(), "sigreg": apart.detach()}
         return Loss(total, self.count(batch).to(total.device), metrics)
+
+    def flops(self, units: int, targets: int, row_length: int) -> float:
+        """Operations on the patches that are visible."""
+        share = 1 - self.mask_ratio
+        return super().flops(round(units * share), targets, round(row_length * share))
 
 
 def gaussian_distance(
@@ -326,6 +374,7 @@ class MoCo(SimCLR):
 
     def after_step(self) -> None:
         """Move the average towards the weights; in early steps by more, because it begins with other random ones."""
+        super().after_step()
         early = (1 + self.steps) / (10 + self.steps)
         share = 1 - early.clamp(max=self.momentum)
         for average, module in (
@@ -337,6 +386,16 @@ class MoCo(SimCLR):
                 mine, theirs = local(value), local(weights[name].detach())
                 mine.lerp_(theirs, share.to(mine))
         self.steps += 1
+
+
+def _like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Return the part of ``values`` that this rank holds of a parameter of the same shape."""
+    shared: Any = parameter
+    if not hasattr(parameter, "placements"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return local(distribute_tensor(values, shared.device_mesh, shared.placements))
 
 
 def _perceptron(inputs: int, outputs: int) -> nn.Sequential:
