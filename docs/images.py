@@ -50,13 +50,13 @@ STEPS = 150  # of fine-tuning
 # Set and objective -> steps and rows of pre-training, the optimizer, and the arguments of the objective.
 ADAMW = {"lr": 2e-3, "weight_decay": 0.05}
 PRETRAINING: dict[tuple[str, str], tuple[int, int, dict[str, Any], dict[str, Any]]] = {
-    ("mnist", "MaskedImage"): (1100, 256, ADAMW, {"crop": 0.7}),
+    ("mnist", "MaskedImage"): (800, 256, ADAMW, {"crop": 0.7}),
     ("signs", "MaskedImage"): (500, 256, ADAMW, {"crop": 0.7}),
     ("mnist", "LeJEPA"): (
-        1000,
-        64,
+        800,
+        128,
         {"name": "muon", "lr": 2e-3, "muon_lr": 0.02, "weight_decay": 0.01},
-        {"crop": 0.15},
+        {"crop": 0.5, "mask_ratio": 0.5},
     ),
 }
 
@@ -136,6 +136,7 @@ def pretrained(objective: str, name: str, out: Path) -> Path:
     if (directory / "model").exists():
         return directory
     source, sizes = SETS[name]
+    began = time.process_time()
     pretrain.train(
         {
             "data": {
@@ -169,6 +170,8 @@ def pretrained(objective: str, name: str, out: Path) -> Path:
             "parallel": {"threads": 1},
         }
     )
+    # Of a run that goes on with an earlier one it is the rest.
+    print(f"{directory.name}: {time.process_time() - began:.0f} CPU-seconds", flush=True)
     return directory
 
 
