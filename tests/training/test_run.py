@@ -32,7 +32,7 @@ from pretrain.training import optim
 from pretrain.training import run as running
 from pretrain.training.preflight import rate_remarks, remarks
 from pretrain.training.restore import training_state
-from pretrain.training.run import run_name, settle_size
+from pretrain.training.run import resolve_size, run_name
 from pretrain.training.trainer import Trainer
 from pretrain.utils.run_log import read_log
 from tiny import losses
@@ -127,10 +127,10 @@ def test_what_is_chosen_by_the_text_is_said_recorded_and_kept(
 def test_the_automatic_size_goes_by_the_tokens(tokens: int, size: str) -> None:
     data: Any = object.__new__(Prepared)
     object.__setattr__(data, "train", SimpleNamespace(num_tokens=tokens))
-    assert settle_size(ModelConfig(), data) == size
-    assert settle_size(ModelConfig(size="xl"), data) == "xl"
+    assert resolve_size(ModelConfig(), data) == size
+    assert resolve_size(ModelConfig(size="xl"), data) == "xl"
     rows: Any = SimpleNamespace()  # of no text
-    assert settle_size(ModelConfig(), rows) == "small"
+    assert resolve_size(ModelConfig(), rows) == "small"
 
 
 def test_changed_settings_are_named(tmp_path: Path, text: Path) -> None:

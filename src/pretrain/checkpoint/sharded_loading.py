@@ -39,7 +39,7 @@ from pretrain.checkpoint.training_state import (
 )
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
 from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
-from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
+from pretrain.models.state import heads_apart, match_disk_state, match_tying, modern_keys
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, ShardSlice, local, whole
 from pretrain.utils import files
@@ -111,13 +111,13 @@ def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None
         listed = manifest.read_manifest(path)
         if training:
             check_training_folder(path, listed)
-        leads = peers.rank == 0
+        is_rank_zero = peers.rank == 0
         manifest.check_files(
             path,
             listed,
             training=training,
-            hashes=manifest.BYSTANDERS if leads else (),
-            spare=manifest.spared if leads else lambda error: None,
+            hashes=manifest.BYSTANDERS if is_rank_zero else (),
+            spare=manifest.spared if is_rank_zero else lambda error: None,
         )
     records = dict(listed.needed)
     if training:
@@ -175,7 +175,7 @@ def _open_empty(path: Path, named: str, peers: Peers, head: str | None) -> tuple
             model, _, names = open_described(directory, head=head, tokenizer=True)
             model.source, model.files_hash = named, directory.weights_hash(names)
             stored = stack.enter_context(_stored(directory, names))
-        untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
+        untied = match_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:
             note(f"{named}: head untied, because its weights differ from the embedding")
         with errors_on_all_ranks(peers):

@@ -53,7 +53,7 @@ class RowWriter:
         self._csv: Any = None
 
     def __enter__(self) -> RowWriter:
-        self._stack.push(self._settle)  # runs last, when the table is complete or removed
+        self._stack.push(self._finish_masks)  # runs last, when the table is complete or removed
         with self._saying():
             file = self._stack.enter_context(replacing(self.path, buffer=_BUFFER))
         self._lines = codecs.getwriter("utf-8")(cast(Any, file))
@@ -79,7 +79,7 @@ class RowWriter:
                         self._folder.rename(self._old)
                     self._new.rename(self._folder)
 
-    def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
+    def _finish_masks(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the earlier masks; after an exception the new ones, and put the earlier ones back."""
         if kind is not None and self._old.exists():
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -422,7 +422,7 @@ def _own_name() -> str:
 def _measure(
     all_reduce: Callable[[Tensor], None], device: torch.device, rank: int, size: int
 ) -> dict[str, float]:
-    def settle() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -430,7 +430,7 @@ def _measure(
     pattern = torch.arange(4099, device=device, dtype=torch.float32) % 257
     share = pattern * (rank % 8 + 1)
     all_reduce(share)
-    settle()
+    synchronize()
     expected = pattern * sum(other % 8 + 1 for other in range(size))
     wrong = (share != expected).nonzero().flatten().tolist()
     if wrong:
@@ -445,7 +445,7 @@ def _measure(
     for turn in range(25):
         began = time.perf_counter()
         all_reduce(small)
-        settle()
+        synchronize()
         times.append(time.perf_counter() - began)
         if turn >= 4 and sum(times) > 2.0:
             break
@@ -456,7 +456,7 @@ def _measure(
     for _ in range(4):
         began = time.perf_counter()
         all_reduce(large)
-        settle()
+        synchronize()
         times.append(time.perf_counter() - began)
     seconds = min(times[1:])
     bus = nbytes / seconds * 2 * (size - 1) / size

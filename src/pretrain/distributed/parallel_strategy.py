@@ -179,7 +179,7 @@ class ParallelStrategy(Strategy):
         if self._ddp is not None:
             self._ddp = None
             gc.collect()  # frees the buckets, because automatic garbage collection is off during training
-        unused = self.uneven or bool(self.untouched & trained.keys())
+        unused = self.uneven or bool(self.unused_parameters & trained.keys())
         self._ddp = _wrap_ddp(self._root, self.world.group("dp_replicate"), unused=unused)
 
     def parts(self) -> Parts | None:
@@ -196,8 +196,8 @@ class ParallelStrategy(Strategy):
         self.reshard()
         return {name.removeprefix("objective.") for name in found}
 
-    def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
-        super().set_unused_parameters(untouched, uneven=uneven)
+    def set_unused_parameters(self, unused: set[str], *, uneven: bool) -> None:
+        super().set_unused_parameters(unused, uneven=uneven)
         if self.sharded:
             fill_missing_gradients(self._units(), uneven=uneven)
 
@@ -220,9 +220,11 @@ class ParallelStrategy(Strategy):
             for i in range(count):
                 with self._synced(i == count - 1):
                     totals.append(run(i))
-            if self.sharded and self.untouched:
+            if self.sharded and self.unused_parameters:
                 never = {
-                    n: p for n, p in self.trainable_parameters().items() if n in self.untouched
+                    n: p
+                    for n, p in self.trainable_parameters().items()
+                    if n in self.unused_parameters
                 }
                 drop_zero_gradients(never, self.world)
         if self.tp is not None and self.tp.partial:
@@ -316,7 +318,7 @@ class ParallelStrategy(Strategy):
     # ------------------------------------------------------------------ outside training steps
 
     @property
-    def speaks(self) -> bool:
+    def generates_samples(self) -> bool:
         if self.sharded and self.choice.sizes.tp > 1:
             return False
         return self.cut or self.sharded or self.world.is_rank_zero

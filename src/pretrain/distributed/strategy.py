@@ -45,7 +45,7 @@ class Strategy:
         sharded: FSDP2 shards the weights.
         cut: no rank has all weights, so that all ranks must take part whenever the model runs.
         gathered: dtype of the weights in a forward pass: FSDP2 may gather those of the blocks in half precision.
-        untouched: names of the parameters that no gradient reaches on any rank; ``uneven`` is True if a gradient
+        unused_parameters: names of the parameters that no gradient reaches on any rank; ``uneven`` is True if a gradient
             reaches some parameters on a few ranks only. See ``set_unused_parameters``.
     """
 
@@ -65,7 +65,7 @@ class Strategy:
     ) -> None:
         self.objective, self.world, self.choice, self.settings = objective, world, choice, settings
         self.device = device
-        self.untouched: frozenset[str] = frozenset()
+        self.unused_parameters: frozenset[str] = frozenset()
         self.uneven = False
         self._has_buffers = bool(changing_buffers(objective))
         self._buffers: dict[str, Tensor] = {}  # copies of the changing ones before the step
@@ -134,13 +134,13 @@ class Strategy:
         """Return the parameters that are trainable now, by name."""
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
-    def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
+    def set_unused_parameters(self, unused: set[str], *, uneven: bool) -> None:
         """Set the parameters that no gradient reaches, before FSDP2 reduces gradients and DDP wraps the objective.
 
         Raises:
             TrainingError: a gradient reaches some on a few ranks only, and FSDP2 of this torch cannot sum them.
         """
-        self.untouched, self.uneven = frozenset(untouched), uneven
+        self.unused_parameters, self.uneven = frozenset(unused), uneven
 
     # ------------------------------------------------------------------ a step
 
@@ -202,7 +202,7 @@ class Strategy:
     # ------------------------------------------------------------------ outside training steps
 
     @property
-    def speaks(self) -> bool:
+    def generates_samples(self) -> bool:
         """Whether this rank generates samples during training.
 
         If the model is sharded, all ranks must generate, at the same length. FSDP2 combined with tensor parallelism

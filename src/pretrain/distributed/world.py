@@ -231,7 +231,7 @@ def current_world(patience: float = 300.0) -> World:
 
 
 @contextlib.contextmanager
-def world_left_behind() -> Iterator[None]:
+def reset_world() -> Iterator[None]:
     """Destroy the process group and forget the world at the end; for tests that create several worlds in turn."""
     global _world
     try:

@@ -328,14 +328,14 @@ def _arm(
     """The learning rates with the best mean on ``choose``, their scores on ``score``, one per seed, and the seconds."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
     out = Path(job.settings.train.out)
-    settled = job.settled_lr(task, out) if arm == PRETRAINED else None
-    if settled is not None:
-        lrs = [settled]  # the reported arm is trained like the saved model
+    fixed = job.fixed_lr(task, out) if arm == PRETRAINED else None
+    if fixed is not None:
+        lrs = [fixed]  # the reported arm is trained like the saved model
     elif not lrs:
         middle = job.lr(task)
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
-    rates = {lr: job.rates(task, lr, None if settled is None else out) for lr in lrs}
+    rates = {lr: job.rates(task, lr, None if fixed is None else out) for lr in lrs}
     found: dict[float, list[list[float]]] = {}
     taken = 0.0
     for lr, used in rates.items():

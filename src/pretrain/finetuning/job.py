@@ -48,10 +48,10 @@ from pretrain.training.run import (
     has_begun,
     keep_settings,
     record_resume,
+    resolve_checkpoint,
     run_key,
-    settle_checkpoint,
 )
-from pretrain.training.run_directory import Unbegun
+from pretrain.training.run_directory import NewRunDirectory
 from pretrain.training.starting_model import hash_weights, origin
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import LOWER_IS_BETTER
@@ -128,7 +128,7 @@ class Job:
         source, given = model, settings.model.checkpoint
         by_name = model is None or isinstance(model, str | os.PathLike)
         if by_name:
-            source = settings.model.checkpoint = settle_checkpoint(settings)
+            source = settings.model.checkpoint = resolve_checkpoint(settings)
         check_fits(source, task)
         data = open_data(settings, objects, task, classes_of(source, task))
         job = cls(source, settings, data, task, quiet)
@@ -142,7 +142,7 @@ class Job:
             if by_name and has_begun(Path(settings.train.out)):
                 # The run may have begun with an earlier commit of the model, which may name other classes.
                 settings.model.checkpoint = given
-                if settle_checkpoint(settings) != source:
+                if resolve_checkpoint(settings) != source:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
         return job
@@ -236,7 +236,7 @@ class Job:
         searched = given == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
         return self.rates(task, lr, out) if lr and searched and isinstance(given, str) else {}
 
-    def settled_lr(self, task: Task, out: Path) -> float | None:
+    def fixed_lr(self, task: Task, out: Path) -> float | None:
         """Learning rate that is already fixed, by the settings or because the run began with it; else None."""
         lr = self.settings.optim.lr
         if not isinstance(lr, str):
@@ -257,13 +257,13 @@ class Job:
             return f"{max(1, math.ceil(round(train.epochs * examples / batch, 6)))} steps", epoch
         return f"{automatic_steps(epoch)} steps", epoch
 
-    def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
+    def choose_lr_and_limit(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
         """Learning rate and length of the run: as given, else as it began, else from comparison, sweep or defaults."""
         settings = self.settings
         lr, (limit, epoch) = self.lr(task), self.steps(examples)
-        settled = self.settled_lr(task, out)
-        if settled is not None:
-            lr = settled
+        fixed = self.fixed_lr(task, out)
+        if fixed is not None:
+            lr = fixed
         elif self.compared_lr is not None:
             lr = self.compared_lr
         elif settings.optim.lr == "sweep":
@@ -347,8 +347,12 @@ class Job:
         """
         out, world = Path(self.settings.train.out), current_world()
         check_same_run(self.settings, out)
-        unbegun = Unbegun(out, world.is_rank_zero)
-        with unbegun.removed(), run_lock(out, world), unbegun.emptied():
+        new_directory = NewRunDirectory(out, world.is_rank_zero)
+        with (
+            new_directory.removed_on_failure(),
+            run_lock(out, world),
+            new_directory.emptied_on_failure(),
+        ):
             yield
 
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:
@@ -360,7 +364,7 @@ class Job:
         rows = encode(task, data.train, "training", settings.data.max_cut, notes)
         task.prepare_reference(rows)
         held_out, tested = self.held_out(task, notes)
-        lr, limit = self.settle(task, len(rows), out)
+        lr, limit = self.choose_lr_and_limit(task, len(rows), out)
         chosen = self.chosen(task, lr, out)
         new = [line for line in notes if "recur" not in line]  # the others have been printed
         for line in (*self.overview(rows, task), *new, *said_of(chosen)):

@@ -185,7 +185,7 @@ def cut(
     next.
     """
     lengths = {} if lengths is None else lengths
-    text = (tokenizer.continuation if final else tokenizer.settled)(ids, new)
+    text = (tokenizer.continuation if final else tokenizer.stable_text)(ids, new)
     if not stops:
         return text, False
     end, found = len(text), False

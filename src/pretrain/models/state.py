@@ -41,8 +41,8 @@ __all__ = [
     "load_disk_state",
     "make_fresh",
     "match_disk_state",
+    "match_tying",
     "modern_keys",
-    "settle_tying",
     "tied_embedding",
     "untie",
 ]
@@ -144,7 +144,7 @@ def load_disk_state(
     def same(one: str, two: str) -> bool:
         return torch.equal(tensors[one], tensors[two])
 
-    untied = settle_tying(model, modern_keys(tensors), same)
+    untied = match_tying(model, modern_keys(tensors), same)
     there = stored_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in there.items()}
 
@@ -195,7 +195,7 @@ def match_disk_state(
     """Match the tensors of a file, in any accepted spelling, to the entries of the model.
 
     Args:
-        model: its head is already tied or untied as in the file, see ``settle_tying``. Its parameters are not changed.
+        model: its head is already tied or untied as in the file, see ``match_tying``. Its parameters are not changed.
         names: names of the tensors in the file.
         fill: called once for each matched tensor, with the entry and the name in the file.
 
@@ -243,7 +243,7 @@ def match_disk_state(
     return report, frozenset(name for entry in absent for name in entry.memory)
 
 
-def settle_tying(
+def match_tying(
     model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
 ) -> list[str]:
     """Untie the head if the file holds a head that differs from the embedding.
@@ -272,7 +272,7 @@ def untie(model: Model) -> None:
 def heads_apart(
     model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
 ) -> list[str]:
-    """Return the names on disk of a head that the model ties and the file does not; see ``settle_tying``."""
+    """Return the names on disk of a head that the model ties and the file does not; see ``match_tying``."""
     if (embedding := tied_embedding(model)) is None:
         return []
     places = _places(model, entries_of(model))

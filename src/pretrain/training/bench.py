@@ -83,7 +83,7 @@ class Speed:
         return "\n".join([*lines, *(f"         {sentence}" for sentence in self.limits)])
 
 
-class _Measured(Exception):  # it ends a run, and is no error
+class _MeasuringDone(Exception):  # it ends a run, and is no error
     """All steps have been measured."""
 
 
@@ -122,7 +122,7 @@ def bench(
         times.append(time.perf_counter())
         clock.end_step()
         if len(times) == warm + steps:
-            raise _Measured
+            raise _MeasuringDone
 
     with tempfile.TemporaryDirectory(prefix="pretrain-bench-") as folder:
         # Whether blocks are compiled and micro-batches measured depends on the length of the run. One that is too short
@@ -141,7 +141,7 @@ def bench(
             world.on_mark = clock.mark
             try:
                 train(settings, hooks=[Hook(after)], rows=rows)
-            except _Measured:
+            except _MeasuringDone:
                 break
             finally:
                 world.on_mark = None

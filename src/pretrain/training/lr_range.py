@@ -21,9 +21,9 @@ from pretrain.data.row_source import RowSource
 from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.training.early import check_early
-from pretrain.training.optim import settled_lr
+from pretrain.training.optim import resolve_lr
 from pretrain.training.run import about, make_objective, rows_of
-from pretrain.training.state import undisturbed
+from pretrain.training.state import isolated_torch_state
 from pretrain.training.trainer import Trainer
 from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.directories import temporary_name
@@ -116,7 +116,7 @@ class _Rising(Trainer):
 
 
 @using(TRAIN)
-@undisturbed()
+@isolated_torch_state()
 def lr_range_test(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
@@ -156,7 +156,7 @@ def lr_range_test(
     data = rows or rows_of(settings, quiet=False)
     folder = temporary_name(Path(f"{settings.train.out}.lr-range"), "new")
     goal = make_objective(settings, data)
-    muon = _muon_beside(settled_lr(settings.optim, goal)[0])
+    muon = _muon_beside(resolve_lr(settings.optim, goal)[0])
     trainer = _Rising(
         goal,
         data.train,

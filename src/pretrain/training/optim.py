@@ -35,7 +35,7 @@ __all__ = [
     "build_optimizers",
     "lr_of_width",
     "muon_weights",
-    "settled_lr",
+    "resolve_lr",
     "weights_of",
 ]
 
@@ -173,7 +173,7 @@ def lr_of_width(width: int) -> float:
     return min(_LR_BY_ROOT / math.sqrt(width), _LR_BY_WIDTH / width)
 
 
-def settled_lr(
+def resolve_lr(
     settings: OptimConfig, objective: Objective, out: Path | None = None
 ) -> tuple[OptimConfig, str]:
     """Return the settings with a number for ``optim.lr: auto``, and its reason in words; others as they are.

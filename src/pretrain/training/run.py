@@ -47,7 +47,7 @@ from pretrain.objectives import (
     objective_class,
     objective_for,
 )
-from pretrain.training.closing import last_words
+from pretrain.training.closing import closing_lines
 from pretrain.training.early import (
     PLAIN_SIZE,
     check_checkpoint,
@@ -66,8 +66,8 @@ from pretrain.training.precision import (
     evaluation_precision,
 )
 from pretrain.training.restore import load_others
-from pretrain.training.starting_model import hash_weights, open_source, origin, settled_source
-from pretrain.training.state import Changed, Run, undisturbed
+from pretrain.training.starting_model import hash_weights, open_source, origin, resolve_source
+from pretrain.training.state import Changed, Run, isolated_torch_state
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
 from pretrain.utils.hub_files import pinned
@@ -86,7 +86,7 @@ _ROWS = 16  # rows in one forward pass of an evaluation
 
 
 @using(TRAIN)
-@undisturbed()
+@isolated_torch_state()
 def train(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
@@ -118,21 +118,21 @@ def train(
     check_early(settings, rows, devices)
     if devices != 1:
         if not settings.train.out:
-            settle_by_data(settings, rows_of(settings, quiet=False))
+            resolve_by_data(settings, rows_of(settings, quiet=False))
         if (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
             return run
     world = current_world()
     with muted(not world.is_rank_zero):
-        settings.model.checkpoint = settle_checkpoint(settings)
+        settings.model.checkpoint = resolve_checkpoint(settings)
         check_checkpoint(settings, rows)
-        settings.data.tokenizer = settle_tokenizer(settings)
+        settings.data.tokenizer = resolve_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out))
         data = world.main_process_first(
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )
-        settle_by_data(settings, data)
+        resolve_by_data(settings, data)
         objective = make_objective(settings, data)
         trainer = Trainer(
             objective,
@@ -152,7 +152,7 @@ def train(
 
         def end(run: Run) -> None:
             if world.is_rank_zero:
-                for line in last_words(run, objective, trainer.about.get("unigram_nats")):
+                for line in closing_lines(run, objective, trainer.about.get("unigram_nats")):
                     trainer.say(line)
 
         return trainer.fit(
@@ -162,15 +162,15 @@ def train(
         )
 
 
-def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
+def resolve_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
     """Choose by the data what the settings leave open: the size of the model, and the directory of the run."""
-    settings.model.size = settle_size(settings.model, data)
+    settings.model.size = resolve_size(settings.model, data)
     if not settings.train.out:
         settings.train.out = run_name(settings, data)
         keep_automatic(settings)
 
 
-def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
+def resolve_size(model: ModelConfig, data: Prepared | RowSource) -> str:
     """Return the model size of the settings; an automatic one by the tokens of the training text.
 
     It depends on the text only, never on the machine, so that a run can be repeated and resumed anywhere.
@@ -330,7 +330,7 @@ def record_resume(trainer: Trainer, settings: Sections) -> None:
     settings.save(out / "run.yaml")
 
 
-def settle_checkpoint(settings: Any) -> Any:
+def resolve_checkpoint(settings: Any) -> Any:
     """Return the checkpoint of the settings of a run; a model of the Hub is fetched, and named with its commit.
 
     A run that is resumed keeps the commit with which it began.
@@ -341,11 +341,11 @@ def settle_checkpoint(settings: Any) -> Any:
     if family is not None and ":" in family:
         own_family(family)
     before = settings_before(settings)
-    return settled_source(checkpoint, None if before is None else before.model.checkpoint)
+    return resolve_source(checkpoint, None if before is None else before.model.checkpoint)
 
 
-def settle_tokenizer(settings: RunConfig) -> str:
-    """Return ``data.tokenizer``; one of the Hub is fetched, and named with its commit as ``settle_checkpoint`` does."""
+def resolve_tokenizer(settings: RunConfig) -> str:
+    """Return ``data.tokenizer``; one of the Hub is fetched, and named with its commit as by ``resolve_checkpoint``."""
     tokenizer, before = settings.data.tokenizer, settings_before(settings)
     if hub_name(tokenizer) is None:
         return tokenizer
@@ -473,7 +473,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             overrides = vocabulary_of(words, overrides)
     model = build(
         settings.model.family,
-        settle_size(settings.model, data),
+        resolve_size(settings.model, data),
         head=wanted,
         seed=settings.train.seed,
         # With several ranks, memory is allocated after sharding only.

@@ -19,10 +19,10 @@ from pretrain.utils.files import muted
 from pretrain.utils.hub_names import hub_name
 from pretrain.utils.tensors import hash_tensors
 
-__all__ = ["hash_weights", "open_source", "origin", "outline", "settled_source"]
+__all__ = ["hash_weights", "open_source", "origin", "outline", "resolve_source"]
 
 
-def settled_source(name: str, before: str | None) -> str:
+def resolve_source(name: str, before: str | None) -> str:
     """Fetch a model of the Hub for all ranks, and return its name with its commit.
 
     Args:
@@ -33,9 +33,9 @@ def settled_source(name: str, before: str | None) -> str:
         CheckpointError: see ``pretrain.checkpoint.download.located``. On all ranks.
     """
     world = current_world()
-    settled = world.broadcast_result(lambda: pinned(name, before))
-    world.main_process_first(lambda: located(settled), f"fetch {settled}")
-    return settled
+    resolved = world.broadcast_result(lambda: pinned(name, before))
+    world.main_process_first(lambda: located(resolved), f"fetch {resolved}")
+    return resolved
 
 
 def origin(checkpoint: str | None) -> str | None:

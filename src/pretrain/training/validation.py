@@ -76,7 +76,7 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     limit = min(trainer.train.eval_rows or rows, rows)
     try:
         figures, seconds = _figures(trainer, limit)
-        state.last_eval, state.owed = state.step, False
+        state.last_eval, state.eval_pending = state.step, False
         before = state.best_score if state.monitor == trainer.train.monitor else math.inf
         improved = improves(state, figures, trainer.train.monitor, rows=limit, last=last)
         note = " (best)" if improved else ""
@@ -85,12 +85,12 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
         if last and limit < rows:
             (figures, seconds), note = _figures(trainer, rows), " on all rows"
     except EvaluationStopped:
-        state.owed = True  # repeated on resume, before the next step
+        state.eval_pending = True  # repeated on resume, before the next step
         trainer.say(f"asked to stop: the evaluation after step {state.step:,} is broken off")
         return None
     samples: list[str] = []
     trainer.world.mark("evaluate", state.step)
-    if strategy.speaks:
+    if strategy.generates_samples:
         plain = trainer.objective.model.backbone.uncompiled()
         with trainer.average.applied(), strategy.whole(), plain:
             samples = trainer.objective.preview(
