@@ -155,7 +155,7 @@ def watched(world: World, folder: Path, how: str) -> None:
     about = {"settings": {}, "data": {}, "model": {}}
     run = folder / "run"
     with (
-        world.entered(torch.device("cpu"), run, LIMIT, lambda: about),
+        world.connected(torch.device("cpu"), run, LIMIT, lambda: about),
         Saver(run, background=True, peers=world.peers()) as saver,
     ):
         shard = 20_000 if how == "stuck" else 1 << 30  # so that process 1 has a file of its own

@@ -28,7 +28,7 @@ from pretrain.distributed.unused_parameters import (
     fill_missing_gradients,
     find_used_parameters,
 )
-from pretrain.distributed.whole_parameters import Parts, align
+from pretrain.distributed.whole_parameters import MatrixCollectives, broadcast_initial_values
 from pretrain.distributed.world import World
 from pretrain.errors import ConfigError
 from pretrain.nn.buffers import changing_buffers
@@ -167,8 +167,8 @@ class ParallelStrategy(Strategy):
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(self.device))
 
-    def align(self) -> None:
-        align(self.objective, self.layout, self.world)
+    def broadcast_initial_values(self) -> None:
+        broadcast_initial_values(self.objective, self.layout, self.world)
 
     def wrap(self) -> None:
         if self.choice.strategy != "ddp" or self.settings.reproducible:
@@ -182,10 +182,10 @@ class ParallelStrategy(Strategy):
         unused = self.uneven or bool(self.unused_parameters & trained.keys())
         self._ddp = _wrap_ddp(self._root, self.world.group("dp_replicate"), unused=unused)
 
-    def parts(self) -> Parts | None:
+    def matrix_collectives(self) -> MatrixCollectives | None:
         # The last bits of a matrix product may depend on its batch, which changes with the number of ranks.
         alone = self.world.size == 1 or self.settings.reproducible
-        return None if alone else Parts(self.layout, self.world)
+        return None if alone else MatrixCollectives(self.layout, self.world)
 
     def used_parameters(self, batch: Batch) -> set[str]:
         """Return the parameters that the gradient of a batch reaches on this rank, under FSDP2; all ranks must call."""

@@ -45,8 +45,8 @@ class Strategy:
         sharded: FSDP2 shards the weights.
         cut: no rank has all weights, so that all ranks must take part whenever the model runs.
         gathered: dtype of the weights in a forward pass: FSDP2 may gather those of the blocks in half precision.
-        unused_parameters: names of the parameters that no gradient reaches on any rank; ``uneven`` is True if a gradient
-            reaches some parameters on a few ranks only. See ``set_unused_parameters``.
+        unused_parameters: names of the parameters that no gradient reaches on any rank; see ``set_unused_parameters``.
+        uneven: whether a gradient reaches some parameters on a few ranks only.
     """
 
     sharded = False
@@ -117,7 +117,7 @@ class Strategy:
     def _allocate(self) -> None:
         self.objective.to_empty(device=self.device)
 
-    def align(self) -> None:
+    def broadcast_initial_values(self) -> None:
         """Give all ranks the values of the first one that holds them: random initial values may differ."""
 
     def wrap(self) -> None:
@@ -126,7 +126,7 @@ class Strategy:
         Called before the first step and whenever parameters are unfrozen.
         """
 
-    def parts(self) -> Any:
+    def matrix_collectives(self) -> Any:
         """Return the collectives of an optimizer that works on whole matrices; None if it needs none."""
         return None
 

@@ -28,7 +28,7 @@ from pretrain.objectives.base import Objective
 from pretrain.training.update_rules import CautiousAdamW, Muon
 
 if TYPE_CHECKING:
-    from pretrain.distributed.whole_parameters import Parts
+    from pretrain.distributed.whole_parameters import MatrixCollectives
 
 __all__ = [
     "Optimizers",
@@ -229,7 +229,7 @@ def build_optimizers(
     *,
     scales: Mapping[Tensor, float] | None = None,
     fresh: AbstractSet[Tensor] = frozenset(),
-    parts: Parts | None = None,
+    collectives: MatrixCollectives | None = None,
 ) -> Optimizers:
     """Group the trainable parameters of ``module`` and create their optimizers.
 
@@ -240,7 +240,7 @@ def build_optimizers(
         device: device of the parameters; fused AdamW is used where torch has it.
         scales: factors on the learning rates of parameters; 1 if missing.
         fresh: newly initialised parameters, which get weight decay instead of ``optim.l2_sp``.
-        parts: distributes the updates of Muon over ranks.
+        collectives: distributes the updates of Muon over ranks.
 
     Raises:
         ConfigError: the optimizer is not known, or nothing is trainable.
@@ -285,7 +285,7 @@ def build_optimizers(
             Muon(
                 groups(matrices, settings.muon_lr),
                 cautious=settings.cautious,
-                parts=parts,
+                collectives=collectives,
                 names=names,
             )
         )

@@ -32,7 +32,7 @@ __all__ = ["enter_world", "parallelize", "run_lock"]
 def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
     """Return a context that joins the ranks of the run, checks that they agree, and yields the device of this rank."""
     settings = trainer.parallel
-    return trainer.world.entered(
+    return trainer.world.connected(
         choose_device(settings.device),
         trainer.out,
         settings.timeout,

@@ -78,7 +78,7 @@ def open_source(
     if world.size == 1 or whole:
         return load(path, head=head, quiet=quiet)
     try:
-        model, directory = open_empty(path, world.callers(), head=head)
+        model, directory = open_empty(path, world.store_peers(), head=head)
     except AdapterFound:
         return load(path, head=head, quiet=quiet)
     make_fresh(model, 0)

@@ -275,7 +275,7 @@ class Trainer:
             self.device,
             scales=self.layers.scales,
             fresh=self.layers.fresh,
-            parts=self.strategy.parts(),
+            collectives=self.strategy.matrix_collectives(),
         )
         self.average = WeightAverage(self.objective.model, self.optim.ema)
         self.saver = Saver(
@@ -331,7 +331,7 @@ class Trainer:
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )
         self.strategy.fill(initialise=checkpoint is None)
-        self.strategy.align()
+        self.strategy.broadcast_initial_values()
         self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
     def _keep_micro_rows(self) -> None:
