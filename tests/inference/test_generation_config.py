@@ -234,7 +234,7 @@ def test_what_is_not_implemented_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(files, "_TOLD", set())
+    monkeypatch.setattr(files, "_PRINTED", set())
     model = build("gpt2", "tiny", vocab_size=VOCAB, max_positions=64)
     model.generation_config = stored | {"max_new_tokens": 1}
     for _ in range(2):

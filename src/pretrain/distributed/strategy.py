@@ -101,7 +101,7 @@ class Strategy:
         if not any(p.is_meta for p in model.parameters()):
             return
         named = [*objective.named_parameters(), *objective.named_buffers()]
-        _refuse_lost(objective, [name for name, tensor in named if tensor.is_meta])
+        _refuse_meta_tensors(objective, [name for name, tensor in named if tensor.is_meta])
         # Other tensors of the objective (a teacher, a table) have their values already.
         kept = {name: local(t.detach()).clone() for name, t in named if not t.is_meta}
         self._allocate()
@@ -237,7 +237,7 @@ def _shapes(objective: Objective) -> dict[str, tuple[int, ...]]:
     return found | {name: tuple(p.shape) for name, p in objective.model.named_parameters()}
 
 
-def _refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
+def _refuse_meta_tensors(objective: nn.Module, empty: Sequence[str]) -> None:
     """Refuse meta tensors outside of the model: only the model's own weights are set later.
 
     Args:

@@ -76,7 +76,7 @@ class Member:
     Attributes:
         beat: as made by `Watchdog._state`.
         seen: when it arrived.
-        progressed: when the last heartbeat with progress arrived; ``moved`` is when it was sent, by the clock of its rank.
+        progressed: when the last heartbeat with progress arrived; ``moved`` is when its rank sent it, by its own clock.
         failed: when the first heartbeat with an error arrived.
     """
 
@@ -98,7 +98,7 @@ class Member:
         return self
 
     def lost(self, kind: str, what: str) -> Record:
-        """Return the record of its loss; the time is by the clock of the lost rank, so that all ranks print the same."""
+        """Return the record of its loss; its time is by the clock of the lost rank, so all ranks print the same."""
         at = self.moved if kind == "hung" else self.beat["time"]
         since = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
         place = {key: self.beat[key] for key in ("rank", "host", "pid", "phase", "step")}

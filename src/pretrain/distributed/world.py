@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain import distributed
-from pretrain.checkpoint.peers import ALONE, Peers
+from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.launched import launched
 
@@ -207,11 +207,11 @@ class World:
 
     def peers(self) -> Peers:
         """Return the peers for writing and reading checkpoints."""
-        return ALONE
+        return SINGLE_PROCESS
 
     def store_peers(self) -> Peers:
         """Return the peers to use before the process group exists: JSON values go through the store, no tensors."""
-        return ALONE
+        return SINGLE_PROCESS
 
 
 _world: World | None = None

@@ -238,7 +238,7 @@ def match_disk_state(
             fill(entry, done[entry.disk])
     report.loaded = len(done)
     absent = [entry for entry in entries if entry.disk not in done]
-    _refuse_half(model, absent)
+    _refuse_incomplete(model, absent)
     report.missing = [entry.disk for entry in absent]
     return report, frozenset(name for entry in absent for name in entry.memory)
 
@@ -316,7 +316,7 @@ def _make_real(model: Model, name: str, value: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(value, requires_grad=grad))
 
 
-def _refuse_half(model: Model, absent: list[Entry]) -> None:
+def _refuse_incomplete(model: Model, absent: list[Entry]) -> None:
     """Raise if a tensor of the body is absent; those of a head may be."""
     body = [e.disk for e in absent if not e.memory[0].startswith("head.")]
     if body:

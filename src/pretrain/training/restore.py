@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.checkpoint import TrainingState
 from pretrain.checkpoint.best import with_training
 from pretrain.checkpoint.model_directory import ModelDirectory
-from pretrain.checkpoint.peers import ALONE, Peers
+from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.models.heads import labels_named_by
@@ -94,7 +94,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
 
     Args:
         trainer: with its model, optimizers and average in place.
-        checkpoint: its files have been verified by ``latest_together``.
+        checkpoint: its files have been verified by ``latest_on_all_ranks``.
 
     Raises:
         TrainingError: the checkpoint belongs to another model, objective, data set or order; see `check_same`.
@@ -102,7 +102,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
     peers = trainer.world.peers()
-    # `latest_together` has verified all bytes, each file on one rank.
+    # `latest_on_all_ranks` has verified all bytes, each file on one rank.
     training = read_training_slices(checkpoint, layout, peers, verified=True)
     check_same(trainer, checkpoint, training.state)
     # Earlier versions kept the rows of micro-batches and evaluations in the settings only.
@@ -255,7 +255,9 @@ def load_others(objective: Objective, path: Path) -> None:
     if not wanted:
         return
     checkpoint = with_training(path)
-    training = read_training_slices(checkpoint, None, ALONE, quiet=True, stems=("objective",))
+    training = read_training_slices(
+        checkpoint, None, SINGLE_PROCESS, quiet=True, stems=("objective",)
+    )
     found = training.tensors.get("objective", {})
     for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
@@ -274,7 +276,7 @@ def load_weights(
     others: Mapping[str, Tensor],
     *,
     layout: ShardLayout | None = None,
-    peers: Peers = ALONE,
+    peers: Peers = SINGLE_PROCESS,
     verified: bool = False,
 ) -> None:
     """Load the model's weights from a checkpoint, and those of the objective's other modules from ``others``.

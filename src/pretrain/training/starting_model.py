@@ -9,7 +9,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import described, located, pinned
 from pretrain.checkpoint.model_directory import ModelDirectory
-from pretrain.checkpoint.sharded_loading import load_slices, open_empty
+from pretrain.checkpoint.sharded_loading import load_slices, open_on_meta
 from pretrain.distributed.world import current_world
 from pretrain.errors import AdapterFound, PretrainError
 from pretrain.models.base import Model
@@ -78,7 +78,7 @@ def open_source(
     if world.size == 1 or whole:
         return load(path, head=head, quiet=quiet)
     try:
-        model, directory = open_empty(path, world.store_peers(), head=head)
+        model, directory = open_on_meta(path, world.store_peers(), head=head)
     except AdapterFound:
         return load(path, head=head, quiet=quiet)
     make_fresh(model, 0)

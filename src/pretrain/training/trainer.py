@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
-from pretrain.checkpoint.sharded_loading import latest_together
+from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples, Loader
 from pretrain.data.row_source import hash_rows
@@ -259,7 +259,7 @@ class Trainer:
         if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
-        checkpoint = latest_together(self.out, world.peers())
+        checkpoint = latest_on_all_ranks(self.out, world.peers())
         loader = Loader(self.train_data, seed=train.seed)
         self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         self.journal.epoch_rows = self.plan.epoch_rows
