@@ -23,7 +23,7 @@ from pretrain.checkpoint.model_card import readme
 from pretrain.checkpoint.peers import Peers, TensorSharding
 from pretrain.checkpoint.training_state import TrainingState, check_stem, encoded_state, shard_name
 from pretrain.models.config import drop_code
-from pretrain.models.state import disk_packing
+from pretrain.models.state import disk_mapping
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import directories, files
@@ -150,7 +150,7 @@ def draft_of(
     full = sharding.full(parts)
     config = _config(model, block, full)
     packing = (
-        disk_packing(model)
+        disk_mapping(model)
         if model.adapter is None
         else checkpoint.adapter_files.adapter_packing(model)
     )

@@ -38,7 +38,7 @@ from pretrain.checkpoint.training_state import (
     tensor_files,
 )
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
-from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
+from pretrain.models.names import Entry, LoadReport, check_stored, slice_from_disk
 from pretrain.models.state import heads_apart, match_disk_state, match_tying, modern_keys
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, ShardSlice, local, whole
@@ -298,7 +298,7 @@ class _ShardFiller:
                 return stored.read(key)
             rows = min(shape[0], -(-count // max(1, math.prod(shape[1:]))))
             region = ShardSlice((0,) * len(shape), (rows, *shape[1:]))
-            return unpack_part(
+            return slice_from_disk(
                 entry, name, region, self.shapes, lambda part: stored.read_region(key, part)
             )
 
@@ -314,7 +314,7 @@ class _ShardFiller:
         for name in entry.memory:
             region = self._sharding.region(name, self.shapes[name])
             if region.numel:
-                value = unpack_part(
+                value = slice_from_disk(
                     entry, name, region, self.shapes, lambda part: stored.read_region(key, part)
                 )
                 refuse_non_finite(stored.path(key), key, value)

@@ -17,13 +17,13 @@ from pretrain.errors import CheckpointError, ModelError
 from pretrain.models.heads import LanguageHead
 from pretrain.models.names import (
     ADAPTER_PREFIX,
+    DiskMapping,
     Entry,
     LoadReport,
-    Packing,
     expand,
+    from_disk,
     modern_key,
-    pack,
-    unpack,
+    to_disk,
 )
 from pretrain.nn.buffers import stored_tensors
 from pretrain.utils.tensors import LazyTensors
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "copies_of",
-    "disk_packing",
+    "disk_mapping",
     "disk_state",
     "disk_view",
     "entries_of",
     "heads_apart",
+    "init_missing",
     "load_disk_state",
-    "make_fresh",
     "match_disk_state",
     "match_tying",
     "modern_keys",
@@ -103,10 +103,10 @@ def disk_view(model: Model) -> LazyTensors:
 
     A tensor may share memory with a parameter, and need not be contiguous.
     """
-    return disk_packing(model).view(stored_tensors(model))
+    return disk_mapping(model).view(stored_tensors(model))
 
 
-def disk_packing(model: Model) -> Packing:
+def disk_mapping(model: Model) -> DiskMapping:
     """Return the tensors of the files and the parameters or buffers that each is built from."""
     parameters = {name for name, _ in model.named_parameters()}
     entries = {entry.disk: entry for entry in entries_of(model)}
@@ -114,9 +114,9 @@ def disk_packing(model: Model) -> Packing:
         for disk, memory in copies_of(model).items():
             if memory in parameters:
                 entries[disk] = Entry(disk, disk, (memory,), transpose=False, body=False)
-    return Packing(
+    return DiskMapping(
         {name: entry.memory for name, entry in entries.items()},
-        lambda name, full, device: pack(entries[name], full, device),
+        lambda name, full, device: to_disk(entries[name], full, device),
     )
 
 
@@ -149,7 +149,7 @@ def load_disk_state(
     shapes = {name: tuple(tensor.shape) for name, tensor in there.items()}
 
     def fill(entry: Entry, key: str) -> None:
-        for name, value in unpack(entry, tensors[key], shapes):
+        for name, value in from_disk(entry, tensors[key], shapes):
             if not there[name].is_meta:
                 there[name].copy_(value)
             elif adopt and value.is_contiguous() and len(entry.memory) == 1:
@@ -160,11 +160,11 @@ def load_disk_state(
     report, fresh = match_disk_state(model, tensors, fill)
     report.untied = untied
     model.fresh = fresh
-    make_fresh(model, seed)
+    init_missing(model, seed)
     return report
 
 
-def make_fresh(model: Model, seed: int) -> None:
+def init_missing(model: Model, seed: int) -> None:
     """Initialise what is in ``model.fresh``, which no file holds; parameters on the meta device are allocated."""
     for name, parameter in list(model.named_parameters()):
         if name in model.fresh and parameter.is_meta:

@@ -13,7 +13,7 @@ from pretrain.checkpoint.sharded_loading import load_slices, open_on_meta
 from pretrain.distributed.world import current_world
 from pretrain.errors import AdapterFound, PretrainError
 from pretrain.models.base import Model
-from pretrain.models.state import make_fresh
+from pretrain.models.state import init_missing
 from pretrain.nn.buffers import stored_tensors
 from pretrain.utils.files import muted
 from pretrain.utils.hub_names import hub_name
@@ -81,7 +81,7 @@ def open_source(
         model, directory = open_on_meta(path, world.store_peers(), head=head)
     except AdapterFound:
         return load(path, head=head, quiet=quiet)
-    make_fresh(model, 0)
+    init_missing(model, 0)
 
     def start(cut: Model) -> None:
         load_slices(
