@@ -16,7 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
+from pretrain.config.aliases import (
+    NAMES,
+    SettingAlias,
+    find,
+    main_setting,
+    section_value,
+    use_value,
+)
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, nearest, suggestion
 from pretrain.utils.files import note, replace_file
@@ -244,7 +251,7 @@ class _Checker:
         except ConfigError as error:
             raise self.fail(word, str(error)) from None
 
-    def resolve(self, word: str) -> tuple[str, Name | None] | None:
+    def resolve(self, word: str) -> tuple[str, SettingAlias | None] | None:
         """Return the setting that a name means, with or without its section, and its entry in the table of names."""
         head, _, name = word.partition(".")
         if head not in self.sections:

@@ -304,10 +304,12 @@ class Classification(ClassTask):
             }
         hits, extra, missed = metrics["counts"]
         exact = float(metrics["exact"])
-        return figures | self._several(hits, extra, missed, exact, count)
+        return figures | self._multilabel_figures(hits, extra, missed, exact, count)
 
     @staticmethod
-    def _several(hits: Any, extra: Any, missed: Any, exact: float, rows: float) -> dict[str, float]:
+    def _multilabel_figures(
+        hits: Any, extra: Any, missed: Any, exact: float, rows: float
+    ) -> dict[str, float]:
         """Figures of several labels from sums over rows, see `metrics.multilabel_scores`."""
         scores = figures_of.multilabel_scores(hits, extra, missed, exact, rows)
         return {"accuracy": scores.pop("exact_match"), **scores}
@@ -319,7 +321,7 @@ class Classification(ClassTask):
         if not self.single:
             sets = Counter(tuple(row.tolist()) for row in self.targets(train))
             answer, truth = np.array(sets.most_common(1)[0][0]), np.array(self.targets(held_out))
-            return self._several(
+            return self._multilabel_figures(
                 (truth * answer).sum(0),
                 ((1 - truth) * answer).sum(0),
                 (truth * (1 - answer)).sum(0),
