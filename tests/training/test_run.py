@@ -401,7 +401,7 @@ def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
     given["train"]["micro_rows"] = 2
     (event,) = (r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed")
     assert event["step"] == 6 and event["planned"] == 6
-    said = "was changed while it went on (until step 6 it was to have 6 steps)"
+    said = "was changed on resuming (up to step 6 it was planned with 6 steps)"
     run.report()
     assert said in (run.path / "report.html").read_text()
     given["train"]["limit"] = "8 step"  # the same length in other words

@@ -166,7 +166,7 @@ def _is_count(value: Any) -> bool:
 def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
     """Train both arms and the baselines at every number of labels, and set the chosen learning rate in the job.
 
-    Trials that the run directory keeps are not trained again, and the comparison is kept there, see `Kept`.
+    Trials that the run directory keeps are not trained again, and the comparison is kept there, see `ScoreFile`.
 
     Raises:
         DataError: too few held-out rows, or a label count above the number of rows.
@@ -191,7 +191,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         valid_rows=len(choose),
     )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
-    baselines, kept = _baselines(job), Kept(Path(job.settings.train.out))
+    baselines, kept = _baselines(job), ScoreFile(Path(job.settings.train.out))
     kept.begin(_key(job))
     for count in counts:
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
@@ -223,11 +223,11 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     return comparison
 
 
-class Kept:
-    """Scores of a comparison in its run directory: an interrupted one goes on, and a page made anew shows it.
+class ScoreFile:
+    """File of the scores of a comparison, from which an interrupted one continues and a later report is made.
 
     ``comparison.json`` holds a digest of itself, the key of what is compared, the scores of every finished trial and,
-    in the end, the comparison. A damaged file is named and not used; one of another key is replaced by the next
+    in the end, the comparison. A damaged file is reported and not used; one with another key is replaced by the next
     comparison. All ranks call the methods, and rank zero reads and writes.
 
     Attributes:
@@ -253,12 +253,12 @@ class Kept:
         return body
 
     def begin(self, key: str) -> None:
-        """Drop what is kept of another comparison."""
+        """Drop the scores of a comparison with another key."""
         if self.body.get("key") != key:
             self.body = {"key": key, "trials": {}}
 
     def trial(self, name: str, train: Callable[[], list[float]]) -> tuple[list[float], float]:
-        """Return the scores of a trial and its seconds; ``train`` is called if they are not kept."""
+        """Return the scores of a trial and its seconds; ``train`` is called if the file has none."""
         found = self.body["trials"].get(name)
         if found is None:
             began = time.monotonic()
@@ -269,7 +269,7 @@ class Kept:
         return scores, seconds
 
     def end(self, comparison: dict[str, Any], rates: Mapping[str, float]) -> None:
-        """Keep the finished comparison and the learning rates that it chose for the run."""
+        """Write the finished comparison and the learning rates that it chose for the run."""
         self.body |= {"comparison": comparison, **rates}
         self._write()
 
@@ -278,7 +278,7 @@ class Kept:
 
 
 def _is_trial(value: object) -> bool:
-    """Whether a value is two scores, of which None is no number, and the seconds."""
+    """Whether a value is a list of two scores (None for NaN) and the seconds."""
     return (
         isinstance(value, list)
         and len(value) == 3
@@ -287,9 +287,9 @@ def _is_trial(value: object) -> bool:
 
 
 def kept_comparison(job: Job) -> Comparison | None:
-    """The comparison that the run directory of a job keeps; None if it is not of these settings and this run."""
+    """Return the comparison in the run directory of a job; None if it is of other settings or another run."""
     out = Path(job.settings.train.out)
-    body = Kept(out).body
+    body = ScoreFile(out).body
     if (
         "comparison" not in body
         or body["key"] != _key(job)
@@ -323,7 +323,7 @@ def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]
 
 
 def _arm(
-    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, kept: Kept
+    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, kept: ScoreFile
 ) -> tuple[dict[str, float], list[float], float]:
     """The learning rates with the best mean on ``choose``, their scores on ``score``, one per seed, and the seconds."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)

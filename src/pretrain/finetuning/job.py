@@ -31,8 +31,8 @@ from pretrain.finetuning.start import (
     earlier_lr,
     freeze,
     starting_model,
-    touched_early,
-    versions,
+    used_unloaded_weights,
+    write_counts,
 )
 from pretrain.models import own_family
 from pretrain.models.base import Model
@@ -178,12 +178,12 @@ class Job:
         )
         if not scratch:
             self.weights = self.weights or hash_weights(model, opened=True)
-        before = versions(model)
+        before = write_counts(model)
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         task = self.task(model, max_length=settings.data.max_length, **options)
         task.labels_given = bool(settings.task.options.get("labels"))
-        if touched_early(task, before):
+        if used_unloaded_weights(task, before):
             return self.build(**new)
         self.metric, self.unit = task.metric, task.unit_name
         if method.lora and not scratch:
@@ -367,7 +367,7 @@ class Job:
         lr, limit = self.choose_lr_and_limit(task, len(rows), out)
         chosen = self.chosen(task, lr, out)
         new = [line for line in notes if "recur" not in line]  # the others have been printed
-        for line in (*self.overview(rows, task), *new, *said_of(chosen)):
+        for line in (*self.overview(rows, task), *new, *chosen_rates_line(chosen)):
             note(line)
         rates = chosen or {"lr": lr}
         trainer = self.trainer(
@@ -443,7 +443,7 @@ class Job:
             return found.eval()
 
         rates = self.chosen(task, rates_of_run(run.path).get("lr"), run.path)
-        notes = [*notes, *said_of(rates)]
+        notes = [*notes, *chosen_rates_line(rates)]
         result = Finetuned(restored, run, self.settings, self.data, notes, self.build)
         result.rates = rates
         if shared is None:
@@ -564,7 +564,7 @@ class Job:
         return world.broadcast_result(measured)
 
 
-def said_of(rates: Mapping[str, float]) -> list[str]:
+def chosen_rates_line(rates: Mapping[str, float]) -> list[str]:
     """Return the line that says which learning rates were chosen; none if none were."""
     if not rates:
         return []

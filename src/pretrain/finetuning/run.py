@@ -100,7 +100,7 @@ def finetune(
         check_comparison(compare, settings, label_counts, seeds)
     quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
-        check_spread(model, objects, compare)
+        check_devices(model, objects, compare)
         count_devices(devices, settings.parallel.device)
     with muted(quiet):
         job = Job.open(model, settings, objects, quiet=quiet)
@@ -122,7 +122,7 @@ def finetune(
     return result
 
 
-def check_spread(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
+def check_devices(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
     """Check that other processes can run the job: they read files and cannot access the memory of this one.
 
     Raises:

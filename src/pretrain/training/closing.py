@@ -13,7 +13,7 @@ from pretrain.errors import DataError
 from pretrain.objectives.base import Objective, TokenObjective
 from pretrain.printing import clock
 from pretrain.report.history import sort_records
-from pretrain.report.remarks import beside_frequencies, overfitted
+from pretrain.report.remarks import compare_with_unigram, overfitted
 from pretrain.report.run_report import write
 from pretrain.training.state import Run
 
@@ -56,7 +56,7 @@ def _reached(run: Run, objective: Objective, unigram: float | None) -> list[str]
             f"{best}validation loss {loss:.4g} (step {int(step):,}{'' if best else ', all rows'})"
         )
         if unigram and isinstance(objective, TokenObjective):
-            words.append(beside_frequencies(loss, unigram))
+            words.append(compare_with_unigram(loss, unigram))
     remark = overfitted(history)
     return [", ".join(filter(None, words)), *([remark] if remark else [])]
 
