@@ -421,7 +421,7 @@ class Sections:
         return write_text(Path(path), with_digest(with_place(self.to_yaml())))
 
     @classmethod
-    def of_run(cls, home: Path) -> Self:
+    def of_run(cls, run_dir: Path) -> Self:
         """Read the settings of a run to open its data again, from any directory.
 
         A relative path of rows or of a model that leads nowhere from here leads from where the run was started.
@@ -429,8 +429,8 @@ class Sections:
         Raises:
             ConfigError: as `load`.
         """
-        settings = cls.load(home / "run.yaml")
-        place = place_in((home / "run.yaml").read_text(encoding="utf-8"))
+        settings = cls.load(run_dir / "run.yaml")
+        place = place_in((run_dir / "run.yaml").read_text(encoding="utf-8"))
         for section, name in _PATHS:
             part = getattr(settings, section)
             if place is not None and hasattr(part, name):

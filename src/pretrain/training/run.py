@@ -644,9 +644,9 @@ def evaluate(
             f"{path} was trained with {recorded['name']}, and is measured with {objective_class(name).__name__}; "
             f"name another with {option('objective')}"
         )
-    home = run_of(path)
-    before = _settings_of(home)
-    rows = _held_out(path, home, data, model, reading)
+    run_dir = run_of(path)
+    before = _settings_of(run_dir)
+    rows = _held_out(path, run_dir, data, model, reading)
     if len(rows) == 0:
         raise DataError(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
@@ -666,8 +666,8 @@ def evaluate(
     built.to(where)
     if batch_rows is None:
         batch_rows = _ROWS
-        if built.couples_examples and home is not None:
-            batch_rows = RunConfig.of_run(home).train.batch_rows or _ROWS
+        if built.couples_examples and run_dir is not None:
+            batch_rows = RunConfig.of_run(run_dir).train.batch_rows or _ROWS
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
@@ -709,46 +709,46 @@ def _objective_of(
     return build_objective(name, options, model)
 
 
-def _settings_of(home: Path | None) -> RunConfig:
+def _settings_of(run_dir: Path | None) -> RunConfig:
     """Return the settings of a run; the defaults if there is none, or it is one of fine-tuning, with other sections."""
-    if home is not None:
+    if run_dir is not None:
         with contextlib.suppress(ConfigError):
-            return RunConfig.of_run(home)
+            return RunConfig.of_run(run_dir)
     return RunConfig()
 
 
 def _held_out(
-    path: Path, home: Path | None, data: Any, model: Model, reading: Mapping[str, str]
+    path: Path, run_dir: Path | None, data: Any, model: Model, reading: Mapping[str, str]
 ) -> Examples:
     """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer; text is read so."""
     if data is None:
-        if home is None:
+        if run_dir is None:
             raise DataError(no_run(path))
-        settings = RunConfig.of_run(home)
+        settings = RunConfig.of_run(run_dir)
         if settings.data.source in SOURCES:
-            with naming_paths(home, settings):
+            with naming_paths(run_dir, settings):
                 found = open_rows(settings.data.source, settings.data.source_args)
-            return _held_out_rows(home, found, model)
+            return _held_out_rows(run_dir, found, model)
         if settings.data.source is not None:
             raise DataError(
-                f"The rows of {home} come from the function {settings.data.source}. pretrain calls no function that "
+                f"The rows of {run_dir} come from the function {settings.data.source}. pretrain calls no function that "
                 f"only a file names: name it yourself, {option('data', settings.data.source)}."
             )
-        with naming_paths(home, settings):
+        with naming_paths(run_dir, settings):
             prepared = open_data(settings)
         if _changed(model, prepared.fingerprint):
             raise DataError(
-                f"The text of {home} has changed since the run, so its held-out rows are not those of before, and may "
-                f"be among those that it was trained on. Restore it, or name the text to measure on: {option('data')}."
+                f"The text of {run_dir} has changed since the run, so its held-out rows are not those of before, and "
+                f"may be among those that it was trained on. Restore it, or name the text to measure on: {option('data')}."
             )
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
     elif names_function(data):
-        named = DataConfig() if home is None else RunConfig.of_run(home).data
+        named = DataConfig() if run_dir is None else RunConfig.of_run(run_dir).data
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
-        return _held_out_rows(home if same else None, found, model)
+        return _held_out_rows(run_dir if same else None, found, model)
     elif (there := prepared_in(data)) is not None:
         for key, value in reading.items():
             role = "names a column of a table" if key == "text" else "says how text is read"
@@ -758,7 +758,7 @@ def _held_out(
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
-        prepared = _read_as_training(path, home, data, model, reading)
+        prepared = _read_as_training(path, run_dir, data, model, reading)
         rows = prepared.train
     remedy = "Prepare them with that one: pretrain prepare ... --tokenizer "
     check_tokenizer(prepared.tokenizer, model, path, remedy)
@@ -766,10 +766,10 @@ def _held_out(
 
 
 def _read_as_training(
-    path: Path, home: Path | None, data: Any, model: Model, reading: Mapping[str, str]
+    path: Path, run_dir: Path | None, data: Any, model: Model, reading: Mapping[str, str]
 ) -> Prepared:
     """Return all of a text as training rows, read as ``reading`` says and else as the text of the run was."""
-    before = _reading_of(home, model)
+    before = _reading_of(run_dir, model)
     text, encoding = reading.get("text", "text"), reading.get("encoding")
     separator = reading.get("separator", before.get("separator"))
     legacy = check_encoding(before.get("encoding")) if encoding is None else None
@@ -813,11 +813,11 @@ def _read_as_training(
 
 
 @contextlib.contextmanager
-def naming_paths(home: Path, settings: Sections) -> Iterator[None]:
+def naming_paths(run_dir: Path, settings: Sections) -> Iterator[None]:
     """Say of an error inside the block that a path of a run does not lead from here, where that is the cause.
 
     Args:
-        home: the run.
+        run_dir: directory of the run.
         settings: its settings, as ``of_run`` read them.
 
     Raises:
@@ -830,7 +830,7 @@ def naming_paths(home: Path, settings: Sections) -> Iterator[None]:
         if not lost:
             raise
         raise DataError(
-            f"{lost[0]!r}, which {home / 'run.yaml'} names, is not there. It is relative to the directory in which "
+            f"{lost[0]!r}, which {run_dir / 'run.yaml'} names, is not there. It is relative to the directory in which "
             f"the run was started, and the command runs in {Path.cwd()}: run it there, or put the file back."
         ) from error
 
@@ -840,12 +840,12 @@ def names_function(data: Any) -> bool:
     return isinstance(data, str) and _FUNCTION.fullmatch(data) is not None
 
 
-def _held_out_rows(home: Path | None, data: RowSource, model: Model) -> Examples:
+def _held_out_rows(run_dir: Path | None, data: RowSource, model: Model) -> Examples:
     """Return the held-out rows of a source; if they are those of a run, say whether they have changed since."""
     check_labels(model, data)
-    if home is not None and _changed(model, data.fingerprint):
+    if run_dir is not None and _changed(model, data.fingerprint):
         note(
-            f"the rows of {home} have changed since the model was trained; a held-out share is drawn anew, so rows "
+            f"the rows of {run_dir} have changed since the model was trained; a held-out share is drawn anew, so rows "
             "that it was trained on may be among the held-out ones"
         )
     return data.valid
@@ -865,26 +865,26 @@ def run_of(path: Path) -> Path | None:
 
 def no_run(path: Path) -> str:
     """Return the error message for a checkpoint that is in no run, or one without settings, when no data are named."""
-    home = next((p for p in (path, path.parent) if (p / "log.jsonl").is_file()), None)
+    run_dir = next((p for p in (path, path.parent) if (p / "log.jsonl").is_file()), None)
     why = "is not in a run directory of pretrain"
-    if home is not None:
-        why = f"is of a run whose settings are gone (run.yaml is missing in {home})"
+    if run_dir is not None:
+        why = f"is of a run whose settings are gone (run.yaml is missing in {run_dir})"
     return (
         f"{path} {why}, so its held-out rows are not known. Name the data: "
         f"pretrain evaluate {path} --data FILE, in Python pretrain.evaluate({str(path)!r}, data)."
     )
 
 
-def _reading_of(home: Path | None, model: Model) -> dict[str, Any]:
+def _reading_of(run_dir: Path | None, model: Model) -> dict[str, Any]:
     """Return how the text was read that a model was trained on.
 
     Returns:
         ``row_length`` (tokens), by its config.json or the settings of its run, and by the latter ``separator`` and
         ``encoding`` where they were set; ``lost`` is an error, if the prepared text that may say so cannot be read.
     """
-    data, block = _settings_of(home).data, model.extra_config.get("pretrain")
+    data, block = _settings_of(run_dir).data, model.extra_config.get("pretrain")
     options, lost = vars(data), {}
-    if home is not None and isinstance(data.train, str):
+    if run_dir is not None and isinstance(data.train, str):
         try:
             if manifest := read_manifest(Path(data.train)):
                 options = manifest["options"]
