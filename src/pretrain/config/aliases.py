@@ -1,4 +1,4 @@
-"""What the names that other libraries use for settings, objectives and tasks mean here, in one table.
+"""Table of the names that other libraries use for settings, objectives and tasks.
 
 A name that means exactly one of our settings is accepted in YAML, in Python and on the command line; the settings that
 a run writes carry our names. A name with another meaning is an error that says which setting does it. The table is

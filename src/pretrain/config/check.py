@@ -273,7 +273,7 @@ class _Checker:
             into[key] = value
 
     def suggest(self, dotted: str) -> str:
-        """Return a hint: the setting that the name stands for, else the nearest one, else all of its section."""
+        """Return a hint: the setting that the name means, else the nearest one, else all settings of its section."""
         head, _, name = dotted.rpartition(".")
         bare = name or head
         if (found := find(bare, self.fields)) is not None:

@@ -434,7 +434,7 @@ class Sections:
         for section, name in _PATHS:
             part = getattr(settings, section)
             if place is not None and hasattr(part, name):
-                setattr(part, name, _from(place, getattr(part, name)))
+                setattr(part, name, _resolved_from(place, getattr(part, name)))
         return settings
 
     def paths(self) -> list[str]:
@@ -460,13 +460,16 @@ def is_lost(path: str) -> bool:
     )
 
 
-def _from(place: Path, value: Any) -> Any:
-    """Return paths that lead nowhere from here as paths below ``place``, if they lead somewhere there."""
+def _resolved_from(place: Path, value: Any) -> Any:
+    """Return relative paths that do not exist here, but below ``place``, as paths below ``place``."""
     if isinstance(value, Mapping):
         weights = all(isinstance(one, float) for one in value.values())
-        return {_from(place, k) if weights else k: _from(place, v) for k, v in value.items()}
+        return {
+            _resolved_from(place, k) if weights else k: _resolved_from(place, v)
+            for k, v in value.items()
+        }
     if isinstance(value, list):
-        return [_from(place, one) for one in value]
+        return [_resolved_from(place, one) for one in value]
     if not isinstance(value, str) or not value or value == DataConfig.train or not is_lost(value):
         return value
     moved = str(place / value)

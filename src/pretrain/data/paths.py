@@ -150,7 +150,7 @@ def path_from(folder: Path, file: Path) -> str:
 
 
 def shortened_path(name: Any) -> str:
-    """Return a path as messages show it, of which a user may have given a whole text for one."""
+    """Return a path for a message, shortened, because users may give a whole text in place of a path."""
     return str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
 
 

@@ -1,6 +1,6 @@
 """Evaluation of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows.
 
-Also of what a model can do without being trained for it: similarity of texts, retrieval, minimal pairs.
+Also tasks that need no training: similarity of texts, retrieval, minimal pairs.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def evaluate(
     fine_tuned |= (
         model.backbone.default_task is not None and data is not None and not _are_rows(data)
     )
-    pretrained = (
-        data is None and (run_dir := language.run_of(path)) and _settings_of(run_dir) is None
-    )
+    pretrained = data is None and (run := language.run_of(path)) and _settings_of(run) is None
     if objective is not None or not fine_tuned or pretrained:
         options |= {"precision": precision, "device": device}
         text = _text_column(path, columns or {}, named_task)

@@ -207,7 +207,7 @@ class Job:
 
     @property
     def monitor(self) -> str:
-        """Metric for all choices: that of the settings, else that of the task, which may depend on its labels."""
+        """Metric by which checkpoints and rates are chosen: the one in the settings, else the default of the task."""
         return self.settings.train.monitor or self.metric or self.task.metric
 
     def lr(self, task: Task) -> float:
@@ -258,7 +258,7 @@ class Job:
         return f"{automatic_steps(epoch)} steps", epoch
 
     def choose_lr_and_limit(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
-        """Learning rate and length of the run: as given, else as it began, else from comparison, sweep or defaults."""
+        """Return learning rate and limit: as set, else as the run began, else by comparison, sweep or default."""
         settings = self.settings
         lr, (limit, epoch) = self.lr(task), self.steps(examples)
         fixed = self.fixed_lr(task, out)
@@ -516,7 +516,7 @@ class Job:
         return best
 
     def figure(self, score: float) -> float:
-        """Return the monitored metric that a score of `score` stands for."""
+        """Return the monitored metric that belongs to a score of `score`."""
         return -score if self.monitor in LOWER_IS_BETTER else score
 
     def score(
@@ -565,7 +565,7 @@ class Job:
 
 
 def chosen_rates_line(rates: Mapping[str, float]) -> list[str]:
-    """Return the line that says which learning rates were chosen; none if none were."""
+    """Return a line with the learning rates that were chosen; an empty list if none were."""
     if not rates:
         return []
     muon = rate_of_muon(rates)

@@ -167,7 +167,7 @@ def embed_counting(
     prompt: str | None = None,
     prompt_name: str | None = None,
 ) -> tuple[Tensor, int]:
-    """Return what ``embed`` returns, and the number of texts that were cut, of which this prints nothing."""
+    """Return what ``embed`` returns and the number of texts that were cut, without printing a note."""
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
     if model.backbone.default_task is not None:

@@ -410,7 +410,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.places.release()
 
     def _check_client(self) -> None:
-        """Raise `_ClientGone` if nobody waits for the answer any more."""
+        """Raise `_ClientGone` if the client has closed its connection."""
         ready = select.poll()
         ready.register(self.connection, select.POLLIN)
         if self.server.stopping.is_set() or (

@@ -1,4 +1,4 @@
-"""Speed of a configuration and what limits it: a few steps of its run are measured, and nothing of it is kept."""
+"""Benchmark of a configuration: the speed of a few steps and what limits it; nothing is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a run that need no data, and come before they are read: what is wrong shows before any work is done."""
+"""Checks of a run that need no data, made before the data are read, so that mistakes show early."""
 
 from __future__ import annotations
 

@@ -224,13 +224,13 @@ def _values(
     is known to be a default.
     """
     given = record.get("init_args")
-    told = {key: value for key, value in record.items() if key != "init_args"}
+    facts = {key: value for key, value in record.items() if key != "init_args"}
     defaults = {
         key: as_json(p.default)
         for key, p in arguments(type(objective))[0].items()
         if p.default is not p.empty and (given is not None or key in other)
     }
-    return defaults | dict(given or {}) | told
+    return defaults | dict(given or {}) | facts
 
 
 def _short(value: Any) -> str:

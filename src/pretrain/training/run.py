@@ -738,8 +738,8 @@ def _held_out(
             prepared = open_data(settings)
         if _changed(model, prepared.fingerprint):
             raise DataError(
-                f"The text of {run_dir} has changed since the run, so its held-out rows are not those of before, and "
-                f"may be among those that it was trained on. Restore it, or name the text to measure on: {option('data')}."
+                f"The text of {run_dir} has changed since the run, so its held-out rows are others than before, and may "
+                f"be rows that it was trained on. Restore it, or name the text to measure on: {option('data')}."
             )
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):

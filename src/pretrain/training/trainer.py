@@ -62,7 +62,7 @@ from pretrain.training.state import (
     last_metrics,
 )
 from pretrain.training.step import take_step
-from pretrain.training.validation import Cost, run_validation
+from pretrain.training.validation import EvaluationTime, run_validation
 from pretrain.utils.memory_info import hardware, peak_memory
 from pretrain.utils.run_log import read_log
 
@@ -378,7 +378,7 @@ class Trainer:
     def _loop(self) -> Run:
         state, stop, stopped = self.state, self.stop, "limit"
         self._began = time.monotonic() - state.seconds  # the start-up does not count as training
-        self._cost = Cost()
+        self._evaluation_time = EvaluationTime()
         steps = self.feed.steps(state.rows)
         self.objective.train()
         with garbage_collection_paused(), self.saver:
@@ -532,7 +532,7 @@ class Trainer:
         self.plan.reserve = 1.0 + 1.2 * found.seconds
         self._restore_files()
         self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
-        if remark := self._cost.add(time.monotonic() - began, self):
+        if remark := self._evaluation_time.add(time.monotonic() - began, self):
             self.say(remark)
         if last:
             self.about |= ngram_baseline(self)

@@ -15,7 +15,7 @@ from pretrain.training.state import RunState
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["LOWER_IS_BETTER", "Cost", "Evaluation", "improves", "run_validation", "score"]
+__all__ = ["LOWER_IS_BETTER", "Evaluation", "EvaluationTime", "improves", "run_validation", "score"]
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae"})
 """Figures of which less is better; of all others more is."""
@@ -24,7 +24,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse
 _DEAR, _SEEN = 0.1, 3
 
 
-class Cost:
+class EvaluationTime:
     """Time that evaluations take, beside that of the whole run since this process started it.
 
     Evaluations are never moved by it: which checkpoint is the best must not depend on the speed of the machine.
