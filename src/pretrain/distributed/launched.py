@@ -26,7 +26,7 @@ ERROR = "error.json"
 GRACE = 600
 """Seconds within which a run that was asked to stop must save."""
 
-_PROCESSES = 64  # that are started on a CPU, however few cores it has
+_PROCESSES = 64  # most processes that are started on a CPU
 _SECONDS = 2.0  # seconds within which all processes fail that fail by the same cause
 _REACH = 5.0  # seconds to connect to the others, if that has not been done yet
 

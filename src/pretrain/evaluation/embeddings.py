@@ -34,7 +34,7 @@ __all__ = ["retrieval", "rows_with_texts", "sts"]
 _AT, _DEEP = 10, 100  # ranks at which a search is measured
 # Names of prompts of documents, in the order of sentence-transformers.
 _OF_DOCUMENTS = ("document", "passage", "corpus")
-_DIGITS = 6  # decimals of a cosine of fp32 vectors that mean something
+_DIGITS = 6  # significant decimals of a cosine of fp32 vectors
 
 _PAIR = (
     Role("sentence1", ("sentence1", "sentence_a", "text1", "anchor", "premise"), help="a text"),

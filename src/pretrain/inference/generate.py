@@ -131,7 +131,9 @@ def _remark_chat(model: Model, texts: Sequence[str]) -> None:
         return
     specials = [name for name, i in tokenizer.vocab.items() if i in tokenizer.special_ids]
     written = any(token in text for text in texts for token in specials if token)
-    if model not in _REMARKED and not written:  # with special tokens, a text has its template
+    if (
+        model not in _REMARKED and not written
+    ):  # a text with special tokens has been through a template already
         _REMARKED.add(model)
         note(
             "this model was trained on conversations, and generate continues the text as it stands, without the chat "
@@ -293,7 +295,7 @@ class Stream(Iterator[str]):
             yield lead
         shown, steps, running = "", self._decoder.steps(), True
         while running:
-            # The modes of torch and of the model belong to the caller while a piece is out.
+            # Between two pieces the modes of torch and of the model are those of the caller.
             with self._model.backbone.uncompiled(), evaluating(self._model):
                 running = next(steps, False)
             text = self._text(final=not running)

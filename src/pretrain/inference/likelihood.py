@@ -40,7 +40,7 @@ __all__ = [
     "score_continuations",
 ]
 
-_LOGITS = 1 << 22  # logits that exist at once
+_LOGITS = 1 << 22  # most logits in memory at a time
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Speed:
         return "\n".join([*lines, *(f"         {sentence}" for sentence in self.limits)])
 
 
-class _MeasuringDone(Exception):  # it ends a run, and is no error
+class _MeasuringDone(Exception):  # ends the run of a benchmark
     """All steps have been measured."""
 
 

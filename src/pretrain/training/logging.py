@@ -162,7 +162,7 @@ class Progress:
             head = f"{share:4.0%}{bar} step {step:,}/{total:,}"
             self._redraw(" | ".join([head, *words[:1], *speeds, *words[1:]]))
             if step >= total:
-                self.close()  # what is said after the last step stands below it
+                self.close()  # later lines are printed below it
         elif now - self._last_print > _PAUSE:
             self._last_print = now
             head = f"step {step:,} of {total:,} ({share:.0%})"
@@ -282,7 +282,7 @@ def make_loggers(
                 f"train.loggers names {name!r}, whose package cannot be imported ({error}). "
                 f"Install it with: pip install {name}"
             ) from error
-        except Exception as error:  # no key, no network, a service that is down
+        except Exception as error:  # such as no key, no network, or a service that is down
             raise ConfigError(f"The logger {name!r} cannot start: {error}") from error
     return loggers
 

@@ -71,7 +71,7 @@ class LrRange:
         first = self.smoothed[0]
         shown = [
             loss if loss < 2 * first else math.nan for loss in self.losses
-        ]  # a divergence hides the rest
+        ]  # the losses of a divergence would hide the rest
         lines = [
             Series("smoothed", list(zip(self.rates, self.smoothed, strict=True))),
             Series("loss", list(zip(self.rates, shown, strict=True))),
@@ -179,7 +179,7 @@ def lr_range_test(
     except TrainingError:
         if (
             not trainer.losses
-        ):  # else the loss or the gradient is no number any more, which ends the test
+        ):  # otherwise the loss or the gradient is no longer finite, which ends the test
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

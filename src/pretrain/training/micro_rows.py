@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 __all__ = ["candidates", "fastest_micro_rows", "may_measure"]
 
-# Devices whose runs are promised the same bits every time.
+# Devices on which a run must give the same bits every time.
 _EXACT = ("cpu",)
 # Share of a run that measuring may take, seconds after which no further size is tried, and speed-up for which the size
-# of the rule is given up: less than that is noise.
+# of the rule is replaced: smaller gains are noise.
 _SHARE, _SECONDS, _GAIN = 0.02, 30.0, 1.05
 
 
 def may_measure(trainer: Trainer) -> bool:
-    """Whether the size of a micro-batch is free, and not part of what the run is promised to compute."""
+    """Whether the size of a micro-batch may be chosen by measuring: neither set, nor fixed, nor part of the result."""
     return not (
         trainer.train.micro_rows
-        or trainer.state.micro_rows  # memory ran out with more
-        or trainer.state.step  # the steps before had the size of the rule
+        or trainer.state.micro_rows  # memory ran out with larger ones
+        or trainer.state.step  # earlier steps had the size of the rule
         or trainer.device.type in _EXACT
         or trainer.objective.couples_examples
         or trainer.micro_rows_matter

@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 OPTIMIZERS = ("adamw", "muon")
-# The automatic rate of AdamW: the lower of the first over the root of the width and the second over the width; and the
-# rate of what Muon leaves to it.
+# The automatic rate of AdamW is the lower of the first number over the root of the width and the second over the width;
+# the third is the rate of the parameters that Muon does not update.
 _LR_BY_ROOT, _LR_BY_WIDTH, _LR_BESIDE_MUON = 0.015, 0.4, 3e-3
 
 

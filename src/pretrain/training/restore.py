@@ -64,7 +64,7 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.processor is None else model.processor.fingerprint
-    # Of names and weights, by which a changed teacher is noticed.
+    # Hash of names and weights, by which a changed teacher is detected.
     frozen = {
         child: hash_tensors(objective.get_submodule(child).state_dict())
         for child in objective.frozen
@@ -117,7 +117,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         )
     head: Any = trainer.objective.model.head
     if hasattr(head, "unit"):
-        # What is in training/ is in the unit of the run; earlier versions had none.
+        # Tensors in training/ are in the unit of the head of that run; earlier versions had no unit.
         head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
     if given and given != size:

@@ -204,7 +204,7 @@ def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
     """Return the directory of a run that names none: by model, settings that cannot change on resuming, and data."""
     model, free = settings.model, resumable(settings)
     plain = {k: v for k, v in flat(settings.to_dict()).items() if k not in free}
-    # Could not change in earlier versions, whose runs keep their names.
+    # Settings that could not change on resuming in earlier versions, so that their runs keep their names.
     plain["train.micro_rows"] = 0
     start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(start))).lower()
@@ -433,7 +433,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     if settings.model.checkpoint is not None:
         if (
             ":" in settings.model.family
-        ):  # of the user's own; which of ours it is, the checkpoint says
+        ):  # an objective of the user; one of ours is recorded in the checkpoint
             own_family(settings.model.family)
         model = open_source(settings.model.checkpoint)
         _say_unused(settings.model, model)
@@ -632,7 +632,9 @@ def evaluate(
     recorded = model.extra_config.get("pretrain", {}).get("objective")
     recorded = recorded if isinstance(recorded, Mapping) else {}
     name = objective or objective_for(model.head_kind)
-    if name is None and recorded.get("name") in OBJECTIVES:  # it trains models without a head
+    if (
+        name is None and recorded.get("name") in OBJECTIVES
+    ):  # such an objective trains models without a head
         name = recorded["name"]
     if name is None:
         raise ConfigError(
@@ -738,7 +740,7 @@ def _held_out(
             prepared = open_data(settings)
         if _changed(model, prepared.fingerprint):
             raise DataError(
-                f"The text of {run_dir} has changed since the run, so its held-out rows are others than before, and may "
+                f"The text of {run_dir} has changed since the run, so its held-out rows are not the same, and may "
                 f"be rows that it was trained on. Restore it, or name the text to measure on: {option('data')}."
             )
         rows: Examples = prepared.valid

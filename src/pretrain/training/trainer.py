@@ -68,7 +68,7 @@ from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
 
-# Rows at a time that batch normalisation needs, as in the usual code of detectors.
+# Rows per micro-batch from which batch statistics are estimated, as in published code of detectors.
 _ROWS_OF_STATISTICS = 16
 # Work of a row in a step, in forward passes: a backward pass is about two.
 _STEP_WORK = 3
@@ -161,7 +161,9 @@ class Trainer:
         self.checkpoint: Path | None = None
         self.changed: Changed = {}
         self.run_directory: RunDirectory | None = None  # on rank zero only, which writes the log
-        objective.train(objective.training)  # freezes what the objective says is frozen
+        objective.train(
+            objective.training
+        )  # puts the frozen modules of the objective into evaluation mode
         objective.train_rows = train_data
         self.origin = origin(objective, base)
         if objective.unit_name != "tokens":
@@ -337,7 +339,7 @@ class Trainer:
     def _keep_micro_rows(self) -> None:
         """Keep the micro-batches of the steps before, if they were measured or memory ran out with larger ones."""
         kept, alone, free = self.state.micro_rows, self.world.size == 1, not self.train.micro_rows
-        # A larger size than that of the rule may not fit here; only a process that is alone can take it back.
+        # A larger size than that of the rule may not fit here; only a single process can reduce it again.
         usable = (alone and free) if kept > self.micro_rows else (alone or free)
         if kept and usable and self.feed.share_rows % kept == 0:
             self.split(kept)
@@ -383,7 +385,7 @@ class Trainer:
         self.objective.train()
         with garbage_collection_paused(), self.saver:
             try:
-                # A run may have been shortened to a step before its own.
+                # A resumed run may have been shortened to a step that it has passed.
                 pending = state.eval_pending or state.last_eval < state.step >= state.total_steps
                 if pending and self.eval_data is not None:
                     self._evaluate(last=state.step >= state.total_steps)
@@ -471,7 +473,7 @@ class Trainer:
         return True
 
     def run_eagerly(self, why: str) -> None:
-        """Go on without the compiler."""
+        """Replace the compiled blocks by eager ones."""
         self.objective.model.backbone.eager_blocks()
         self.compiled = False, why
 
@@ -542,7 +544,7 @@ class Trainer:
         """Return the work of one evaluation in steps; 0 where each is worth its cost, as of figures that scatter."""
         if (
             self.train.monitor != "loss" or self.eval_data is None
-        ):  # the last loss is the best as a rule
+        ):  # usually the last loss is the best
             return 0.0
         rows = len(self.eval_data)
         return min(self.train.eval_rows or rows, rows) / (_STEP_WORK * self.train.batch_rows)
@@ -593,7 +595,7 @@ class Trainer:
                 keep=self.train.keep,
                 protect={state.best_step} if self.train.best and state.best_step else set(),
             )
-        gc.collect()  # cheap because the heap is frozen; automatic collection is off
+        gc.collect()  # cheap, because the heap is frozen; automatic collection is off
         return self.checkpoint
 
     def _check_run_directory(self) -> None:
