@@ -154,6 +154,14 @@ def test_a_state_reads_back_what_it_wrote(state: RunState) -> None:
     )
 
 
+def test_two_attributes_keep_their_old_keys_on_disk() -> None:
+    plain = RunState(eval_pending=True, unfrozen_from=2).to_json()
+    assert plain["owed"] is True and plain["lowest"] == 2
+    assert not plain.keys() & {"eval_pending", "unfrozen_from"}
+    again = RunState.from_json(plain)
+    assert again.eval_pending and again.unfrozen_from == 2
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([0.2, 0.5, NAN]), st.sampled_from([NAN, 1.0, 2.0, 3.0])), min_size=1)
 )  # fmt: skip

@@ -27,7 +27,7 @@ __all__ = [
     "opened",
     "rates_of_run",
     "run_state",
-    "with_training",
+    "training_checkpoint",
     "write_choice",
 ]
 
@@ -125,7 +125,7 @@ def opened(path: Path) -> Path:
     return path if own else next(iter(best_first(path)), path)
 
 
-def with_training(path: Path) -> Path:
+def training_checkpoint(path: Path) -> Path:
     """Return the checkpoint that holds the training folder of the model that opening ``path`` opens."""
     directory = opened(path)
     step = _result(directory.parent).get(directory)

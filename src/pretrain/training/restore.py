@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
-from pretrain.checkpoint.best import with_training
+from pretrain.checkpoint.best import training_checkpoint
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
@@ -254,7 +254,7 @@ def load_others(objective: Objective, path: Path) -> None:
     wanted = other_tensors(objective)
     if not wanted:
         return
-    checkpoint = with_training(path)
+    checkpoint = training_checkpoint(path)
     training = read_training_slices(
         checkpoint, None, SINGLE_PROCESS, quiet=True, stems=("objective",)
     )
