@@ -401,8 +401,8 @@ class _Unfinished:
         """
         try:
             raise_on_all_ranks(self.peers, self.error)
-            told = {name: [r.size, r.sha256] for name, r in self._records.items()}
-            for records in self.peers.all_gather_object(told):
+            written_here = {name: [r.size, r.sha256] for name, r in self._records.items()}
+            for records in self.peers.all_gather_object(written_here):
                 self._records |= {name: Record(*record) for name, record in records.items()}
         except BaseException:
             self.discard()

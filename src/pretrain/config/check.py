@@ -189,7 +189,8 @@ class _Checker:
                 inside = {rest: value} if rest else self.inside(head, value)
                 words = {f"{head}.{name}": item for name, item in inside.items()}
             for word, given in words.items():
-                said = str(key) if self.words.get(word) == key else word  # a section by its value
+                # A section that is given as a single value is spelled as the user wrote it.
+                spelling = str(key) if self.words.get(word) == key else word
                 setting, item = self.setting(word, given)
                 section, name, *path = setting.split(".", 2)
                 into, item = found.setdefault(section, {}), {path[0]: item} if path else item
@@ -199,8 +200,8 @@ class _Checker:
                 )
                 for part, other in itertools.product(parts, written):
                     if f"{part}.".startswith(f"{other}.") or f"{other}.".startswith(f"{part}."):
-                        raise self.twice(word, setting, written[other], said)
-                written |= dict.fromkeys(parts, said)
+                        raise self.twice(word, setting, written[other], spelling)
+                written |= dict.fromkeys(parts, spelling)
                 if isinstance(item, Mapping):
                     item = {**into.get(name, {}), **item}
                 into[name] = item

@@ -508,8 +508,8 @@ def open_directory(
         if rules is not None:
             _reframe(backend, companions, rules, explicit=not stored)
     if not isinstance(config.get("model_input_names"), list):
-        told = name in _SEGMENTS or trained_here(backend.get_vocab())
-        segments = ["token_type_ids"] * told
+        uses_segments = name in _SEGMENTS or trained_here(backend.get_vocab())
+        segments = ["token_type_ids"] * uses_segments
         config["model_input_names"] = ["input_ids", *segments, "attention_mask"]
     defaults = {} if rules is None else rules.defaults
     if rules is not None:

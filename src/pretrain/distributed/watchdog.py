@@ -316,12 +316,12 @@ class Watchdog:
         self._finished.set()
 
     def _loop(self) -> None:
-        due, told = 0.0, False
+        due, error_sent = 0.0, False
         while not self._closing:
             signs = self._progress.count
-            news = self._error is not None and not told
+            news = self._error is not None and not error_sent
             if self._clock >= due or news or signs != self._members[self.rank].beat["signs"]:
-                told |= news
+                error_sent |= news
                 self._beat()
                 due = self._clock + self._interval
             self._read()

@@ -172,8 +172,8 @@ class LiveView(Progress):
             printable(text[:_SAMPLE], lines=True) + "…" * (len(text) > _SAMPLE)
             for text in self._samples
         ]
-        said = [pre("\n".join(lines)) for lines in (samples, self._lines) if lines]
-        return notebook_view("live", top, bar, self._pictures(), self._table(), *said)
+        text_blocks = [pre("\n".join(lines)) for lines in (samples, self._lines) if lines]
+        return notebook_view("live", top, bar, self._pictures(), self._table(), *text_blocks)
 
     def _top(self) -> list[str]:
         """Return progress, state, metrics and times as short texts."""
