@@ -129,11 +129,12 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         code: exit code, 128 plus the number of the signal.
+        text: what has been done by then, as one sentence; may be empty.
     """
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, text: str = "") -> None:
         self.code = code
-        super().__init__()
+        super().__init__(*[text] * bool(text))
 
 
 def named_error(name: str, text: str) -> PretrainError:

@@ -21,6 +21,7 @@ import jsonschema
 import pytest
 
 import tiny
+from pretrain import __main__ as started
 from pretrain.cli import main as cli
 from pretrain.config import RunConfig, fields, strict_yaml
 from pretrain.errors import ConfigError, TrainingError
@@ -71,6 +72,15 @@ def fails(capsys: Any, *words: str) -> str:
     assert shown.out == "" and shown.err.startswith("error: ") and "Traceback" not in shown.err
     assert shown.err.count("\n") == 1
     return str(shown.err)
+
+
+@pytest.mark.parametrize(
+    "words", ["lr-range --plot", "quickstart --out", "prepare x --out", "merge x --out"]
+)
+def test_an_empty_name_of_what_is_written_is_refused_first(words: str, capsys: Any) -> None:
+    option = words.split()[-1]
+    for given in ([*words.split(), ""], f"{words}=".split()):
+        assert f"{option} is empty" in fails(capsys, *given)
 
 
 # ----------------------------------------------------------------------------------------------- help
@@ -579,6 +589,47 @@ def test_a_signal_saves_the_run_and_sets_the_exit_code(
     monkeypatch.setattr(Trainer, "_after_step", after)
     assert cli.main(long_run(tmp_path)) == code
     assert list((tmp_path / "run").glob("checkpoint-1/manifest.json"))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_torch_is_imported_ends_the_command(tmp_path: Path, name: str) -> None:
+    """Whatever the modules that are being imported do with its exception."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import signal, contextlib\nwith contextlib.suppress(BaseException):\n"
+        f"    signal.raise_signal(signal.{name})\nprint('went on')\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT / 'src'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "train", "--data.train", "x"],
+        env=ENV | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    code = 128 + getattr(signal, name)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "interrupted.\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    class Stopping:
+        def find_spec(self, name: str, *rest: Any) -> None:
+            if name == "pretrain.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "pretrain.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Stopping(), *sys.meta_path])
+    assert started.main() == 130
+    assert capsys.readouterr().err == "interrupted.\n"
+
+
+def test_a_signal_during_the_start_up_of_a_run_says_that_nothing_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Trainer, "probe", lambda run: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(long_run(tmp_path)) == 143
+    said = capsys.readouterr().err
+    assert "interrupted. No step of" in said and "step 1 " not in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

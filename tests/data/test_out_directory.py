@@ -238,3 +238,14 @@ def test_mutated_manifest_is_one_of_our_errors(source: Path, tmp_path: Path) -> 
                 mutate(kept)
 
     mutate(whole)
+
+
+def test_hidden_directories_of_others_are_left_alone(source: Path, tmp_path: Path) -> None:
+    """One whose name began like that of unfinished work was deleted."""
+    theirs = tmp_path / ".out.preparing-notes" / "notes.txt"
+    killed = tmp_path / f".out.preparing-{'0a' * 6}" / "lock"
+    for file in (theirs, killed):
+        file.parent.mkdir()
+        file.write_text("")
+    prepare(source, tmp_path / "out")
+    assert theirs.exists() and not killed.exists()

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.tables import Table, read_table, splits
+from pretrain.data.readers import Reading
+from pretrain.data.table_readers import delimited_texts
+from pretrain.data.tables import Table, read_table, splits, stream_chunks
 from pretrain.errors import DataError
 
 ROWS = [
@@ -306,6 +308,38 @@ def test_quotes_of_tsv_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert read_table(semicolons).row(0) == {"text": "a", "label": "b"}
     assert read_table(semicolons, delimiter=";").row(0) == {"text": "a", "label": "b"}
     refused(semicolons, "one character", delimiter=";;")
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("text;label;note, more\nhello;a;x\n", {"text": "hello", "label": "a", "note, more": "x"}),
+        ("text|a, b\nx|1, 2\ny|3\n", {"text": "x", "a, b": "1, 2"}),
+        ('text;"a, b, c"\n"x;\n;y";1\nz, z, z, z;2\n', {"text": "x;\n;y", "a, b, c": "1"}),
+        ("text,a|b|c\nx,1\ny,2\n", {"text": "x", "a|b|c": "1"}),
+        ("sep=;\ntext;a, b\nx;1\n", {"text": "x", "a, b": "1"}),
+        ("sep=-\r\ntext-label\r\nx-1\r\n", {"text": "x", "label": "1"}),
+    ],
+)
+def test_the_delimiter_is_the_one_that_fits_the_rows(
+    tmp_path: Path, text: str, row: dict[str, str]
+) -> None:
+    """The usual one was taken wherever the first line held it, and the line of Excel was the header."""
+    path = write(tmp_path, "a.csv", text)
+    assert read_table(path).row(0) == row
+    assert next(stream_chunks(path, 9)).rows[0] == row
+    assert (
+        next(text for text, _ in delimited_texts(path, "csv", Reading(text="text"))) == row["text"]
+    )
+
+
+def test_a_row_that_another_delimiter_fits_names_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "text;label, x\nhello, you;a, b, c\n")
+    refused(path, "every row has 2 of them; say so: delimiter=';'", delimiter=",")
+    told = refused(write(tmp_path, "b.csv", "a,b\nx,y\nx,y,z\n"), "b.csv:3 has 3 columns")
+    assert told.endswith("this row.")
+    path = write(tmp_path, "c.csv", "sep=;\na;b\nx;y\nx;y;z\n")
+    refused(path, "c.csv:4 has 3 columns")
 
 
 cells_of_text = st.text(st.sampled_from("ab \"\t\n,é'’日"), max_size=8)

@@ -42,6 +42,9 @@ def test_alone_it_describes_this_machine(capsys: Any) -> None:
     ("change", "device", "words"),
     [
         ({}, "cuda", ["no cuda device", "without CUDA", "install"]),
+        ({}, "mps", ["no mps device", "this is Linux 6.1, x86_64", "--device auto"]),
+        ({"system": "Darwin 23, arm64"}, "mps", ["no mps device", "Update macOS"]),
+        ({"system": "Darwin 23, arm64"}, "cuda", ["No torch for macOS", "--device auto"]),
         ({"memory": {"free": 1 << 20, "total": 1}}, "cpu", ["0.0 GiB of memory"]),
         ({"disk": 1 << 20}, "cpu", ["of disk are free", "--out"]),
         ({"shared_memory": 64 << 20}, "cpu", ["/dev/shm has only 64 MiB", "--shm-size"]),
@@ -57,6 +60,13 @@ def test_each_problem_has_its_remedy(
     out = capsys.readouterr().out
     problems = [line for line in out.splitlines() if line.startswith("problem: ")]
     assert len(problems) == 1 and all(word in problems[0] for word in words), out
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "1e9"])
+def test_a_time_limit_that_no_attempt_can_keep_is_refused(seconds: str, capsys: Any) -> None:
+    assert cli.main(["doctor", "--device", "cpu", "--timeout", seconds]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--timeout is {float(seconds):g}, but" in said and "above 0" in said
 
 
 def test_a_good_machine_is_described(monkeypatch: Any, capsys: Any) -> None:

@@ -64,6 +64,16 @@ def asked(model: Any, **options: Any) -> dict[str, float]:
     return pretrain.probe(model, train, valid=valid, test=test, **options)
 
 
+def test_columns_are_keywords_as_in_finetune(model: Model) -> None:
+    rows = {"photo" if k == "image" else "kind": v for k, v in pictures(45, 0).items()}
+    given = {"image": "photo", "label": "kind"}
+    found = pretrain.probe(model, rows, method="knn", **given)
+    assert found == pretrain.probe(model, rows, method="knn", columns=given)
+    for wrong, right in (("lable", "label"), ("shot", "shots"), ("epochs", "")):
+        with pytest.raises(ConfigError, match=f"{wrong} is no column .*{right}"):
+            pretrain.probe(model, rows, **{wrong: "kind"})
+
+
 def test_vectors_are_what_the_classifier_reads(model: Model) -> None:
     images = pictures(5, 0)["image"]
     hidden = model.backbone(model.processor(images))

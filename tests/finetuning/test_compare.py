@@ -18,8 +18,9 @@ from pretrain.cli.main import main
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError
-from pretrain.finetuning.compare import stratified_subset
+from pretrain.finetuning.compare import _baselines, stratified_subset
 from pretrain.finetuning.job import Job
+from pretrain.finetuning.settings import from_keywords
 from pretrain.objectives.classification import Classification, encode_texts
 from pretrain.training.state import Run
 
@@ -72,8 +73,21 @@ def test_both_arms_and_the_baselines(checkpoint: str, tmp_path: Path, tested: bo
     assert found.test_rows == (20 if tested else 7)
     table = found.table()
     assert "from scratch" in table and "TF-IDF" in table
-    assert not list(tmp_path.glob("*.trial"))
+    assert not [*tmp_path.glob("*.trial"), *tmp_path.glob("run/.pretrain-*")]
     assert result.metrics and result.run.step == 3
+
+
+def test_the_embeddings_of_the_probe_say_nothing_of_texts_that_are_cut(
+    checkpoint: str, tmp_path: Path, capfd: Any
+) -> None:
+    """The run says what it cuts, and the line would not say of what it speaks."""
+    given = {"train": rows_of(24), "out": str(tmp_path / "run"), "device": "cpu"}
+    job = Job.open(checkpoint, *from_keywords(None, checkpoint, "classification", given))
+    job.build(seed=0)
+    capfd.readouterr()
+    embedded = _baselines(job)["probe"].args[0]
+    assert len(embedded(["the cat " * 200, "the dog", "the dog"])) == 3
+    assert "cut" not in capfd.readouterr().err
 
 
 class Titled(Classification):
@@ -141,7 +155,7 @@ def test_a_comparison_that_was_interrupted_goes_on_and_is_kept(
 
     monkeypatch.setattr(Job, "score", score)
     monkeypatch.setattr("pretrain.finetuning.compare._baselines", lambda *_: {})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"comparison\.json keeps the scores of .*\(3\)"):
         compared(checkpoint, out, str(rows))
     assert [path.name for path in out.iterdir()] == ["comparison.json"]
     found = compared(checkpoint, out, str(rows)).comparison

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pretrain
@@ -69,6 +70,19 @@ def test_held_out_classes_are_counted_by_their_names() -> None:
 def test_tags_of_words_are_no_classes_of_rows(spell: Any) -> None:
     rows = [{"tokens": spell("the cat"), "tags": spell(f"O {tag}")} for tag in "ABAB"]
     assert look(rows, "token-classification", valid=0).classes == {}
+
+
+def test_classes_of_pixels_and_objects_are_named() -> None:
+    pytest.importorskip("PIL")
+    image = np.zeros((8, 8), np.uint8)
+    objects = [{"image": image, "boxes": [[0, 0, 4, 4]], "label": [k]} for k in ("cat", "dog")]
+    masks = [{"image": image, "mask": np.eye(8, dtype=np.uint8)}] * 2
+    for rows, task, line in (
+        (objects, "object-detection", "2 labels: cat, dog"),
+        ([dict(row, label=["cat"]) for row in objects], "object-detection", "1 label: cat"),
+        (masks, "segmentation", "2 labels: 0, 1"),
+    ):
+        assert line in look(rows, task, valid=0).notes
 
 
 def test_several_labels(checkpoint: str) -> None:

@@ -18,9 +18,9 @@ import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain.cli.main import main
 from pretrain.config.spelling import Interface, using
-from pretrain.errors import CheckpointError, ConfigError, DataError, TrainingError
+from pretrain.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
 from pretrain.finetuning import job as running
-from pretrain.finetuning.run import follow_up
+from pretrain.finetuning.run import follow_up, report
 from pretrain.objectives.classification import Classification
 
 
@@ -232,6 +232,64 @@ def test_sweep_takes_the_best_and_prints_a_table(
     # Called again it does not search again.
     tune(checkpoint, tmp_path, rows_of(96), **options)
     assert "each, by" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_trials_leave_directories_of_others_alone(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """A directory at OUT.trial was deleted."""
+    out, notes = tmp_path / "run", tmp_path / "run.trial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    place = tmp_path / "place" if linked else out
+    left = place / ".pretrain-new-4194305-0123abcd-trial"  # of a sweep that was killed
+    left.mkdir(parents=True)
+    if linked:
+        out.symlink_to(place)
+    places: list[Path] = []
+    fit = running.Trainer.fit
+
+    def seen(self: Any, *given: Any, **more: Any) -> Any:
+        places.append(self.out)
+        return fit(self, *given, **more)
+
+    monkeypatch.setattr(running.Trainer, "fit", seen)
+    tune(checkpoint, out, lr="sweep", lrs=[1e-3, 1e-2], limit="1 steps")
+    assert notes.read_text() == "mine" and not left.exists()
+    assert len({path.name for path in places}) == 3 and places[-1].samefile(out)
+    assert all(path.parent.samefile(out) and not path.exists() for path in places[:-1])
+
+
+def test_a_sweep_that_was_interrupted_goes_on(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lost all its trials."""
+    tried: list[float] = []
+    score = running.Job.score
+
+    def one(job: Any, *parts: Any, rates: Any, **given: Any) -> list[float]:
+        tried.append(rates["lr"])
+        if len(tried) == 2:
+            raise Interrupted(143)
+        return score(job, *parts, rates=rates, **given)
+
+    given: dict[str, Any] = {"lr": "sweep", "lrs": [1e-3, 1e-2], "limit": "1 steps"}
+    whole = tune(checkpoint, tmp_path / "whole", **given)
+    monkeypatch.setattr(running.Job, "score", one)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match=r"trials\.json keeps the scores of .* \(1\); the same"):
+        tune(checkpoint, out, **given)
+    assert [path.name for path in out.iterdir()] == ["trials.json"]
+    result = tune(checkpoint, out, **given)
+    assert tried == [1e-3, 1e-2, 1e-2] and result.rates == whole.rates
+    assert weights(result) == weights(whole)
+    (out / "trials.json").write_text("{}")  # a run that has begun has its rate
+    assert tune(checkpoint, out, **given).rates == whole.rates and len(tried) == 3
+    shutil.copyfile(tmp_path / "whole" / "trials.json", tmp_path / "trials.json")
+    tried[1:] = []
+    with pytest.raises(Interrupted, match="No trial was finished"):  # other rows: none is kept
+        tune(checkpoint, tmp_path, rows_of(30), **given)
 
 
 @pytest.mark.parametrize(("monitor", "said"), [("pearson", "-0.2500"), ("mse", "0.2500")])
@@ -477,6 +535,43 @@ def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path:
     with pytest.raises(ConfigError, match="holds a model"):
         tune(place, place, rows_of(24))
     assert sorted(os.listdir(place)) == before
+
+
+def test_an_adapter_of_a_run_that_trained_on_finds_the_checkpoint_it_belongs_to(
+    tmp_path: Path,
+) -> None:
+    """Resumed, opened and reported; without that checkpoint the error names it, and putting it back helps."""
+    base, out, rows = tmp_path / "base", tmp_path / "adapter", tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of(24)))
+    better: dict[str, Any] = {"monitor": "loss", "lr": 1e-3, "schedule": "constant"}
+    tune(model_of(), base, limit="2 steps", **better)
+    tune(base, out, str(rows), limit="1 steps", lora=2)
+    shutil.copytree(base / "checkpoint-2", tmp_path / "kept")
+    run = tune(model_of(), base, limit="6 steps", **better).run
+    assert run.best.name == "checkpoint-6" and not (base / "checkpoint-2").exists()
+    (out / "report.html").unlink()
+    for call in (lambda: tune(base, out, str(rows), limit="3 steps", lora=2), lambda: report(out)):
+        with pytest.raises(CheckpointError, match=r"\(step 2\) are no longer there.*Put a copy"):
+            call()
+    with pytest.raises(CheckpointError, match="trained on step 2 of its base"):
+        pretrain.load(out)
+    kept = shutil.move(tmp_path / "kept", base / "checkpoint-2")
+    assert pretrain.load(out, quiet=True).source == str(kept)
+    assert main(["report", str(out)]) == 0
+    assert tune(base, out, str(rows), limit="3 steps", lora=2).run.step == 3
+
+
+def test_an_adapter_of_a_checkpoint_that_was_removed_is_opened_on_the_result(
+    tmp_path: Path,
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    tune(model_of(), base, limit="1 steps")
+    rows = rows_of(24)
+    tune(base / "checkpoint-1", out, rows, limit="1 steps", lora=2)
+    shutil.rmtree(base / "checkpoint-1")
+    assert pretrain.load(out, quiet=True).source == str(base / "model")
+    resumed = tune(base / "checkpoint-1", out, rows, limit="2 steps", lora=2)
+    assert resumed.run.step == 2
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

@@ -10,8 +10,11 @@ import pytest
 
 from finetuning.conftest import rows_of
 from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config.spelling import Interface, using
 from pretrain.errors import ConfigError
 from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords
+from pretrain.objectives import check_options
+from pretrain.objectives.classification import Classification
 
 
 def settled(config: Any = None, task: str | None = "classification", **keywords: Any) -> TuneConfig:
@@ -96,6 +99,22 @@ def test_yaml_and_python_say_the_same(tmp_path: Path) -> None:
     assert settled(path, None) == made
     assert settled(path, None, epochs=2).train.epochs == 2
     assert settled(path, None, label="stars").data.columns == {"text": "review", "label": "stars"}
+
+
+def test_options_of_the_task_are_spelled_as_they_were_given(tmp_path: Path) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text("task:\n  name: classification\n  options:\n    class_weigths: balanced\n")
+    for config in (path, TuneConfig.load(path, {"task.options": {"labels": ["a", "b"]}})):
+        made = settled(config, None, epochs=2)
+        assert made.task.options["class_weigths"] == "balanced"
+        with pytest.raises(
+            ConfigError, match=r"tune\.yaml:4: task\.options\.class_weigths: .*class_weights"
+        ):
+            check_options(Classification, made.task.options, made.spell)
+    with using(Interface(command=True, others="task.options.")):
+        assert made.spell("labels") == "--task.options.labels"
+        other = TuneConfig.load(path, {"task.options.class_weigths": 1})
+        assert other.spell("class_weigths") == "--task.options.class_weigths"
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -18,7 +18,7 @@ from contract import check_objective_resumes, check_row_randomness, check_sums
 from pretrain.data.images.scenes import make_scenes, rows_of
 from pretrain.data.loader import row_rngs
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.objectives.captioning import Captioning
 
 SCENES = rows_of(make_scenes(24, 5))
@@ -96,7 +96,7 @@ def test_word_dropout_hides_texts_and_leaves_questions_and_targets(tokenizer: To
     assert 0.3 < float(hidden.sum() / may.sum()) < 0.5
     whole = goal.collate(list(rows), row_rngs(0, "x", 0, len(rows)), evaluation=True)
     assert torch.equal(whole["input_ids"], plain["input_ids"])
-    with pytest.raises(DataError, match="word_dropout"):
+    with pytest.raises(ConfigError, match="word_dropout"):
         task(tokenizer, word_dropout=1.0)
 
 

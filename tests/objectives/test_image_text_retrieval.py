@@ -137,6 +137,12 @@ def test_what_cannot_be_embedded_or_chosen_among_is_refused(tmp_path: Path) -> N
         ours.embed([tmp_path / "a.png"])
     with pytest.raises(ConfigError, match="at least one"):
         ours.predict(image, labels=[])
+    with pytest.raises(ConfigError, match="labels names the class 'cat' twice"):
+        ours.predict(image, labels=["cat", "cat", "dog"])
+    with pytest.raises(
+        ConfigError, match=r"template is an empty list.*template=\['a photo of a {}\.'\]"
+    ):
+        ours.predict(image, labels=LABELS, template=[])
     for labels in ({"cat", "dog"}, "cat", {"cat": 1}, iter(["cat"]), 3):
         with pytest.raises(ConfigError, match=r"labels is \w+ .*; give a list: labels=\['cat'"):
             ours.predict(image, labels=labels)

@@ -25,7 +25,7 @@ from pretrain.data.images.decode import FileItem
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.measure import labelled
-from pretrain.inference.predict import task_of
+from pretrain.inference.predict import predict_file, task_of
 from pretrain.metrics import box_iou, detection_precision, without_overlap
 from pretrain.objectives.object_detection import ObjectDetection
 
@@ -187,6 +187,22 @@ def test_the_command_line(tuned: Any, place: Path) -> None:
     assert main([*words, "--threshold", "2"]) != 0
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "rows.csv")]) == 0
     assert main(["evaluate", str(place / "tuned"), "--data", str(place / "coco.json")]) == 0
+
+
+@pytest.mark.parametrize("form", ["xyxy", "xywh"])
+def test_files_of_boxes_are_predicted_by_image_and_read_again(
+    place: Path, tmp_path: Path, form: str
+) -> None:
+    goal = task(box_format=form)
+    model = goal.model
+    model.extra_config["pretrain"] = {"objective": goal.describe()}
+    for source in ("coco.json", "voc", "rows.csv"):
+        out = predict_file(model, place / source, tmp_path / f"{source}.jsonl", progress=False)
+        table = goal.gathered(goal.read(out, name="data"), {})
+        assert len(table) == 6 and "predicted_label" in table.names
+        examples = goal.encode(goal.tidy(table, goal.learn(table, {}), {"box_format": form}))
+        for example, row in zip(examples, squares(6), strict=True):
+            assert example["boxes"].tolist() == row["boxes"]
 
 
 def test_every_form_of_rows_gives_the_same_examples(place: Path, tmp_path: Path) -> None:
@@ -388,6 +404,20 @@ def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Pa
         (file := tmp_path / "coco.json").write_text(json.dumps(coco))
         with pytest.raises(DataError, match=f"stands for two {part}, .*'another'"):
             ObjectDetection.read(file)
+
+
+def test_a_category_of_coco_without_a_box_is_a_class(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "images", tmp_path / "images")
+    content = json.loads((place / "coco.json").read_text())
+    content["categories"].append({"id": 1, "name": "cat"})
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    table = ObjectDetection.gathered(ObjectDetection.read(tmp_path / "coco.json"), {}).take([1, 0])
+    known = ObjectDetection.learn(table, {})
+    assert known.labels == ("bright", "cat", "dark") and known.strata is not None
+    assert len(known.strata) == 2
+    # A run that an earlier version began without it keeps its classes.
+    for chosen in ({"labels": list(NAMES)}, {"begun_labels": NAMES}):
+        assert ObjectDetection.learn(table, chosen).labels == NAMES
 
 
 def test_boxes_may_be_arrays_and_json(tmp_path: Path) -> None:

@@ -211,6 +211,15 @@ def test_non_finite_losses_are_counted_and_leave_a_gap(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "title"),
+    [({}, "loss (nats per target)"), ({"loss_unit": ""}, "loss"), ({"loss_unit": "K"}, "loss (K)")],
+)
+def test_the_loss_has_the_unit_of_its_objective(tmp_path, said, title):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0} | said) + "\n")
+    assert f">{title}<" in report.loss_svg(report.read_history(tmp_path))
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"\n\n", b"null\n[]\n3\n", b"\xff\xfe x", b'{"step": "x", "loss": {}}\n']
 )
 def test_empty_and_damaged_logs_still_give_a_page(tmp_path, content):

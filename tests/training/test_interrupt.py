@@ -16,7 +16,7 @@ import torch
 
 import pretrain
 from pretrain.data.tokenizer import train_from_texts
-from pretrain.errors import TrainingError
+from pretrain.errors import Interrupted, TrainingError
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
 from pretrain.training.run import no_run
@@ -58,6 +58,51 @@ def test_an_interrupted_run_has_a_checkpoint_and_a_best_one(tmp_path: Path, at: 
     whole = trainer(tmp_path / "whole", objective(), Rows(8), **options).fit()
     assert rest.stopped == "limit" and losses(rest.path) == losses(whole.path)
     assert rest.metrics == whole.metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)],
+)
+def test_a_signal_during_the_start_up_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """A start-up may take minutes, and has nothing to save; a run that is resumed stays as it was."""
+    out, before, calls = tmp_path / "run", signal.getsignal(signal.SIGTERM), []
+
+    def struck() -> Any:
+        goal = objective()
+        plain = goal.forward
+
+        def forward(batch: Any) -> Loss:
+            calls.append(1)
+            signal.raise_signal(getattr(signal, name))
+            return plain(batch)
+
+        monkeypatch.setattr(goal, "forward", forward)
+        return goal
+
+    def stopped() -> None:
+        with pytest.raises(Interrupted, match="No step of .* was made since the start") as caught:
+            trainer(out, struck(), Rows(8)).fit()
+        assert caught.value.code == code and calls.pop() and not calls
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    stopped()
+    assert not out.exists()
+    trainer(out, objective(), Rows(8), limit="3 steps").fit()
+    there = sorted(out.rglob("*"))
+    stopped()
+    assert sorted(out.rglob("*")) == there
+    assert trainer(out, objective(), Rows(8)).fit().step == 12
+
+
+def test_a_signal_before_the_start_up_is_heard_when_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "run", objective(), Rows(8)).fit(
+            begin=lambda: signal.raise_signal(signal.SIGINT)
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("at", [8, pytest.param(12, marks=pytest.mark.slow)])

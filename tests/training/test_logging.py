@@ -396,6 +396,17 @@ def test_the_live_view_is_for_notebooks_that_want_it(
     assert quiet.fit().step == 2 and capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("unit", "said"), [("nats per target", {}), ("", {"loss_unit": ""})])
+def test_the_log_says_the_unit_of_a_loss_that_is_no_likelihood(
+    tmp_path: Path, unit: str, said: dict[str, str]
+) -> None:
+    goal = objective()
+    goal.loss_unit = unit
+    trainer(tmp_path, goal, Rows(8), limit="1 steps", log_every=1).fit()
+    record = next(r for r in read_log(tmp_path / "log.jsonl") if "lr" in r)
+    assert {key: value for key, value in record.items() if key == "loss_unit"} == said
+
+
 def test_evaluations_are_placed_by_epochs_where_their_length_is_known(tmp_path: Path) -> None:
     journal = Journal(tmp_path, [], {}, quiet=True)
     journal.open_log(None)

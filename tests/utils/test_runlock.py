@@ -129,6 +129,13 @@ def test_lock_says_what_it_cannot_do(tmp_path, monkeypatch, capfd):
         assert "cannot lock" in capfd.readouterr().err
     monkeypatch.undo()
     os.symlink("elsewhere", tmp_path / "run.lock")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(
+        CheckpointError, match=r"run.lock is a symbolic link to elsewhere.*remove it"
+    ):
         RunLock(tmp_path).acquire()
     assert not (tmp_path / "elsewhere").exists()
+    for make, kind in ((os.mkdir, "a directory"), (os.mkfifo, "a special file")):
+        (tmp_path / kind).mkdir()
+        make(tmp_path / kind / "run.lock")
+        with pytest.raises(CheckpointError, match=f"run.lock is {kind}.*move it away"):
+            RunLock(tmp_path / kind).acquire()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.best import opened
+from pretrain.checkpoint.best import best_first, opened, run_around
 from pretrain.checkpoint.download import described, located, terms
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
@@ -22,7 +22,7 @@ from pretrain.checkpoint.model_directory import (
     read_weights,
     verify_rest,
 )
-from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.errors import CheckpointError, ConfigError, ModelError, PretrainError
 from pretrain.lora.attach import base_sample, body_shapes, fingerprint
 from pretrain.lora.peft_format import (
     PeftSettings,
@@ -105,23 +105,49 @@ def open_adapter(
         raise CheckpointError(f"{path} is an adapter for another base. {error}") from None
     _refuse_other_base(model, source, facts, path)
     report = model.load_disk_state(source.tensors())
+    wanted = facts.get("base_sample")
+    if not isinstance(given, Model) and base is None and facts and wanted != base_sample(model):
+        source, report = _trained_on(given, wanted, model, verify) or (source, report)
     model.source = source.name
     model.generation_config = dict(source.generation_config)
     model.tokenizer, model.sentences = source.tokenizer, source.sentences
     block = model.extra_config.get("pretrain") or {}
     model.extra_config["pretrain"] = {**terms(source.name or ""), **block}
-    if facts and facts.get("base_sample") != base_sample(model):
+    if facts and wanted != base_sample(model):
         text = f"The base {source.name or 'given'} has other weights than the base that {path} was trained on"
         if base is None:
+            step = model.extra_config["pretrain"].get("parent_step")
+            which = f" It was trained on step {step} of its base." * isinstance(step, int)
             raise CheckpointError(
-                f"{text}: it was changed or replaced since then. Give the right base with base=, or give this one with "
-                "base= to use it anyway."
+                f"{text}: it was changed, replaced or trained on since then.{which} Give the right base with base=, or "
+                "give this one with base= to use it anyway."
             )
         note(f"{text}; the adapter is attached anyway, because base= names this base.")
     unused = attach_stored(model, settings, tensors, path / ADAPTER_WEIGHTS, strict=head is None)
     if not quiet:
         note(_line(model, source, len(tensors), report, unused))
     return model
+
+
+def _trained_on(
+    base: str | Path, wanted: Any, model: Model, verify: bool
+) -> tuple[_Base, Any] | None:
+    """Load the checkpoint of a base that has the sample ``wanted``, if the base is a run that has trained on since.
+
+    Returns:
+        The checkpoint, and what ``load_disk_state`` reports; None if the base is no run, or has none.
+    """
+    run = run_around(Path(base))
+    for other in [] if run is None else best_first(run):
+        try:
+            source = _Base(other, verify=verify)
+            report = model.load_disk_state(source.tensors())
+        except PretrainError:  # damaged, or an adapter
+            continue
+        if base_sample(model) == wanted:
+            note(f"the adapter is attached to {other}: {base} was trained on since")
+            return source, report
+    return None
 
 
 class _Base:
@@ -188,6 +214,9 @@ def _find(settings: PeftSettings, adapter: Path) -> str | Path:
             for start in (Path(), adapter, *adapter.parents[:_PARENTS]):
                 if (start / end).is_dir():
                     return start / end
+                # A checkpoint that its run has removed since; another one or the result may have its weights.
+                if len(end.parts) > 1 and (run := run_around(start / end)) is not None:
+                    return run
     except (ValueError, OSError):  # a null byte in the name, or a name that is too long
         pass
     if (found := hub_name(name)) is not None:

@@ -23,23 +23,26 @@ __all__ = [
     "COMPARISON",
     "RESULT",
     "SWEEP",
+    "TRIALS",
     "best_first",
     "opened",
     "rates_of_run",
+    "run_around",
     "run_state",
+    "state_of",
     "training_checkpoint",
     "write_choice",
 ]
 
 BEST, SWEEP = "best.json", "sweep.json"
-COMPARISON = "comparison.json"  # see ``pretrain.finetuning.compare``
+COMPARISON, TRIALS = "comparison.json", "trials.json"  # see ``pretrain.finetuning.trials``
 RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
 
 
 def write_choice(path: Path, body: Mapping[str, Any]) -> None:
-    """Write ``best.json``, ``sweep.json`` or ``comparison.json`` with its digest, atomically."""
+    """Write a file of this module or of kept trials with its digest, atomically."""
     with writing(path):
         replace_file(path, sealed(body))
 
@@ -64,11 +67,11 @@ def _read(path: Path, key: str, *more: str) -> dict[str, Any]:
 
 def run_state(checkpoint: Path) -> dict[str, Any]:
     """Return the verified run state of a checkpoint; empty if its training folder was deleted or is damaged."""
-    run: dict[str, Any] = _state(checkpoint).get("run", {})
+    run: dict[str, Any] = state_of(checkpoint).get("run", {})
     return run
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
+def state_of(checkpoint: Path) -> dict[str, Any]:
     """Return all plain values of the state of training, under the same conditions."""
     try:
         record = manifest.read_manifest(checkpoint).files[STATE]
@@ -125,6 +128,13 @@ def opened(path: Path) -> Path:
     return path if own else next(iter(best_first(path)), path)
 
 
+def run_around(path: Path) -> Path | None:
+    """Return the run that ``path`` is or is a checkpoint or the result of, whether that exists or not; else None."""
+    inside = path.name == RESULT or manifest.step_of(path.name) is not None
+    run = path.parent if inside else path
+    return run if run.is_dir() and best_first(run) else None
+
+
 def training_checkpoint(path: Path) -> Path:
     """Return the checkpoint that holds the training folder of the model that opening ``path`` opens."""
     directory = opened(path)
@@ -150,7 +160,7 @@ def _result(run_dir: Path) -> dict[Path, float]:
 def rates_of_run(run_dir: Path) -> dict[str, float]:
     """Return the learning rates that a run began with: ``lr``, and ``muon_lr`` if it was kept; empty if unknown."""
     path = run_dir / SWEEP
-    states = map(_state, manifest.candidates(run_dir))
+    states = map(state_of, manifest.candidates(run_dir))
     state = next((s for s in states if _is_rate(s.get("run", {}).get("lr"))), {})
     rates = {"lr": state["run"]["lr"]} if state else {}
     optim = state.get("optim", {})  # earlier versions did not keep it

@@ -34,6 +34,7 @@ Option = tuple[Any, ...]
 # Commands whose options are the fields of a settings class; only those given are returned.
 _SETTINGS = ("train", "lr-range", "bench", "finetune")
 _NULLS = ("null", "Null", "NULL", "~")
+_WRITTEN = ("--out", "--plot")  # options that name what a command writes
 _WIDTH = 80
 _ARCHITECTURE = (
     "FAMILY or FAMILY:SIZE, e.g. gpt2:small (gpt2:? lists the sizes), or the directory of a "
@@ -189,6 +190,10 @@ class Parser(argparse.ArgumentParser):
                 value = given if equals else words[place] if place < end else None
                 self._know(option, value)
                 action = self._option_string_actions[option]
+                if option in _WRITTEN and value == "":
+                    raise ConfigError(
+                        f"{option} is empty; it names what the command writes. Give a path, or leave {option} out."
+                    )
                 if not isinstance(action, _Items):
                     _check_one_name(named.setdefault(action.dest, option), option, action.dest)
                 # argparse takes a separate value that starts with a dash, such as -1e-3, for an option.

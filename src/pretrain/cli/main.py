@@ -49,6 +49,8 @@ from pretrain.printing import coloured, columns, console, discard, printable, wr
 __all__ = ["COMMANDS", "main"]
 
 EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+# Modules that take seconds to import, and whose C code swallows the exception of a signal or turns it into another.
+_SWALLOWING = ("numpy", "torch")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(error))
         return EXIT_ERROR
     except KeyboardInterrupt as error:
-        _complain("interrupted.", "")
+        _complain(f"interrupted. {error}".rstrip(), "")
         return error.code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of standard output has exited, e.g. `| head`
         discard(sys.stdout)
@@ -113,18 +115,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _signals_raise() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command like Ctrl-C, so that it cleans up; a second signal ends it at once.
 
+    While one of `_SWALLOWING` is imported, nothing has begun that must be cleaned up, and all three end the process.
     Not under a launcher, which repeats its signals, and not for signals that are ignored, as by nohup.
     """
     before: dict[int, Any] = {}
 
     def handle(number: int, frame: Any) -> None:
+        specs = [getattr(sys.modules.get(name), "__spec__", None) for name in _SWALLOWING]
+        if any(getattr(spec, "_initializing", False) for spec in specs):
+            _complain("interrupted.", "")
+            os._exit(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
         raise Interrupted(128 + number)
 
     if not launched() and threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            usual = (signal.SIG_DFL, signal.default_int_handler)
+            if number is not None and signal.getsignal(number) in usual:
                 before[number] = signal.signal(number, handle)
     try:
         yield

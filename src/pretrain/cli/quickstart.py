@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.snippets import PythonWithout, Snippets, snippets
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, Interrupted
 from pretrain.printing import Console, printable
 from pretrain.utils.files import replace_file
 
@@ -179,8 +179,9 @@ class _Quickstart:
                 bert = self.pretrain("bert", str(data.path))
                 if not bert.exit_code:
                     self.finetune(bert, rows)
-        except KeyboardInterrupt:
-            self.stopped("SIGINT", 128 + signal.SIGINT)
+        except KeyboardInterrupt as error:
+            code = error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
+            self.stopped(signal.Signals(code - 128).name, code)
         self.result["seconds"] = time.monotonic() - self.began
         if not self.result["exit_code"]:
             self.say(self.closing_lines())

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import math
+import numbers
 import os
 import re
 import stat
@@ -29,6 +30,7 @@ from pretrain.errors import ConfigError, nearest, suggestion
 from pretrain.utils.files import note, replace_file
 
 __all__ = [
+    "check_count",
     "check_value",
     "name_change",
     "place_in",
@@ -102,20 +104,28 @@ def read_sections(
     sections: Mapping[str, type],
     source: Any,
     overrides: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Merge ``source`` and ``overrides`` and build one checked dataclass per section; see `Sections.load`."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merge ``source`` and ``overrides`` and build one checked dataclass per section; see `Sections.load`.
+
+    Also returns the places, as ``FILE:LINE``, of those items of mappings (``task.options.x``) that a file gave last.
+    """
     layers = list(source) if isinstance(source, list | tuple) else [source]
     merged: dict[str, dict[str, Any]] = {}
-    checker = _Checker(sections)
+    checker, origins = _Checker(sections), dict[str, str]()
     for layer in (*layers, overrides):
         raw, places = _opened(layer, sections)
         late = _Checker(sections, places)
         for section, values in late.nested(raw).items():
             checker.merge(merged.setdefault(section, {}), values, section)
             checker.replaced({f"{section}.{key}" for key in values}, in_file=bool(places))
+            mappings = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+            items = {f"{section}.{key}.{name}" for key, held in mappings.items() for name in held}
+            origins = {key: place for key, place in origins.items() if key not in items}
+            origins |= {key: places[key] for key in items & places.keys()}
         checker.words |= late.words
         checker.places |= places
-    return {section: checker.section(section, merged.get(section, {})) for section in sections}
+    found = {section: checker.section(section, merged.get(section, {})) for section in sections}
+    return found, origins
 
 
 def _opened(layer: Any, sections: Mapping[str, type]) -> tuple[Mapping[str, Any], dict[str, str]]:
@@ -123,7 +133,7 @@ def _opened(layer: Any, sections: Mapping[str, type]) -> tuple[Mapping[str, Any]
     if layer is None:
         return {}, {}
     if dataclasses.is_dataclass(layer) and not isinstance(layer, type):
-        return {key: vars(getattr(layer, key)) for key in sections}, {}
+        return {key: vars(getattr(layer, key)) for key in sections}, getattr(layer, "origins", {})
     if isinstance(layer, Mapping):
         return layer, {}
     if isinstance(layer, str | os.PathLike):
@@ -472,6 +482,14 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     if hint is None or not plain(hint):
         return value
     return _Checker({}).value(key, value, hint)
+
+
+def check_count(name: str, value: Any, least: int | None = 1) -> None:
+    """Raise a ConfigError unless a value is a whole number, also one of numpy, of at least ``least`` (None: any)."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number{bound}.")
 
 
 def _is_number(value: Any) -> bool:

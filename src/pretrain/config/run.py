@@ -346,9 +346,14 @@ def parse_every(
 
 
 class Sections:
-    """Settings in sections: reading, checking and writing, for pre-training and fine-tuning runs."""
+    """Settings in sections: reading, checking and writing, for pre-training and fine-tuning runs.
+
+    Attributes:
+        origins: item of a mapping of any names (``task.options.x``) -> its place in a file (``FILE:LINE``).
+    """
 
     SECTIONS: ClassVar[dict[str, type]]
+    origins: ClassVar[dict[str, str]] = {}  # of each object that was loaded
 
     @classmethod
     def load(
@@ -377,7 +382,9 @@ class Sections:
         """
         from pretrain.config.check import read_sections
 
-        settings = cls(**read_sections(cls.SECTIONS, source, overrides))
+        sections, origins = read_sections(cls.SECTIONS, source, overrides)
+        settings = cls(**sections)
+        vars(settings)["origins"] = origins
         settings.check()
         return settings
 

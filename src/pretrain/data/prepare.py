@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.check import check_count
 from pretrain.config.spelling import option
 from pretrain.data.encodings import check_encoding
 from pretrain.data.flat_files import write_sums
@@ -208,6 +209,10 @@ def _understand(
     encoding: str | None = None, keep_duplicates: bool = False,
 ) -> _Job:  # fmt: skip
     """Check the arguments, find the sources and compute the fingerprint."""
+    for name, value in (("row_length", row_length), ("vocab_size", vocab_size)):
+        check_count(name, value, None)
+    if workers is not None:
+        check_count("workers", workers, 0)
     if row_length < 2:
         raise DataError(f"row_length must be at least 2, found {row_length}.")
     spool = cache / "hub"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ import numpy as np
 
 from pretrain.config.spelling import within
 from pretrain.data.loader import Examples
-from pretrain.errors import ConfigError, DataError
-from pretrain.utils.imports import import_named
+from pretrain.errors import DataError
+from pretrain.utils.imports import call_named, import_named
 
 __all__ = ["SOURCES", "RowSource", "hash_rows", "open_rows"]
 
@@ -96,16 +95,12 @@ def open_rows(path: str, arguments: Mapping[str, Any]) -> RowSource:
         arguments: its keyword arguments.
 
     Raises:
-        ConfigError: it cannot be imported.
+        ConfigError: it cannot be imported, or an argument is unknown (the nearest is suggested) or missing.
         DataError: it does not return a ``RowSource``.
     """
     make = import_named(SOURCES.get(path, path), "data.source")
-    try:
-        inspect.signature(make).bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"data.source_args do not fit {path}: {error}.") from error
     with within("data.source_args"):
-        found = make(**arguments)
+        found = call_named(make, arguments, lambda key: f"data.source_args.{key}")
     if not isinstance(found, RowSource):
         raise DataError(
             f"data.source: {path} returned {type(found).__name__}, and must return a pretrain.RowSource(train, valid)."

@@ -8,9 +8,10 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -206,15 +207,74 @@ _CELL = re.compile(
 )  # of a row in which tabs stand between cells
 
 
-def delimiter_of(path: Path, kind: str, encoding: str | None = None) -> str:
-    """Return the delimiter in the first non-empty line of a file: the usual one of ``csv`` or ``tsv``, or another."""
+_SAMPLED = 50  # lines by which a delimiter is chosen
+# The first line in which Excel names the delimiter; it is no row.
+_DECLARED = re.compile(rb'"?sep=([^"\w\r\n])"?\r?\n?', re.IGNORECASE)
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[tuple[int, bytes]]:
+    """Yield the numbered lines of a table; the line that names its delimiter is blank."""
+    for number, line in lines(path, encoding):
+        yield number, b"\n" if number == 1 and _DECLARED.fullmatch(line) else line
+
+
+def _widths(texts: Iterable[str], mark: str, quoting: bool) -> Iterator[int]:
+    """Yield how many cells each row has with a delimiter; ends early where the text is no CSV."""
+    if not quoting:
+        bare = (re.sub(r'"[^"]*"', "", text).strip("\r\n") for text in texts)
+        yield from (text.count(mark) + 1 for text in bare if text)
+        return
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with suppress(csv.Error):
+        yield from (len(row) for row in csv.reader(texts, delimiter=mark) if row)
+
+
+def delimiter_of(
+    path: Path, kind: str, encoding: str | None = None, quoting: bool | None = None
+) -> str:
+    """Return the delimiter of a file: the one that its first line declares, else the one that fits its first rows.
+
+    That is, of the marks in the first row, the one by which most rows have as many cells as it, then the most
+    frequent one, then the usual one of ``csv`` or ``tsv``. Tabs in the first row of a ``tsv`` stand between its cells.
+    """
     usual = "\t" if kind == "tsv" else ","
-    for _, line in lines(path, encoding):
-        bare = re.sub(r'"[^"]*"', "", line.decode("utf-8", "replace")).strip("\r\n")
-        if bare:
-            found = [usual, *_DELIMITERS]
-            return next((mark for mark in found if mark in bare), usual)
-    return usual
+    first = next((line for _, line in lines(path, encoding)), b"")
+    if declared := _DECLARED.fullmatch(first):
+        return str(declared[1], "latin-1")
+    found = [line.decode("utf-8", "replace") for _, line in islice(lines(path, encoding), _SAMPLED)]
+    best, most = usual, (0, 0)
+    for mark in dict.fromkeys([usual, *_DELIMITERS]):
+        widths = [*_widths(found, mark, kind == "csv" and quoting is not False)]
+        if len(found) == _SAMPLED:  # the last row may go on
+            widths = widths[:1] + widths[1:-1]
+        if widths[:1] <= [1]:
+            continue
+        if mark == "\t" == usual:
+            return usual
+        fit = (widths.count(widths[0]), widths[0])
+        if fit > most:
+            best, most = mark, fit
+    return best
+
+
+def _other_delimiter(path: Path, delimiter: str, quoting: bool, encoding: str | None) -> str:
+    """Return the advice to use the delimiter by which all rows have the same number of cells; empty if none fits."""
+    for mark in _DELIMITERS.replace(delimiter, ""):
+        texts = (line.decode("utf-8", "replace") for _, line in _lines(path, encoding))
+        width, last = 0, 0
+        for width in _widths(texts, mark, quoting):
+            if width == 1 or width != (last or width):
+                break
+            last = width
+        else:
+            if width:
+                cure = f"write {delimiter!r} there"
+                if reads_with("delimiter"):
+                    cure = f"say so: {option('delimiter', mark)}"
+                return (
+                    f" If {mark!r} stands between columns, every row has {width} of them; {cure}."
+                )
+    return ""
 
 
 def cell_form(
@@ -227,7 +287,7 @@ def cell_form(
     """
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
         raise DataError(f"{option('delimiter', delimiter)}: it must be one character, such as ';'.")
-    between = delimiter or delimiter_of(path, kind, encoding)
+    between = delimiter or delimiter_of(path, kind, encoding, quoting)
     if quoting is None:
         quoting = kind == "csv" or _written_with_quotes(path, between, encoding)
     return between, quoting
@@ -242,7 +302,7 @@ def _written_with_quotes(path: Path, delimiter: str, encoding: str | None) -> bo
     """
     needed, needless, all_quoted, seen, odd = False, False, True, False, False
     pending: list[str] = []
-    for _, raw in lines(path, encoding):
+    for _, raw in _lines(path, encoding):
         line = raw.decode("utf-8", "surrogateescape")
         seen = True
         if not pending and '"' not in line:
@@ -297,7 +357,7 @@ def csv_rows(
         line.decode("utf-8", "surrogateescape")
         if escaped
         else decode_line(path, number, line, encoding)
-        for number, line in lines(path, encoding)
+        for number, line in _lines(path, encoding)
     )
     if quoting:
         rows = _quoted_rows(path, decoded, delimiter, cure)
@@ -313,6 +373,7 @@ def csv_rows(
                 if quoting
                 else f"Quotes are ordinary characters in this file, so no text may hold a {what} or a line end."
             )
+            advice += _other_delimiter(path, delimiter, quoting, encoding)
             raise DataError(
                 f"{path}:{number} has {len(row)} columns, but {first} has {width}. {advice}"
             )

@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from pretrain.config.check import check_count
 from pretrain.errors import TokenizerError, did_you_mean
 
 KINDS = ("bpe", "wordpiece", "char")
@@ -125,6 +126,7 @@ def train_backend(
 
     With ``captions`` a text is framed by bos and eos, whatever the kind, and eos has not the id 2.
     """
+    check_count("vocab_size", vocab_size, None)
     if kind not in KINDS:
         raise TokenizerError(f"unknown kind of tokenizer {kind!r}.{did_you_mean(kind, KINDS)}")
     tags = _BERT_TAGS if kind == "wordpiece" else _TAGS

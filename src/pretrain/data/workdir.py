@@ -140,7 +140,7 @@ def build(
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.preparing-{fingerprint[:12]}"
-    for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "*"):
+    for stale in target.parent.glob(glob.escape(f".{target.name}.preparing-") + "[0-9a-f]" * 12):
         if stale != work:
             remove_unused(stale)
     unlink_links(work)

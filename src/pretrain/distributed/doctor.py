@@ -42,6 +42,7 @@ Facts = dict[str, Any]
 _STRAGGLER = 0.7  # of the median speed
 _MEASURED = 0.3  # seconds for each dtype; on a busy machine even the best run is too slow
 _LITTLE = 1 << 30  # bytes of free memory or disk; less is reported as a problem
+_LONGEST = 1e6  # seconds, as of the setting parallel.timeout
 _SIOCGIFADDR = 0x8915  # Linux ioctl: get the address of an interface
 _LITTLE_SHARED = 256 << 20  # bytes of /dev/shm: NCCL and data workers fail with less
 
@@ -55,17 +56,22 @@ def doctor(
         device: "auto", "cpu", "cuda" or "mps".
         out: run directory: the disk whose free space is reported, and that all processes must see.
         as_json: print JSON.
-        seconds: time limit for each communication test.
+        seconds: time limit for each communication test, above 0 and up to a million.
 
     Returns:
         0; 1 if there is a problem.
 
     Raises:
-        ConfigError: the device is none of these.
+        ConfigError: the device is none of these, or ``seconds`` is out of range.
     """
     known = ("auto", "cpu", "cuda", "mps")
     if device not in known:
         raise ConfigError(f"--device is {device!r}." + did_you_mean(device, known))
+    if not 0 < seconds <= _LONGEST:
+        raise ConfigError(
+            f"--timeout is {seconds:g}, but it is the seconds for each attempt to connect: above 0, and at most "
+            f"{_LONGEST:,.0f}. The default is 60."
+        )
     if launched():
         return _together(device, out, as_json, seconds)
     facts = examine(device, out or ".")
@@ -176,10 +182,10 @@ def problems_of(facts: Facts, device: str) -> list[str]:
     """Return the problems that will stop a run on this machine, each with its remedy."""
     found = []
     if device in ("cuda", "mps") and facts["device"] != device:
-        found.append(f"no {device} device can be used. {_why_no_gpu(facts)}")
+        found.append(f"no {device} device can be used. {_why_no_gpu(facts, device)}")
     elif device == "auto" and os.path.exists("/dev/nvidiactl") and not facts["gpus"]:
         found.append(
-            f"this machine has an NVIDIA GPU that torch does not use. {_why_no_gpu(facts)}"
+            f"this machine has an NVIDIA GPU that torch does not use. {_why_no_gpu(facts, device)}"
         )
     if facts["memory"]["free"] < _LITTLE:
         found.append(
@@ -203,7 +209,17 @@ def problems_of(facts: Facts, device: str) -> list[str]:
     return found
 
 
-def _why_no_gpu(facts: Facts) -> str:
+def _why_no_gpu(facts: Facts, device: str) -> str:
+    system = facts["system"]
+    mac = system.startswith("Darwin")
+    if device == "mps" and not (mac and system.endswith("arm64")):
+        return (
+            f"It is the GPU of a Mac with Apple silicon, and this is {system}: use --device auto."
+        )
+    if device == "mps":
+        return "Update macOS and torch, and use a Python for arm64."
+    if mac:
+        return "No torch for macOS has CUDA: use --device auto."
     if "cuda" not in facts["versions"] and facts["device"] != "mps":
         return f"torch {facts['versions']['torch']} is a build without CUDA: install one with it."
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:

@@ -15,7 +15,8 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.model_directory import ModelDirectory
-from pretrain.config.spelling import EVALUATE, option, using
+from pretrain.config.check import check_count
+from pretrain.config.spelling import EVALUATE, option, option_name, using
 from pretrain.config.spelling import column as column_option
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
@@ -94,6 +95,7 @@ def evaluate(
     Raises:
         PretrainError: no rows, rows that do not fit the model or have changed since the run, or columns without rows.
     """
+    options = _counts(batch_rows, limit)
     path = _directory(checkpoint)
     untrained = UNTRAINED.get(task) if isinstance(task, str) else None
     given = {"separator": separator, "encoding": encoding}
@@ -105,8 +107,6 @@ def evaluate(
         chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
         with naming_memory("the evaluation", lambda: smaller_batch(rows)), chosen.autocast():
             return untrained(model.to(chosen.device), data, columns or {}, rows, limit)
-    options: dict[str, Any] = {"limit": limit}
-    options |= {} if batch_rows is None else {"batch_rows": batch_rows}
     fine_tuned = recorded_task(model) is not None or model.head_kind in _HEADS_OF_TASKS
     fine_tuned |= (
         model.backbone.default_task is not None and data is not None and not _are_rows(data)
@@ -127,6 +127,14 @@ def evaluate(
     return _evaluate_task(
         path, trained, data, columns or {}, base, precision, device, reading, options
     )
+
+
+def _counts(batch_rows: int | None, limit: int | None) -> dict[str, Any]:
+    """Return ``limit``, and ``batch_rows`` if it is given, as options; raise ConfigError if one is no such number."""
+    for name, value, least in (("batch_rows", batch_rows, 1), ("limit", limit, 0)):
+        if value is not None:
+            check_count(option_name(name), value, least)
+    return {"limit": limit} | ({} if batch_rows is None else {"batch_rows": batch_rows})
 
 
 def _check_rows(

@@ -9,6 +9,7 @@ Letters: N rows, D size of a feature vector.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import statistics
@@ -23,7 +24,14 @@ from pretrain.checkpoint import load
 from pretrain.config.spelling import PROBE, option, using
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
-from pretrain.errors import ConfigError, DataError, ModelError, naming_memory, suggestion
+from pretrain.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    did_you_mean,
+    naming_memory,
+    suggestion,
+)
 from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline
 from pretrain.finetuning.measure import reported_precision
 from pretrain.finetuning.rows import open_data
@@ -67,6 +75,7 @@ def probe(
     seed: int = 0,
     precision: str = "auto",
     device: str = "auto",
+    **keywords: str,
 ) -> dict[str, float]:
     """Classify held-out rows by the frozen features of a model and the labels of some rows.
 
@@ -83,6 +92,7 @@ def probe(
         draws: number of draws of ``shots`` or ``ways``.
         k: neighbours that vote.
         columns: role -> column, ``image`` or ``text``, and ``label``; by default recognised by name.
+        **keywords: the same by role, as for ``pretrain.finetune``: ``text="review"``.
         pooling: of images ``mean`` over the patches, or ``first``, the class token; not given, what the classifier of
             the model reads, of dinov2 the class token alone. Of texts see ``embed``.
         batch_rows: rows in one forward pass.
@@ -97,14 +107,14 @@ def probe(
         standard deviation, ``low`` and ``high`` the limits of Student's 95 % interval, and the other figures are means.
 
     Raises:
-        ConfigError: an option out of range, or scikit-learn is not installed.
+        ConfigError: an unknown option (the nearest is suggested) or one out of range, or scikit-learn is not installed.
         DataError: the rows have no labels, or several each; or a class has fewer rows than ``shots``.
         ModelError: the model reads neither images nor texts, or does not pool as ``pooling`` says.
     """
     _check(method, shots=shots, ways=ways, draws=draws, k=k, batch_rows=batch_rows)
     sklearn_module("linear_model")  # says how to install it before anything is computed
     model = checkpoint if isinstance(checkpoint, Model) else load(os.fspath(checkpoint), quiet=True)
-    tables = _tables(model, data, valid, test, columns or {}, seed)
+    tables = _tables(model, data, valid, test, {**(columns or {}), **keywords}, seed)
     chosen = reported_precision(None, precision, device)
     with naming_memory("the probe", lambda: smaller_batch(batch_rows)), chosen.autocast():
         if not isinstance(checkpoint, Model):
@@ -158,10 +168,16 @@ def _tables(
             "be computed. Put tokenizer.json into its directory."
         )
     name = "image-classification" if _reads_images(model) else "classification"
+    task = task_class(name)
+    roles = {role.name for role in task.roles}
+    if wrong := next((key for key in columns if key not in roles), None):
+        known = [*roles, *(key for key in inspect.signature(probe).parameters if key != "keywords")]
+        raise ConfigError(
+            f"{wrong} is no column that a probe of this model reads, and no option.{did_you_mean(wrong, known)}"
+        )
     share = float(test) if isinstance(test, int | float) else _TEST
     given = {"train": data, "valid": valid, "test": None if isinstance(test, int | float) else test}
     settings, objects = from_keywords(None, model, name, {**given, "seed": seed, **columns})
-    task = task_class(name)
     found = open_data(settings, objects, task)
     train, choose = (_named(table, task, found.learned) for table in (found.train, found.valid))
     if found.test is not None:

@@ -18,9 +18,7 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,28 +28,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.checkpoint.best import COMPARISON, rates_of_run, write_choice
+from pretrain.checkpoint.best import COMPARISON, rates_of_run
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
-from pretrain.distributed.world import current_world
 from pretrain.errors import (
-    CheckpointCorrupt,
-    CheckpointError,
     ConfigError,
     DataError,
     PretrainError,
 )
 from pretrain.finetuning import baseline
 from pretrain.finetuning.settings import rate_of_muon
+from pretrain.finetuning.trials import ScoreFile, trials_key
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
-from pretrain.training.run import resumable, run_key
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.utils.curves import Series, curve_svg
-from pretrain.utils.files import note, read_bytes
+from pretrain.utils.files import muted, note
 from pretrain.utils.html import bullets, notebook_view, table
-from pretrain.utils.strict_json import parse_json, unsealed, without_nan
+from pretrain.utils.strict_json import parse_json, without_nan
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -191,8 +186,8 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         valid_rows=len(choose),
     )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
-    baselines, kept = _baselines(job), ScoreFile(Path(job.settings.train.out))
-    kept.begin(_key(job))
+    baselines, kept = _baselines(job), ScoreFile(Path(job.settings.train.out, COMPARISON))
+    kept.begin(trials_key(job))
     for count in counts:
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
         for arm in (PRETRAINED, SCRATCH):
@@ -211,7 +206,8 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             for seed, rows in enumerate(subsets):
                 named = [job.task.named(part, job.data.learned) for part in (rows, choose, score)]
                 columns = job.task.baseline_columns(*named)
-                found.append(fit(*columns, metric=job.monitor, seed=seed))
+                with kept.interrupts_explained():
+                    found.append(fit(*columns, metric=job.monitor, seed=seed))
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
     notes.unit = job.unit
@@ -223,96 +219,17 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     return comparison
 
 
-class ScoreFile:
-    """File of the scores of a comparison, from which an interrupted one continues and a later report is made.
-
-    ``comparison.json`` holds a digest of itself, the key of what is compared, the scores of every finished trial and,
-    in the end, the comparison. A damaged file is reported and not used; one with another key is replaced by the next
-    comparison. All ranks call the methods, and rank zero reads and writes.
-
-    Attributes:
-        body: content of the file: ``key``, ``trials``, and ``comparison`` with ``lr`` (and ``muon_lr``) once all trials
-            are finished; empty if there is none.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.path = out / COMPARISON
-        self.body: dict[str, Any] = current_world().broadcast_result(self._read)
-
-    def _read(self) -> dict[str, Any]:
-        if not os.path.lexists(self.path):
-            return {}
-        try:
-            body = unsealed(read_bytes(self.path), self.path)
-            trials = body.get("trials")
-            if not isinstance(trials, dict) or not all(map(_is_trial, trials.values())):
-                raise CheckpointCorrupt(self.path, "the scores of trials", repr(trials)[:60])
-        except CheckpointError as error:
-            note(f"{error} This file holds the scores of a comparison; they are not used.")
-            return {}
-        return body
-
-    def begin(self, key: str) -> None:
-        """Drop the scores of a comparison with another key."""
-        if self.body.get("key") != key:
-            self.body = {"key": key, "trials": {}}
-
-    def trial(self, name: str, train: Callable[[], list[float]]) -> tuple[list[float], float]:
-        """Return the scores of a trial and its seconds; ``train`` is called if the file has none."""
-        found = self.body["trials"].get(name)
-        if found is None:
-            began = time.monotonic()
-            scores = train()
-            found = self.body["trials"][name] = [*scores, time.monotonic() - began]
-            self._write()
-        *scores, seconds = (math.nan if value is None else float(value) for value in found)
-        return scores, seconds
-
-    def end(self, comparison: dict[str, Any], rates: Mapping[str, float]) -> None:
-        """Write the finished comparison and the learning rates that it chose for the run."""
-        self.body |= {"comparison": comparison, **rates}
-        self._write()
-
-    def _write(self) -> None:
-        current_world().on_rank_zero(lambda: write_choice(self.path, without_nan(self.body)))
-
-
-def _is_trial(value: object) -> bool:
-    """Whether a value is a list of two scores (None for NaN) and the seconds."""
-    return (
-        isinstance(value, list)
-        and len(value) == 3
-        and all(one is None or isinstance(one, int | float) for one in value)
-    )
-
-
 def kept_comparison(job: Job) -> Comparison | None:
     """Return the comparison in the run directory of a job; None if it is of other settings or another run."""
     out = Path(job.settings.train.out)
-    body = ScoreFile(out).body
+    body = ScoreFile(out / COMPARISON).body
     if (
         "comparison" not in body
-        or body["key"] != _key(job)
+        or body["key"] != trials_key(job)
         or body["lr"] != rates_of_run(out).get("lr")
     ):
         return None
     return Comparison.from_json(body["comparison"])
-
-
-def _key(job: Job) -> str:
-    """Hash of what all trials have in common: rows, weights, and settings that change a result."""
-    if job.weights is None:
-        job.build(seed=0)
-    # The weights and the fingerprint stand for the places of the model and of the rows.
-    own = {"model.checkpoint", "data.train", "data.valid", "data.test", "optim.lrs"}
-    own |= resumable(job.settings)
-    settings = {
-        f"{section}.{name}": value
-        for section, values in job.settings.to_dict().items()
-        for name, value in values.items()
-        if f"{section}.{name}" not in own and value is not None
-    }
-    return run_key({**settings, "weights": job.weights}, job.data.fingerprint)
 
 
 def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
@@ -343,7 +260,8 @@ def _arm(
             score_it = partial(job.score, rows, choose, score, rates=used, limit=limit, seed=seed)
             words = f"lr {lr!r}{rate_of_muon(used)}"
             name = f"{arm} at {len(rows)} labels, {limit}, {words}, seed {seed}"
-            scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
+            with kept.interrupts_explained():
+                scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
             found.setdefault(lr, []).append(scores)
             taken += seconds
 
@@ -382,7 +300,8 @@ def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
         """A vector for each text; texts that several seeds share are embedded once."""
         new = list(dict.fromkeys(text for text in texts if text not in vectors))
         if new:
-            vectors.update(zip(new, embed(new), strict=True))
+            with muted():  # the run says which texts are cut
+                vectors.update(zip(new, embed(new), strict=True))
         return np.stack([vectors[text] for text in texts])
 
     return {

@@ -9,11 +9,20 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import distributed
-from pretrain.checkpoint.best import BEST, SWEEP, best_first, rates_of_run, run_state, write_choice
+from pretrain.checkpoint.best import (
+    BEST,
+    SWEEP,
+    TRIALS,
+    best_first,
+    rates_of_run,
+    run_state,
+    write_choice,
+)
 from pretrain.checkpoint.download import terms
 from pretrain.checkpoint.manifest import candidates
 from pretrain.config import parse_limit
@@ -34,6 +43,7 @@ from pretrain.finetuning.start import (
     used_unloaded_weights,
     write_counts,
 )
+from pretrain.finetuning.trials import ScoreFile, trials_key
 from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
@@ -52,11 +62,12 @@ from pretrain.training.run import (
     run_key,
 )
 from pretrain.training.run_directory import NewRunDirectory
-from pretrain.training.starting_model import hash_weights, origin
+from pretrain.training.starting_model import began_with, hash_weights, origin, parent_step
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import LOWER_IS_BETTER
 from pretrain.training.validation import score as lower_is_better
-from pretrain.utils.files import note
+from pretrain.utils.files import note, temporary_name
+from pretrain.utils.imports import call_named
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -119,7 +130,7 @@ class Job:
     ) -> Job:
         """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
-        check_options(task, settings.task.options)
+        check_options(task, settings.task.options, settings.spell)
         check_monitor(task, task.name, settings.train.monitor)
         choose_device(settings.parallel.device)
         check_loggers(settings.train.loggers)
@@ -129,8 +140,12 @@ class Job:
         by_name = model is None or isinstance(model, str | os.PathLike)
         if by_name:
             source = settings.model.checkpoint = resolve_checkpoint(settings)
+            if source and settings.train.out:
+                source = began_with(source, Path(settings.train.out))
         check_fits(source, task)
-        data = open_data(settings, objects, task, classes_of(source, task))
+        out = Path(settings.train.out) if settings.train.out else None
+        begun = classes_of(out, task) if out is not None and has_begun(out) else None
+        data = open_data(settings, objects, task, classes_of(source, task), begun)
         job = cls(source, settings, data, task, quiet)
         if isinstance(source, Model):  # all of its kind have one name in the settings
             job.weights = current_world().broadcast_result(
@@ -139,12 +154,17 @@ class Job:
             given = f"{given} {job.weights}"
         if not settings.train.out:
             settings.train.out = f"runs/{task.name}-{job.key(given)}"
-            if by_name and has_begun(Path(settings.train.out)):
+            out = Path(settings.train.out)
+            if by_name and has_begun(out):
                 # The run may have begun with an earlier commit of the model, which may name other classes.
                 settings.model.checkpoint = given
                 if resolve_checkpoint(settings) != source:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
+                job.source = began_with(source, out)
+            begun = classes_of(out, task) if has_begun(out) else None
+            if begun and set(begun) != set(data.learned.labels or begun):
+                return cls.open(model, settings, objects, quiet=quiet)
         return job
 
     def key(self, checkpoint: str) -> str:
@@ -181,7 +201,8 @@ class Job:
         before = write_counts(model)
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
-        task = self.task(model, max_length=settings.data.max_length, **options)
+        options["max_length"] = settings.data.max_length
+        task: Task = call_named(self.task, options, settings.spell, model)
         task.labels_given = bool(settings.task.options.get("labels"))
         if used_unloaded_weights(task, before):
             return self.build(**new)
@@ -327,7 +348,10 @@ class Job:
             "rows": counts,
             "columns": self.data.columns,
             **self.measured_with(),
-            "parent": origin(self.source) if isinstance(self.source, str) else None,
+            "parent": origin(self.settings.model.checkpoint)
+            if isinstance(self.source, str)
+            else None,
+            **(parent_step(self.source) if isinstance(self.source, str) else {}),
             **terms(self.source if isinstance(self.source, str) else self.source.source or ""),
         }
 
@@ -477,10 +501,7 @@ class Job:
             f"{task.name}: {counts} rows from {data.names['train']}",
             task.sizes(rows),
         ]
-        if data.learned.strata is not None and data.learned.labels and len(data.learned.labels) > 1:
-            lines.append(
-                f"{len(data.learned.labels)} labels: {', '.join(data.learned.labels[:12])}"
-            )
+        lines += data.learned.classes
         trained = [p for p in task.model.parameters() if p.requires_grad]
         whole = task.model.num_parameters()
         part = sum(p.numel() for p in trained)
@@ -490,6 +511,8 @@ class Job:
 
     def sweep(self, task: Task) -> float:
         """Try learning rates in short runs and return the best on the held-out rows.
+
+        Trials that the run directory keeps are not trained again, see `ScoreFile`.
 
         Raises:
             DataError: there are no held-out rows to choose by.
@@ -503,10 +526,13 @@ class Job:
         _, epoch = self.steps(len(train))
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
-        found = {
-            lr: self.score(train, valid, rates=self.rates(task, lr), limit=limit, seed=seed)[0]
-            for lr in self.settings.optim.lrs or grid(self.lr(task))
-        }
+        kept, found = ScoreFile(Path(self.settings.train.out, TRIALS), scores=1), {}
+        kept.begin(trials_key(self))
+        for lr in self.settings.optim.lrs or grid(self.lr(task)):
+            rates = self.rates(task, lr)
+            one = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
+            with kept.interrupts_explained():
+                (found[lr],), _ = kept.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", one)
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
         for lr, score in found.items():
@@ -539,8 +565,9 @@ class Job:
         rows, *others = (encode(task, part, "trial", 1.0, []) for part in parts)
         for part in (rows, *others):
             task.prepare_reference(part)
-        out, world = Path(f"{self.settings.train.out}.trial"), current_world()
-        world.on_rank_zero(lambda: shutil.rmtree(out, ignore_errors=True))
+        # In the directory that this job has locked, where the next one that locks it removes what a kill leaves.
+        world, name = current_world(), temporary_name(Path(self.settings.train.out, "trial"), "new")
+        out = Path(world.broadcast_object(os.fspath(name)))
         try:
             run = self.trainer(
                 task, rows, None, out=out, rates=rates, limit=limit, seed=seed, save=False

@@ -74,10 +74,12 @@ def look(
     given = {"train": data, "valid": valid, "test": test, **keywords}
     settings, objects = from_keywords(None, "none" if model is None else model, task, given)
     cls = task_class(settings.task.name)
-    check_options(cls, settings.task.options)
+    check_options(cls, settings.task.options, settings.spell)
     found = open_data(settings, objects, cls, classes_of(model, cls))
     notes = list(found.notes)
     classes = {name: _classes(cls, getattr(found, name), found.learned) for name in found.counts}
+    if not any(classes.values()):  # of parts of a row: words, pixels, objects
+        notes += found.learned.classes
     common: dict[str, Any] = {
         "name": found.names["train"],
         "task": task,

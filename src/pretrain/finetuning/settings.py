@@ -198,6 +198,12 @@ class TuneConfig(Sections):
     train: TuneTrain = field(default_factory=TuneTrain)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def spell(self, name: str) -> str:
+        """Return an option of the task as it was given: in a file, or in the interface that is used."""
+        key = f"task.options.{name}"
+        place = self.origins.get(key)
+        return option_name(name) if place is None else f"{place}: {key}"
+
     def check(self) -> None:
         """See `Sections.check`."""
         data, lr, train = self.data, self.optim.lr, self.train
@@ -301,7 +307,7 @@ def from_keywords(
         for f in dataclasses.fields(TuneConfig.SECTIONS[key])
         if f.init
     }
-    columns, given = dict(base.data.columns), dict(base.task.options)
+    columns, given = dict[str, Any](), dict[str, Any]()  # those of the base are merged with them
     objects: dict[str, Any] = {}
     for key, value in _with_held_out_splits(keywords).items():
         if value is None:

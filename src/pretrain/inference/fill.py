@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.check import check_count
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.prompts import (
     as_texts,
-    check_count,
     check_ids,
     evaluating,
     hidden_states,
@@ -168,8 +168,7 @@ def embed_counting(
     prompt_name: str | None = None,
 ) -> tuple[Tensor, int]:
     """Return what ``embed`` returns and the number of texts that were cut, without printing a note."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, found {batch_size}.")
+    check_count("batch_size", batch_size)
     if model.backbone.default_task is not None:
         from pretrain.inference.images import embed_pairs
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pretrain.config.check import check_count
 from pretrain.data.task_rows import batches_by_length
 from pretrain.errors import ModelError
 from pretrain.inference.prompts import (
     as_texts,
-    check_count,
     check_ids,
     evaluating,
     hidden_states,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
+from pretrain.config.check import check_count
 from pretrain.config.spelling import PREDICT, either, option, using
 from pretrain.data.labelled import Role, choose_columns, roles_table
 from pretrain.data.paths import path_from, tar_files
@@ -21,12 +22,11 @@ from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
 from pretrain.data.tables import Chunk, Table, in_chunks, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
-from pretrain.inference.prompts import check_count
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.printing import console, in_notebook
 from pretrain.training.precision import choose_device
-from pretrain.utils.files import check_output, note
+from pretrain.utils.files import check_output, muted, note
 from pretrain.utils.memory_info import peak_memory
 
 if TYPE_CHECKING:
@@ -452,8 +452,10 @@ def predict_file(
     """Write predictions for every row of a file to another file, in order; line-based files of any length are streamed.
 
     The columns of the input are kept, and those of the predictions added: ``predicted_label``, ``score``. A row without
-    text keeps its position and has no prediction; the number of such rows is printed. Columns are recognised in the
-    first 1,024 rows. Paths of images, masks and recordings are written relative to the output, as it is read again;
+    text keeps its position and has no prediction; the number of such rows is printed. Where several rows are one
+    example (one box or one word in each), and for annotations of COCO and Pascal VOC, the file is read whole and the
+    output has one row for each example, with boxes in the box format of the run. Columns are recognised in the first
+    1,024 rows. Paths of images, masks and recordings are written relative to the output, as it is read again;
     absolute ones stay.
 
     Args:
@@ -487,8 +489,7 @@ def predict_file(
     target = _target(source, out)
     model = opened_model(checkpoint, device, quiet=not progress)
     task = task_of(model).to(model.device)
-    if chunks is None:
-        chunks = in_chunks(task.read(source, name="data", **form), _CHUNK)
+    chunks = _task_chunks(task, source, chunks, dict(columns or {}), **form)
     first = next(chunks)
     chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
     files = _file_columns(task, first.table, dict(columns or {}))
@@ -514,17 +515,35 @@ def predict_file(
     return target
 
 
+def _task_chunks(
+    task: Task,
+    source: Path,
+    chunks: Iterator[Chunk] | None,
+    columns: Mapping[str, str],
+    **form: Any,
+) -> Iterator[Chunk]:
+    """Return the rows as the task reads them: streamed, or whole where several rows may be one example."""
+    if chunks is not None:
+        first = next(chunks)
+        with muted():  # it is said for all rows below
+            found = task.gathered(first.table, columns)
+        if found is first.table or len(found) > len(first.table):  # rows of targets are no inputs
+            return chain([first], chunks)
+    table = task.gathered(task.read(source, name="data", **form), columns)
+    return in_chunks(task.written(table), _CHUNK)
+
+
 def _table_chunks(source: Path, **form: Any) -> Iterator[Chunk] | None:
     """Return the rows of a table in chunks, of which the first has been read.
 
-    None for a folder, or a file of another kind such as an image, which the task of the model reads; here it is only
-    opened.
+    None for a folder, or a file of another kind such as an image or a JSON file that may hold annotations, which the
+    task of the model reads; here it is only opened.
 
     Raises:
         DataError: the source cannot be opened, or the first rows cannot be read.
     """
     path = source.expanduser()
-    if table_kind(path) and not path.is_dir():
+    if table_kind(path) not in ("", "json") and not path.is_dir():
         chunks = stream_chunks(source, _CHUNK, **form)
         return chain([next(chunks)], chunks)
     for file in tar_files(path) if path.suffix.lower() == ".tar" else [path]:

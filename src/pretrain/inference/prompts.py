@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from pretrain.errors import ConfigError, ModelError
+from pretrain.errors import ModelError
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Prompts",
     "as_texts",
-    "check_count",
     "check_ids",
     "evaluating",
     "fill_id",
@@ -186,9 +185,3 @@ def hidden_states(
     masked = {} if real is None else {"attention_mask": real}
     hidden: Tensor = model.backbone({"input_ids": ids, **masked})
     return hidden, real
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise a ConfigError unless a value is a whole number of at least 1."""
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pretrain.config.check import check_count
 from pretrain.errors import DataError, ModelError
 from pretrain.inference.fill import cut_texts, embed_counting
-from pretrain.inference.prompts import check_count
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pretrain.config.check import check_value
 from pretrain.config.spelling import either, option, option_name
 from pretrain.errors import ConfigError, did_you_mean, suggestion
 from pretrain.objectives.base import Loss, Objective
-from pretrain.utils.imports import import_named
+from pretrain.utils.imports import call_named, import_named
 from pretrain.utils.strict_json import as_json
 
 if TYPE_CHECKING:
@@ -175,12 +175,16 @@ def check_objective(class_path: str, init_args: Mapping[str, Any]) -> type[Objec
         ConfigError: there is no such objective, or an argument is unknown, missing or of the wrong type.
     """
     cls = objective_class(class_path)
-    check_arguments(cls, init_args, lambda key: f"objective.init_args.{key}")
+    check_arguments(cls, init_args, _spell)
     try:
         inspect.signature(cls).bind(None, **init_args)
     except TypeError as error:
         raise ConfigError(f"objective.init_args: {cls.__name__}: {error}.") from error
     return cls
+
+
+def _spell(key: str) -> str:
+    return f"objective.init_args.{key}"
 
 
 def build_objective(
@@ -191,7 +195,7 @@ def build_objective(
     given = as_json(init_args)  # a class may change what it is given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = cls(model, **init_args)
+        built: Objective = call_named(cls, init_args, _spell, model)
     # config.json of those that are built in has only what their description lacks.
     if class_path not in OBJECTIVES or not given.keys() <= built.describe().keys():
         built.init_args = given
@@ -211,17 +215,19 @@ def arguments(cls: type[Objective]) -> tuple[dict[str, inspect.Parameter], bool]
     return named, inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def check_options(task: type[Task], options: Mapping[str, Any]) -> None:
-    """Check the options of a task against its signature; errors spell them as the user wrote them.
+def check_options(
+    task: type[Task], options: Mapping[str, Any], spell: Callable[[str], str] = option_name
+) -> None:
+    """Check the options of a task against its signature; errors spell them as the user wrote them, by ``spell``.
 
     Raises:
         ConfigError: an unknown option (the nearest is suggested), or a value of the wrong type.
     """
     if "max_length" in options:
         raise ConfigError(
-            f"max_length is not an option of the task, but of the data: {option('max_length')}."
+            f"{spell('max_length')} is not an option of the task, but of the data: {option('max_length')}."
         )
-    check_arguments(task, options, option_name, task.row_options)
+    check_arguments(task, options, spell, task.row_options)
 
 
 def check_arguments(

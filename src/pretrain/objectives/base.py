@@ -21,6 +21,7 @@ from pretrain.data.loader import Example, Examples
 from pretrain.errors import ConfigError, DataError
 from pretrain.nn.loss import IGNORE, chunked_cross_entropy
 from pretrain.nn.tensor_parallel import Group, gather_from_tensor_parallel
+from pretrain.utils.run_log import NATS
 from pretrain.utils.strict_json import as_json
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class Objective(nn.Module):
         head_kind: the head that a fresh model for this objective gets.
         figures: names of what an evaluation may report, beside the number of targets: what ``train.monitor`` can be;
             None if they are known only when it has run.
+        loss_unit: unit of the loss of one target, for charts, such as ``NATS``; "" for none.
         frozen: names of child modules that are never trained: kept in evaluation mode and written to no file. A
             checkpoint records the path that they came from and a hash of their weights, and a resumed run refuses
             others.
@@ -152,6 +154,7 @@ class Objective(nn.Module):
     copies_model: ClassVar[bool] = False
     head_kind: ClassVar[str | None] = None
     figures: ClassVar[tuple[str, ...] | None] = None
+    loss_unit: str = ""
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Model) -> None:
@@ -310,6 +313,8 @@ class Objective(nn.Module):
 
 class TokenObjective(Objective):
     """Cross entropy at chosen positions of a token sequence, through the model's vocabulary head."""
+
+    loss_unit: str = NATS
 
     def forward(self, batch: Batch) -> Loss:
         """Gather the target positions before the projection, so that logits exist only for targets."""

@@ -26,7 +26,7 @@ from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
-from pretrain.errors import DataError, ModelError
+from pretrain.errors import ConfigError, ModelError
 from pretrain.models.git import Git
 from pretrain.nn.attention import KVCache
 from pretrain.nn.loss import IGNORE
@@ -108,9 +108,9 @@ class Captioning(ImageTask, TokenObjective):
             )
         super().__init__(model, max_length=max_length, pack=False)
         if max_new_tokens < 1:
-            raise DataError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         if not 0 <= word_dropout < 1:
-            raise DataError(f"word_dropout is {word_dropout}; it must lie in [0, 1).")
+            raise ConfigError(f"word_dropout is {word_dropout}; it must lie in [0, 1).")
         self.augmentation, self.word_dropout = Augmentation(crop, flip, randaugment), word_dropout
         self.max_new_tokens = max_new_tokens
         self.start, self.end = self._frame()

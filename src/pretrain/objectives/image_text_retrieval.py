@@ -176,7 +176,7 @@ class ImageTextRetrieval(ImageTask, Contrastive):
                 probabilities of the classes for clip, and of each class by itself for siglip.
 
         Raises:
-            ConfigError: there are no labels, or they are no list; or a template has no ``{}``.
+            ConfigError: there are no labels, one stands twice, or they are no list; or a template has no ``{}``.
         """
         if labels is None:
             return {"embedding": [float(value) for value in outputs[0]]}
@@ -204,7 +204,16 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         """Return one unit vector for each class, (C, P): the mean of those of its prompts."""
         if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
             raise ConfigError("labels must be the names of the classes, at least one.")
-        if wrong := [text for text in templates if "{}" not in str(text)] or not templates:
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ConfigError(
+                f"labels names the class {twice!r} twice, which would divide its score: give each name once."
+            )
+        if not templates:
+            raise ConfigError(
+                f"template is an empty list: give prompts with {{}} for the name of a class, "
+                f"{option('template', ['a photo of a {}.'])}, or leave it out."
+            )
+        if wrong := [text for text in templates if "{}" not in str(text)]:
             raise ConfigError(f"template is {wrong!r}; it must hold {{}} for the name of a class.")
         texts = [text.replace("{}", label) for label in labels for text in templates]
         encodings = self.tokenizer.frame_texts(texts, max_length=self.max_length)

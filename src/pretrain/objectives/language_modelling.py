@@ -25,6 +25,7 @@ from pretrain.objectives.likelihood import target_log_probs
 from pretrain.objectives.masked_lm import MaskedLM
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.tasks import Task, pack_examples, read_texts
+from pretrain.utils.run_log import NATS
 
 if TYPE_CHECKING:
     from pretrain.data.loader import Examples
@@ -52,6 +53,7 @@ class LanguageModelling(Task):
             "text", ("text", "content", "document", "sentence", "body", "article"), help="the text"
         ),
     )
+    loss_unit: str = NATS
     metric: str = "loss"
     head_kind: ClassVar[str | None] = None
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "perplexity", "bits_per_byte")

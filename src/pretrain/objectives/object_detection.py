@@ -26,6 +26,7 @@ from pretrain.data.images.augment import Augmentation, View
 from pretrain.data.images.boxes import (
     BOXES,
     SIZE,
+    BoxTable,
     Corners,
     gathered_boxes,
     read_boxes,
@@ -125,6 +126,13 @@ class ObjectDetection(ImageTask):
     def gathered(cls, table: Table, columns: Mapping[str, Any]) -> Table:
         return gathered_boxes(table, columns, {role.name: role.known for role in cls.roles})
 
+    def written(self, table: Table) -> Table:
+        """Give boxes whose source defines their numbers in the box format of the run, in which they are read again."""
+        if self.box_format == _FORMATS[0] or "boxes" not in table.names:
+            return table
+        boxes = [[_as_extent(box) for box in row or ()] for row in table.columns["boxes"]]
+        return table.with_columns({**table.columns, "boxes": boxes}, table.label_names)
+
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         rows = _lists(table, "label")
@@ -133,6 +141,13 @@ class ObjectDetection(ImageTask):
         different = list(dict.fromkeys(str(label).strip() for row in rows for label in row))
         if not different:
             raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
+        listed = list[list[Any]]()
+        if isinstance(table, BoxTable) and not (given or checkpoint):
+            # Classes without a box are learned too, but not by a run that an earlier version began without them.
+            begun = options.get("begun_labels")
+            classes = [name for name in table.categories if begun is None or name.strip() in begun]
+            listed = [classes]
+            different = list(dict.fromkeys([*different, *map(str.strip, classes)]))
         one = given or different
         if len(one) == 1 and not isinstance(one, str) and not checkpoint and not names:
             # One class is enough here, because a place may also be no object. A list names the class or its number;
@@ -143,7 +158,12 @@ class ObjectDetection(ImageTask):
             known = LabelMap((str(name).strip(),), {str(key).strip(): 0})
         else:
             known, _ = make_tag_map(
-                rows, given, names=names, checkpoint=checkpoint, where=table.where, column="label"
+                [*rows, *listed],
+                given,
+                names=names,
+                checkpoint=checkpoint,
+                where=table.where,
+                column="label",
             )
         strata = label_strata([[str(label) for label in row] for row in rows])
         boxes = sum(map(len, rows))
@@ -434,6 +454,14 @@ def _lists(table: Table, role: str) -> list[list[Any]]:
             )
         found.append(list(value or ()))
     return found
+
+
+def _as_extent(box: Any) -> Any:
+    """Return left, top, width and height of the numbers of ``Corners``; any other box as it is."""
+    if not isinstance(box, Corners) or len(box) != 4:
+        return box
+    left, top, right, bottom = map(float, box)
+    return [left, top, right - left, bottom - top]
 
 
 def _read_as(box: Any, form: str) -> str:

@@ -27,6 +27,7 @@ from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, Example, ExampleList, Loss, Rngs
 from pretrain.objectives.tasks import Learned, Task, count_examples, read_texts, sequence_labels
+from pretrain.utils.run_log import NATS
 
 if TYPE_CHECKING:
     from pretrain.data.columns import Answers
@@ -64,6 +65,7 @@ class QuestionAnswering(Task):
         Role("answer_start", ("answer_start",), False, "where each answer begins", target=True),
         Role("id", ("id",), required=False, help="the name of the row", target=True),
     )
+    loss_unit: str = NATS
     metric: str = "f1"
     trivial_name: ClassVar[str] = "always the most frequent answer"
     head_kind: ClassVar[str | None] = "question-answering"

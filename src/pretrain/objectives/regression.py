@@ -39,6 +39,8 @@ class Regression(Task):
         scale: their standard deviation. The loss is the squared error divided by its square, so that it starts near 1
             and one learning rate suits scores from 0 to 1 and prices in thousands. The model's output is in the
             units of the targets.
+        standard: the model's output is (target - center) / scale, computed in double precision, because single
+            precision does not tell the targets apart; answers and figures are in the units of the targets all the same.
         max_length, pack: see ``Task``.
 
     Raises:
@@ -67,6 +69,7 @@ class Regression(Task):
         *,
         center: float = 0.0,
         scale: float = 1.0,
+        standard: bool = False,
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
@@ -81,32 +84,41 @@ class Regression(Task):
             raise ConfigError(
                 f"center is {center} and scale is {scale}; both must be finite, and scale above 0."
             )
-        self.center, self.scale = center, scale
+        self.center, self.scale, self.standard = center, scale, standard
+        # An answer is origin + unit * output, so that the outputs have a mean and a standard deviation.
+        self.origin, self.unit = (center, scale) if standard else (0.0, 1.0)
+        middle, spread = (center - self.origin) / self.unit, scale / self.unit
         model.extra_config["problem_type"] = "regression"
         head = model.head
         new = "head.classifier.weight" in model.fresh and getattr(head, "unit", 1.0) == 1.0
         if isinstance(head, SequenceHead):
-            head.set_unit(scale, rescale=not new)
+            head.set_unit(spread, rescale=not new)
         bias = dict(model.named_parameters()).get("head.classifier.bias")
         if bias is not None and new and "head.classifier.bias" in model.fresh:
             with torch.no_grad():
-                bias.fill_(center / getattr(head, "unit", 1.0))
+                bias.fill_(middle / getattr(head, "unit", 1.0))
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         values = numbers(table)
-        spread = float(values.std())
-        if not spread > 0:
+        extent = float(np.ptp(values))
+        if not extent > 0:
             raise DataError(
                 f"All {len(values)} values of the label column are {values[0]:g}, so there is nothing to learn. "
                 "Check that the right column is named."
             )
+        # The squares of tiny numbers are 0.
+        spread = float(values.std()) or float((values / extent).std()) * extent
         middle = float(values.mean())
         learned = Learned(("LABEL_0",), options={"center": middle, "scale": spread})
-        if (step := float(np.spacing(np.float32(np.abs(values).max())))) > _COARSE * spread:
+        single = np.float32(np.abs(values).max())
+        step = max(float(np.spacing(single)), float(np.finfo(np.float32).tiny))
+        if step > _COARSE * spread:
+            learned.options["standard"] = True
             learned.notes.append(
-                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), but answers there "
-                f"are in single precision, in steps of {step:.3g}: subtract {middle:.10g} from the targets"
+                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), which single "
+                f"precision tells apart in steps of {step:.3g} only, so the model learns (target - {middle:.10g}) / "
+                f"{spread:.4g}; answers are in the unit of the targets, but other programs that open the model get that"
             )
         return learned
 
@@ -135,7 +147,7 @@ class Regression(Task):
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         batch = self.pack_batch(examples, pooled=True)
         if "labels" in examples[0]:
-            exact = sequence_labels(examples, torch.float64)
+            exact = (sequence_labels(examples, torch.float64) - self.origin) / self.unit
             batch["labels"] = exact.float()
             # Not every device has double precision; the figures add the rest on the CPU.
             batch["labels_rest"] = (exact - batch["labels"].double()).float()
@@ -146,7 +158,7 @@ class Regression(Task):
 
     def forward(self, batch: Batch) -> Loss:
         values, wanted = self.model(batch).float().squeeze(-1), batch["labels"]  # (N,)
-        total = ((values - wanted) / self.scale).square().sum()
+        total = ((values - wanted) / (self.scale / self.unit)).square().sum()
         if self.training:  # copying the values to the CPU would synchronise every step
             return Loss(total, self.count(batch), {})
         said, near, rest = (
@@ -164,7 +176,7 @@ class Regression(Task):
             "loss": total / count if count else math.nan,
             "pearson": figures_of.pearson(wanted, values),
             "spearman": figures_of.spearman(wanted, values),
-            "mse": figures_of.mse(wanted, values),
+            "mse": figures_of.mse(wanted, values) * self.unit**2,
         }
 
     def outputs(self, batch: Batch) -> list[Any]:
@@ -172,7 +184,11 @@ class Regression(Task):
 
     def decode(self, outputs: Sequence[Any], infos: Sequence[Any]) -> dict[str, Any]:
         """Return ``score``, in the units of the targets."""
-        return {"score": float(outputs[0])}
+        return {"score": self.origin + self.unit * float(outputs[0])}
+
+    def describe(self) -> dict[str, Any]:
+        # The default is left out, as in the descriptions of earlier runs.
+        return super().describe() | ({"standard": True} if self.standard else {})
 
 
 def numbers(table: Table) -> np.ndarray:

@@ -31,6 +31,7 @@ from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.base import Batch, Example, ExampleList, Objective, checked_smoothing
+from pretrain.utils.run_log import NATS
 
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
@@ -68,6 +69,13 @@ class Learned:
     strata: Sequence[Hashable] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        """A line that names the classes, if there are several or one that is found or not; else none."""
+        names = self.labels if self.strata is not None and self.labels else ()
+        kind = "label" if len(names) == 1 else "labels"
+        return [f"{len(names)} {kind}: {', '.join(names[:12])}"] if names else []
 
 
 def _is_finite(value: Any, *, infinite: bool = False) -> bool:
@@ -358,6 +366,10 @@ class Task(Objective):
         """
         return table
 
+    def written(self, table: Table) -> Table:
+        """Return rows of `gathered` as a table of predictions holds them, so that they can be read again."""
+        return table
+
     @classmethod
     def check_unread(cls, table: Table, columns: Mapping[str, Any]) -> None:
         """Refuse training rows with a column that is not read, and without which they would mean something else.
@@ -393,7 +405,8 @@ class Task(Objective):
         Args:
             table: the training rows, columns named by role.
             options: task arguments that the caller gave, including those of ``row_options``; ``labels`` is the class
-                order, ``checkpoint_labels`` that of a checkpoint with the head of this task.
+                order, ``checkpoint_labels`` that of a checkpoint with the head of this task, ``begun_labels`` that of
+                the run if it has begun.
 
         Raises:
             DataError: the targets are not valid for this task; the message names rows.
@@ -699,6 +712,8 @@ class ClassTask(Task):
     Raises:
         ConfigError: an option is out of range.
     """
+
+    loss_unit: str = NATS
 
     def __init__(
         self, model: Model, class_weights: Any, label_smoothing: float, max_length: int | None, pack: bool

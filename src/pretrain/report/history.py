@@ -14,7 +14,7 @@ from pretrain.checkpoint.manifest import candidates
 from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.files import note
-from pretrain.utils.run_log import open_log
+from pretrain.utils.run_log import NATS, open_log
 
 __all__ = [
     "History",
@@ -76,6 +76,11 @@ class History:
         """Return (step, value) pairs of a metric in the evaluations; ``alike``: of those on as many as the last one."""
         evals = on_as_many(self.evals, self.evals[-1]) if alike and self.evals else self.evals
         return points_of((r.get("step"), r["eval"].get(key)) for r in evals)
+
+    @property
+    def loss_unit(self) -> str:
+        """Unit of the loss, "" if it has none; that of a likelihood is not in the log."""
+        return str(self.train[-1].get("loss_unit", NATS)) if self.train else ""
 
     @property
     def samples(self) -> list[tuple[int, str]]:
@@ -166,11 +171,14 @@ def plot_history(history: History, figure: str = "loss", **options: Any) -> Plot
     return Plot(curve_svg([Series("", points, dots=True)], title=title, **options))
 
 
-def loss_svg(history: History, *, title: str = "loss (nats per target)", **options: Any) -> str:
+def loss_svg(history: History, *, title: str | None = None, **options: Any) -> str:
     """Return the loss curve as SVG: training and held-out loss over steps.
 
-    The options are those of `curve_svg` (``references``, ``width``, ``height``, ...).
+    The title is the loss with its unit, unless one is given. The options are those of `curve_svg` (``references``,
+    ``width``, ``height``, ...).
     """
+    if title is None:
+        title = f"loss ({history.loss_unit})" if history.loss_unit else "loss"
     lines = [
         Series("training", history.points("loss")),
         Series("validation", history.eval_points(), dots=True),

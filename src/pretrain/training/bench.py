@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pretrain.config import RunConfig
+from pretrain.config.check import check_count
 from pretrain.config.spelling import TRAIN, either, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.world import current_world
@@ -108,6 +109,7 @@ def bench(
         PretrainError: as `pretrain.train`.
     """
     settings, world = RunConfig.load(config, sections or None), current_world()
+    check_count(either("--steps", "steps"), steps, None)
     if steps < 3:
         raise ConfigError(f"{either('--steps', 'steps')} is {steps}; a median needs at least 3.")
     if world.size > 1:

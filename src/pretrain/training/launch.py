@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from pretrain import distributed
 from pretrain.checkpoint import latest
 from pretrain.checkpoint.best import RESULT
 from pretrain.distributed.launched import count_devices, launched
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, Interrupted
 from pretrain.training.live import open_screen
 from pretrain.training.logging import Progress, Silence
 from pretrain.training.relay import replay
@@ -126,12 +127,12 @@ def read_run(out: Path, stopped: str | None = None) -> Run:
 
     Raises:
         ConfigError: the directory has no complete checkpoint.
-        KeyboardInterrupt: the run was stopped by a signal before its first checkpoint.
+        Interrupted: the run was stopped by a signal before its first checkpoint.
     """
     checkpoint = latest(out)
     if checkpoint is None:
         if stopped is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(128 + getattr(signal, stopped))
         raise ConfigError(f"{out} holds no complete checkpoint.")
     plain = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
     state = RunState.from_json(plain.get("run", plain))

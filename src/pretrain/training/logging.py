@@ -23,7 +23,7 @@ from pretrain.printing import clock, columns, console, in_notebook, printable, w
 from pretrain.training.state import RunState
 from pretrain.utils import files
 from pretrain.utils.files import note, replace_file, writing
-from pretrain.utils.run_log import LogFile, line_digest, open_log
+from pretrain.utils.run_log import NATS, LogFile, line_digest, open_log
 
 __all__ = ["LOGGERS", "Journal", "Progress", "RunLog", "check_loggers", "make_loggers"]
 
@@ -311,10 +311,14 @@ class Journal:
         *,
         is_rank_zero: bool = True,
         unit: str = "tokens",
+        loss_unit: str = NATS,
     ) -> None:
         from pretrain.training.live import open_screen
 
         self._out, self._is_rank_zero, self._unit = out, is_rank_zero, unit
+        # What the log of nearly every run would say is left out of it.
+        self._units = {} if unit == "tokens" else {"unit": unit}
+        self._units |= {} if loss_unit == NATS else {"loss_unit": loss_unit}
         self._loggers = make_loggers(loggers if is_rank_zero else (), out, about)
         self._screen = Silence() if quiet or not is_rank_zero else open_screen()
         self._log: RunLog | None = None
@@ -395,7 +399,7 @@ class Journal:
             "mfu": flops / seconds / peak,
             "seconds": state.seconds,
         }
-        self.write(line | ({} if self._unit == "tokens" else {"unit": self._unit}))
+        self.write(line | self._units)
         self._send("train", state.step, {k: float(v) for k, v in line.items() if k != "step"})
         speed = {f"{self._unit}/s": line["tokens_per_second"]}
         shown = {"loss": line["loss"], **speed, "lr": line["lr"]}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import OptimConfig, RunConfig
+from pretrain.config.check import check_count
 from pretrain.config.spelling import TRAIN, option, option_name, using
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.launched import launched
@@ -144,6 +145,7 @@ def lr_range_test(
         PretrainError: a setting or the data cannot be used, such as an ``optim.lr`` of 0 beside Muon.
     """
     settings = RunConfig.load(config, sections or None)
+    check_count("steps", steps, None)
     if not 0 < lowest < highest < math.inf or steps < _FEWEST:
         raise ConfigError(
             f"A range test needs 0 < lowest < highest and at least {_FEWEST} steps, and was given "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -74,9 +75,11 @@ def choose_device(name: str = "auto") -> torch.device:
     }
     device = torch.device(next(kind for kind in there if there[kind]) if name == "auto" else name)
     if not there[device.type]:
+        foreign = (device.type == "mps") != (sys.platform == "darwin")  # no build has it here
         raise ConfigError(
             f"{option_name('device')} is {name!r}, but this machine or this build of torch has no {device.type} "
-            f"device. Use {option('device', 'auto')}, or install a torch build for your hardware."
+            f"device. Use {option('device', 'auto')}"
+            + ("." if foreign else ", or install a torch build for your hardware.")
         )
     if device.type == "mps" and launched():
         raise ConfigError(

@@ -6,20 +6,29 @@ import contextlib
 from pathlib import Path
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import opened
+from pretrain.checkpoint.best import RESULT, best_first, opened, run_around, state_of
 from pretrain.checkpoint.download import described, located, pinned
-from pretrain.checkpoint.model_directory import ModelDirectory
+from pretrain.checkpoint.manifest import candidates, read_manifest
+from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.checkpoint.sharded_loading import load_slices, open_on_meta
 from pretrain.distributed.world import current_world
-from pretrain.errors import AdapterFound, PretrainError
+from pretrain.errors import AdapterFound, CheckpointError, PretrainError
 from pretrain.models.base import Model
 from pretrain.models.state import init_missing
 from pretrain.nn.buffers import stored_tensors
-from pretrain.utils.files import muted
+from pretrain.utils.files import muted, note
 from pretrain.utils.hub_names import hub_name
 from pretrain.utils.tensors import hash_tensors
 
-__all__ = ["hash_weights", "open_source", "origin", "outline", "resolve_source"]
+__all__ = [
+    "began_with",
+    "hash_weights",
+    "open_source",
+    "origin",
+    "outline",
+    "parent_step",
+    "resolve_source",
+]
 
 
 def resolve_source(name: str, before: str | None) -> str:
@@ -36,6 +45,61 @@ def resolve_source(name: str, before: str | None) -> str:
     resolved = world.broadcast_result(lambda: pinned(name, before))
     world.main_process_first(lambda: located(resolved), f"fetch {resolved}")
     return resolved
+
+
+def began_with(checkpoint: str, out: Path) -> str:
+    """Return the directory that has the weights which the run in ``out`` began with, for a run that is resumed.
+
+    That is ``checkpoint`` itself, as a rule. If it is a run that has been trained on since, one of its checkpoints may
+    still have them.
+
+    Raises:
+        CheckpointError: none has them, and ``out`` trains an adapter of them. On all ranks.
+    """
+    return current_world().broadcast_result(lambda: _began_with(checkpoint, out))
+
+
+def _began_with(checkpoint: str, out: Path) -> str:
+    newest = next(iter(candidates(out)), None) if out.is_dir() else None
+    run = None if hub_name(checkpoint) is not None else run_around(Path(checkpoint))
+    wanted = None if newest is None else state_of(newest).get("identity", {}).get("base weights")
+    if newest is None or run is None or wanted is None:
+        return checkpoint
+    for place in (Path(checkpoint), *best_first(run)):
+        with contextlib.suppress(CheckpointError, OSError):
+            directory = ModelDirectory(opened(place), verify=True)
+            found = directory.weights_hash(directory.weight_files())
+            if found is None and place == Path(checkpoint):
+                return (
+                    checkpoint  # it has no manifest, so its weights are hashed when they are read
+                )
+            if found == wanted:
+                if place != Path(checkpoint):
+                    note(f"{out} began with the weights of {place}, before {run} was trained on")
+                return str(place)
+    if not (newest / ADAPTER_CONFIG).exists():
+        return (
+            checkpoint  # `check_same` refuses to go on, but the page of the run needs none of them
+        )
+    step = (
+        ModelDirectory(newest, verify=False).model_config().get("pretrain", {}).get("parent_step")
+    )
+    which = f" (step {step})" * isinstance(step, int)
+    raise CheckpointError(
+        f"{out} trains an adapter, and the weights of {checkpoint} that it belongs to{which} are no longer there: "
+        f"{run} was trained on or changed since, and none of its checkpoints has them. Put a copy of that checkpoint "
+        f"back into {run}, or use a new train.out. If a base is to be trained on, copy {run / RESULT} before and "
+        "fine-tune the copy."
+    )
+
+
+def parent_step(checkpoint: str) -> dict[str, int]:
+    """Return the step of what opening ``checkpoint`` opens, as ``parent_step``; nothing if that is not of a run."""
+    with contextlib.suppress(CheckpointError, OSError):
+        if hub_name(checkpoint) is None and run_around(Path(checkpoint)) is not None:
+            step = read_manifest(opened(Path(checkpoint))).step
+            return {} if step is None else {"parent_step": step}
+    return {}
 
 
 def origin(checkpoint: str | None) -> str | None:

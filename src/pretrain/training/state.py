@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.distributed.launched import launched
+from pretrain.errors import Interrupted
 from pretrain.report.history import frame_of, loss_svg, plot_history, sort_records
 from pretrain.report.run_report import write
 from pretrain.utils.curves import Plot
@@ -204,11 +205,29 @@ class StopRequest:
     Attributes:
         name: the signal that this process received; may be set at any moment.
         agreed: the signal that all ranks agreed to stop for; changes in ``agree`` only.
+        interrupt_text: while it is not None a signal raises Interrupted with this text at once, see ``at_once``.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.agreed: str | None = None
+        self.interrupt_text: str | None = None
+
+    @contextlib.contextmanager
+    def at_once(self, interrupt_text: str) -> Iterator[None]:
+        """Let a signal raise Interrupted with the text ``interrupt_text``, as long as there is nothing to save."""
+        self.interrupt_text = interrupt_text
+        try:
+            if self.name is not None:  # it came before
+                raise self.interrupted()
+            yield
+        finally:
+            self.interrupt_text = None
+
+    def interrupted(self) -> Interrupted:
+        """Return the exception that ends the run for the signal that was received."""
+        assert self.name is not None
+        return Interrupted(128 + getattr(signal, self.name), self.interrupt_text or "")
 
     def flags(self) -> list[float]:
         """Return one flag for each of `SIGNALS`, 1.0 for the received one; to be summed over all ranks."""
@@ -231,6 +250,9 @@ def catch_signals() -> Iterator[StopRequest]:
     remaining processes when the first one has ended, and the checkpoint may not be complete by then.
 
     Outside the main thread Python allows no signal handlers, and the request stays empty.
+
+    Raises:
+        Interrupted: inside ``StopRequest.at_once``, for the first signal.
     """
     request, several, received = StopRequest(), launched(), list[tuple[float, int]]()
     if threading.current_thread() is not threading.main_thread():
@@ -246,7 +268,10 @@ def catch_signals() -> Iterator[StopRequest]:
         if again and (number == signal.SIGINT or not several):
             signal.signal(number, before[number])
             signal.raise_signal(number)
-        request.name = request.name or signal.Signals(number).name
+        if request.name is None:
+            request.name = signal.Signals(number).name
+            if request.interrupt_text is not None:
+                raise request.interrupted()
 
     for name in SIGNALS:
         number = getattr(signal, name)

@@ -209,6 +209,10 @@ class Trainer:
             end: called on all ranks when everything is saved, while the watchdog still runs.
             resume: called on rank zero when a checkpoint has been read and found to be one of this run.
             locked: the caller holds the lock of the run directory already.
+
+        Raises:
+            Interrupted: SIGINT, SIGTERM or SIGHUP during the start-up of a single process, which has nothing to save.
+                Later such a signal ends the run as its limit does, with a checkpoint.
         """
         world = self.world
         new_directory = NewRunDirectory(self.out, world.is_rank_zero)
@@ -229,9 +233,11 @@ class Trainer:
                 self.quiet,
                 is_rank_zero=world.is_rank_zero,
                 unit=self.objective.unit_name,
+                loss_unit=self.objective.loss_unit,
             )
             with contextlib.closing(self.journal), self._memory():
-                resumed = self._set_up()
+                with self._stopped_at_once():
+                    resumed = self._set_up()
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
                 if resumed and resume is not None:
                     world.on_rank_zero(resume)
@@ -360,6 +366,15 @@ class Trainer:
                     f"them poorly (from {_ROWS_OF_STATISTICS} on they are trained: train.micro_rows, train.batch_rows)"
                 )
         self.objective.fixed_statistics = self.state.fixed_statistics
+
+    def _stopped_at_once(self) -> contextlib.AbstractContextManager[None]:
+        """Let a signal end the start-up at once; several processes go on to the first step, and stop together."""
+        if self.world.size > 1:
+            return contextlib.nullcontext()
+        return self.stop.at_once(
+            f"No step of {self.out} was made since the start, so there was nothing to save. The same command starts "
+            "again."
+        )
 
     @contextlib.contextmanager
     def _memory(self) -> Iterator[None]:

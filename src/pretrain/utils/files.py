@@ -398,9 +398,13 @@ def check_output(target: Path, endings: Collection[str]) -> None:
     """Check before the work that a file of results can be written, as far as its name tells.
 
     Raises:
-        ConfigError: the file ending is none of ``endings``.
+        ConfigError: the path is empty, or its ending is none of ``endings``.
         DataError: the path is a directory, or lies in a directory that does not exist.
     """
+    if not target.name:  # an empty path, or a directory such as "." or "/"
+        raise ConfigError(
+            f"The output is no name of a file. Name one that ends in {', '.join(endings)}."
+        )
     if target.suffix.lower() not in endings:
         raise ConfigError(f"The output {target} must end in {', '.join(endings)}.")
     if target.is_dir() or not target.parent.is_dir():

@@ -18,7 +18,9 @@ from typing import Any
 from pretrain.errors import CheckpointError
 from pretrain.utils.files import open_regular
 
-__all__ = ["LogFile", "line_digest", "open_log", "read_log"]
+__all__ = ["NATS", "LogFile", "line_digest", "open_log", "read_log"]
+
+NATS = "nats per target"  # unit of the loss of a likelihood
 
 _CHAINED = re.compile(rb'(\{.+), "chain": "([0-9a-f]{12})"\}\n?')
 _LINE = 4 << 20  # bytes; longest line

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import weakref
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class RunLock:
 
     Raises:
         RunLocked: another live process holds the lock; the error has `pid`, `host` and `since`.
-        CheckpointError: the directory cannot be written.
+        CheckpointError: the directory cannot be written, or run.lock in it is no plain file.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -43,6 +44,7 @@ class RunLock:
         if self._descriptor >= 0:
             return self
         path = self.run_dir / NAME
+        _refuse_others(path)
         with files.writing(self.run_dir):
             while self._descriptor < 0:
                 directories.make_directories(self.run_dir)
@@ -111,6 +113,23 @@ def is_held(run_dir: str | Path) -> bool:
     """Whether this process holds the lock of `run_dir`."""
     path = Path(os.path.abspath(run_dir))
     return any(lock.run_dir == path for lock in _held)
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise CheckpointError if something that is no plain file stands in the place of the lock file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # there is none, or opening it says why not
+        return
+    if stat.S_ISREG(mode):
+        return
+    kind = "a directory" if stat.S_ISDIR(mode) else "a special file"
+    if stat.S_ISLNK(mode):
+        kind = f"a symbolic link to {os.readlink(path)}"
+    raise CheckpointError(
+        f"{path} is {kind}, but a run locks its directory by a plain file of that name, which it makes and removes "
+        "itself. pretrain has not made what is there: remove it or move it away, and start again."
+    )
 
 
 def _locked(run_dir: Path, descriptor: int) -> CheckpointError:

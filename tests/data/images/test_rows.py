@@ -451,7 +451,7 @@ def test_rows_of_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(40) % 4)
     assert labelled_images(str(tmp_path / "a.npz"), 0.25).fingerprint != rows.fingerprint
     assert len(open_rows("images", {"train": str(tmp_path / "a.npz")}).valid) == 4
-    with pytest.raises(ConfigError, match=r"data\.source_args do not fit images"):
+    with pytest.raises(ConfigError, match=r"data\.source_args\.trian.*'train'"):
         open_rows("images", {"trian": "x"})
 
 

@@ -10,6 +10,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "BOXES",
     "PLACES",
     "SIZE",
+    "BoxTable",
     "Corners",
     "annotations_of",
     "gathered_boxes",
@@ -60,6 +62,17 @@ PLACES = frozenset((_OBJECTS, *BOXES.known, *(name for names in _SIDES for name 
 _KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # keys in such a mapping
 _FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
 _MOST_BYTES = 1 << 30  # bytes of a file of annotations
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BoxTable(ImageTable):
+    """Rows of a file that lists its classes, those without a box among them.
+
+    Args:
+        categories: their names.
+    """
+
+    categories: tuple[str, ...] = ()
 
 
 def read_boxes(source: Any, *, name: str = "data", **options: Any) -> Table:
@@ -339,7 +352,8 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
         "label": [*labels.values()],
         SIZE.name: [extents[key] for key in files],
     }
-    return _with_images(ImageTable(path.name, columns, origin=str(path)), "image")
+    table = BoxTable(path.name, columns, origin=str(path), categories=tuple(names.values()))
+    return _with_images(table, "image")
 
 
 # ------------------------------------------------------------------------------------------ Pascal VOC

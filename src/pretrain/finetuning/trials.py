@@ -1,0 +1,122 @@
+"""Trials of a job: the scores of short runs that choose its learning rate or compare it, kept in the run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.checkpoint.best import write_choice
+from pretrain.distributed.world import current_world
+from pretrain.errors import CheckpointCorrupt, CheckpointError, Interrupted
+from pretrain.training.run import resumable, run_key
+from pretrain.utils.files import note, read_bytes
+from pretrain.utils.strict_json import unsealed, without_nan
+
+if TYPE_CHECKING:
+    from pretrain.finetuning.job import Job
+
+__all__ = ["ScoreFile", "trials_key"]
+
+
+class ScoreFile:
+    """File of the scores of trials in a run directory, from which an interrupted sweep or comparison continues.
+
+    The file holds a digest of itself, the key of what is tried, the scores of every finished trial and, in the end,
+    the comparison, from which a later report is made. A damaged file is reported and not used; one with another key
+    is replaced by the next trials. All ranks call the methods, and rank zero reads and writes.
+
+    Args:
+        path: the file, ``trials.json`` or ``comparison.json``.
+        scores: how many scores each trial has.
+
+    Attributes:
+        body: content of the file: ``key``, ``trials``, and ``comparison`` with ``lr`` (and ``muon_lr``) once all trials
+            of one are finished; empty if there is none.
+    """
+
+    def __init__(self, path: Path, scores: int = 2) -> None:
+        self.path, self._scores = path, scores
+        self.body: dict[str, Any] = current_world().broadcast_result(self._read)
+
+    def _read(self) -> dict[str, Any]:
+        if not os.path.lexists(self.path):
+            return {}
+        try:
+            body = unsealed(read_bytes(self.path), self.path)
+            trials = body.get("trials")
+            if not isinstance(trials, dict) or not all(map(self._is_trial, trials.values())):
+                raise CheckpointCorrupt(self.path, "the scores of trials", repr(trials)[:60])
+        except CheckpointError as error:
+            note(f"{error} This file holds the scores of trials; they are not used.")
+            return {}
+        return body
+
+    def begin(self, key: str) -> None:
+        """Drop the scores of trials with another key."""
+        if self.body.get("key") != key:
+            self.body = {"key": key, "trials": {}}
+
+    def trial(self, name: str, train: Callable[[], list[float]]) -> tuple[list[float], float]:
+        """Return the scores of a trial and its seconds; ``train`` is called if the file has none."""
+        found = self.body["trials"].get(name)
+        if found is None:
+            began = time.monotonic()
+            scores = train()
+            found = self.body["trials"][name] = [*scores, time.monotonic() - began]
+            self._write()
+        *scores, seconds = (math.nan if value is None else float(value) for value in found)
+        return scores, seconds
+
+    def end(self, comparison: dict[str, Any], rates: Mapping[str, float]) -> None:
+        """Keep the finished comparison and the learning rates that it chose for the run."""
+        self.body |= {"comparison": comparison, **rates}
+        self._write()
+
+    def _write(self) -> None:
+        current_world().on_rank_zero(lambda: write_choice(self.path, without_nan(self.body)))
+
+    def _is_trial(self, value: object) -> bool:
+        """Whether a value is the scores of a trial, of which None is no number, and the seconds."""
+        return (
+            isinstance(value, list)
+            and len(value) == self._scores + 1
+            and all(one is None or isinstance(one, int | float) for one in value)
+        )
+
+    @contextlib.contextmanager
+    def interrupts_explained(self) -> Iterator[None]:
+        """Say in an interruption inside the block what is kept.
+
+        Raises:
+            Interrupted: in the place of every KeyboardInterrupt.
+        """
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            code = error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
+            text, done = "No trial was finished, so nothing is kept.", len(self.body["trials"])
+            if done:
+                text = f"{self.path} keeps the scores of finished trials ({done:,}); the same command goes on."
+            raise Interrupted(code, text) from error
+
+
+def trials_key(job: Job) -> str:
+    """Hash of what all trials have in common: rows, weights, and settings that change a result."""
+    if job.weights is None:
+        job.build(seed=0)
+    # The weights and the fingerprint stand for the places of the model and of the rows.
+    own = {"model.checkpoint", "data.train", "data.valid", "data.test", "optim.lrs"}
+    own |= resumable(job.settings)
+    settings = {
+        f"{section}.{name}": value
+        for section, values in job.settings.to_dict().items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in own and value is not None
+    }
+    return run_key({**settings, "weights": job.weights}, job.data.fingerprint)
