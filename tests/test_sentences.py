@@ -234,7 +234,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         Embedding(model)
     close(model.embed(TEXTS, pooling="mean"), reference(folder, TEXTS, "mean"))
     capsys.readouterr()
-    monkeypatch.setattr(files_module, "_TOLD", set())
+    monkeypatch.setattr(files_module, "_PRINTED", set())
     model.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "modules.json").exists()
     said = capsys.readouterr().err

@@ -205,10 +205,10 @@ def detection_precision(
     scores: list[list[Floats]] = [[] for _ in range(num_classes)]
     hits: list[list[NDArray[np.bool_]]] = [[] for _ in range(num_classes)]
     for truth, found in images:
-        true, said = np.asarray(truth).reshape(-1, 5), np.asarray(found).reshape(-1, 6)
-        for k in np.union1d(true[:, 4], said[:, 5]).astype(int):
+        true, guessed = np.asarray(truth).reshape(-1, 5), np.asarray(found).reshape(-1, 6)
+        for k in np.union1d(true[:, 4], guessed[:, 5]).astype(int):
             own = true[true[:, 4] == k, :4]
-            boxes = said[said[:, 5] == k]
+            boxes = guessed[guessed[:, 5] == k]
             boxes = boxes[np.argsort(-boxes[:, 4], kind="stable")]
             sums[k] += len(own)
             scores[k].append(boxes[:, 4])
@@ -451,8 +451,8 @@ def entity_counts(
             raise DataError(
                 f"Sequence {row} has {len(truth)} true tags but {len(guess)} predicted."
             )
-        right, said = set(entities(truth)), set(entities(guess))
-        for which, group in enumerate((right & said, said - right, right - said)):
+        right, guessed = set(entities(truth)), set(entities(guess))
+        for which, group in enumerate((right & guessed, guessed - right, right - guessed)):
             for kind, _, _ in group:
                 found.setdefault(kind, [0, 0, 0])[which] += 1
     return {kind: (n[0], n[1], n[2]) for kind, n in sorted(found.items())}
@@ -498,15 +498,15 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
     Where one side is empty the score is 1.0 if both are and 0.0 otherwise, as SQuAD 2.0 scores questions that cannot
     be answered.
     """
-    said = normalize_answer(prediction).split()
+    guessed = normalize_answer(prediction).split()
     best = 0.0
     for answer in _gold(answers):
         gold = answer.split()
-        if not said or not gold:
-            best = max(best, float(said == gold))
+        if not guessed or not gold:
+            best = max(best, float(guessed == gold))
             continue
-        shared = (Counter(said) & Counter(gold)).total()
-        best = max(best, 2.0 * shared / (len(said) + len(gold)))
+        shared = (Counter(guessed) & Counter(gold)).total()
+        best = max(best, 2.0 * shared / (len(guessed) + len(gold)))
     return best
 
 

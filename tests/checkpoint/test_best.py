@@ -21,7 +21,7 @@ from pretrain.checkpoint.best import (
     SWEEP,
     best_first,
     rates_of_run,
-    with_training,
+    training_checkpoint,
     write_choice,
 )
 from pretrain.checkpoint.result import write_result
@@ -100,11 +100,11 @@ def test_training_of_a_result_that_loading_skips_and_of_another_directory_called
 ) -> None:
     write_result(run, run / "checkpoint-5")
     (run / "model" / "manifest.json").write_bytes(b"{")
-    assert with_training(run) == run / "checkpoint-5"
+    assert training_checkpoint(run) == run / "checkpoint-5"
     plain = tmp_path / "plain" / "model"
     load(run / "checkpoint-5", quiet=True).save(plain)
     (plain / "manifest.json").unlink(missing_ok=True)
-    assert with_training(plain) == plain
+    assert training_checkpoint(plain) == plain
 
 
 def test_opening_a_run_opens_its_result(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_opening_a_run_opens_its_result(run: Path, capfd: pytest.CaptureFixture[
     (run / BEST).unlink()  # which pre-training does not write
     write_result(run, run / "checkpoint-5")
     assert load(run, quiet=True).source == str(run / "model")
-    assert with_training(run) == run / "checkpoint-5"
+    assert training_checkpoint(run) == run / "checkpoint-5"
     assert read_training(run, quiet=True).state["step"] == 9
     found = inspect(run)
     assert (found["checkpoint"], found["step"], found["resumable"]) == ("model", 5, True)

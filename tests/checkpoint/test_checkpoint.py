@@ -342,7 +342,7 @@ def test_saving_makes_one_tensor_at_a_time(family, tmp_path, monkeypatch):
     expected = model.disk_state()
     largest = max(tensor.nbytes for tensor in expected.values())
     shared = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    copies, made, peak, original = [], [], [0], pretrain.models.state.pack
+    copies, made, peak, original = [], [], [0], pretrain.models.state.to_disk
 
     def watched(entry, parameters, device="cpu"):
         tensor = original(entry, parameters, device)
@@ -353,7 +353,7 @@ def test_saving_makes_one_tensor_at_a_time(family, tmp_path, monkeypatch):
             peak[0] = max(peak[0], sum(t.nbytes for ref in copies if (t := ref()) is not None))
         return tensor
 
-    monkeypatch.setattr(pretrain.models.state, "pack", watched)
+    monkeypatch.setattr(pretrain.models.state, "to_disk", watched)
     for limit in (10**9, largest):
         made.clear()
         path = save_model(model, tmp_path / str(limit), max_shard_bytes=limit)

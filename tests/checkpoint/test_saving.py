@@ -170,7 +170,7 @@ def test_staging_copies_every_kind_of_tensor():
         torch.randn(4, requires_grad=True),
     ]
     for _ in range(2):
-        for copy, tensor in zip(staging.rooms(tensors, pin=False), tensors, strict=True):
+        for copy, tensor in zip(staging.allocate(tensors, pin=False), tensors, strict=True):
             with torch.no_grad():
                 copy.copy_(tensor)
             assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype

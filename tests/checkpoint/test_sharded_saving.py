@@ -34,15 +34,15 @@ from pretrain.checkpoint import (
     save_model,
     verify,
 )
-from pretrain.checkpoint.draft import Draft, FilePlan, Group, draft_of, spread
-from pretrain.checkpoint.peers import ALONE, Pieces
+from pretrain.checkpoint.draft import Draft, FilePlan, TensorGroup, draft_of, split_evenly
+from pretrain.checkpoint.peers import SINGLE_PROCESS, TensorSharding
 from pretrain.checkpoint.saving import gathered
 from pretrain.checkpoint.sharded_loading import (
     StoredTensors,
-    hash_together,
-    latest_together,
+    hash_by_ranks,
+    latest_on_all_ranks,
     load_slices,
-    open_empty,
+    open_on_meta,
     read_training_slices,
 )
 from pretrain.data.tokenizer import train_from_texts
@@ -223,7 +223,7 @@ def test_any_mesh_reads_what_any_mesh_wrote(family, writer, reader, tmp_path, mo
             for p in part.parameters():
                 p.fill_(float("nan"))
         mine = at(layout, peers.rank)
-        assert latest_together(tmp_path, peers) == path
+        assert latest_on_all_ranks(tmp_path, peers) == path
         report = load_slices(part, path, mine, peers)
         return part, report, read_training_slices(path, mine, peers, quiet=True)
 
@@ -272,7 +272,7 @@ def filled(path, mesh, head=None):
     reference = load(path, quiet=True, head=head)
 
     def work(peers):
-        model, directory = open_empty(path, peers, head=head)
+        model, directory = open_on_meta(path, peers, head=head)
         assert all(p.is_meta for p in model.parameters())
         layout = at(layout_of(model, *mesh), peers.rank)
         model.to_empty(device="cpu")
@@ -392,12 +392,12 @@ def test_every_cut_is_put_together_again(tmp_path_factory, case):
             strict=False,
         )
     } | {"loose/other": torch.arange(5), "step/p0": torch.tensor(3.0)}
-    groups = spread({key: full[key] for key in sorted(full)}, min(count, layout.world))
+    groups = split_evenly({key: full[key] for key in sorted(full)}, min(count, layout.world))
 
     def work(peers):
-        pieces = Pieces(at(layout, peers.rank), peers)
+        sharding = TensorSharding(at(layout, peers.rank), peers)
         parts = cut_tensors(full, layout, peers.rank)
-        meta = pieces.full(parts)
+        meta = sharding.full(parts)
         plans = [
             FilePlan(
                 f"{i}.safetensors",
@@ -409,8 +409,8 @@ def test_every_cut_is_put_together_again(tmp_path_factory, case):
             )
             for i, group in enumerate(groups)
         ]
-        group = Group("optimizer", tuple(plans), parts, meta)
-        draft = gathered(Draft(1, {}, (group,), None, None, {}, pieces), peers)
+        group = TensorGroup("optimizer", tuple(plans), parts, meta)
+        draft = gathered(Draft(1, {}, (group,), None, None, {}, sharding), peers)
         for plan in plans:
             if plan.owner == peers.rank:
                 wholes = {key: draft.groups[0].parts[key] for key in plan.layout}
@@ -429,7 +429,7 @@ def test_every_cut_is_put_together_again(tmp_path_factory, case):
                 region = layout.region(name, rank)
                 key = f"exp_avg/{name}"
                 assert stored.info(key).shape == shape
-                assert torch.equal(stored.box(key, region), full[key][region.slices()])
+                assert torch.equal(stored.read_region(key, region), full[key][region.slices()])
 
 
 @given(st.data())
@@ -448,13 +448,13 @@ def test_any_box_is_read_right(tmp_path_factory, data):
             region = ShardSlice(start, size)
             name = data.draw(st.sampled_from("ab"))
             expected = (tensor + (name == "b"))[region.slices()]
-            assert torch.equal(stored.box(name, region), expected)
+            assert torch.equal(stored.read_region(name, region), expected)
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 9))
 def test_tensors_are_divided_evenly_and_in_their_order(sizes, count):
     layout = {f"t{i:03d}": torch.empty(n, device="meta") for i, n in enumerate(sizes)}
-    groups = spread(layout, count)
+    groups = split_evenly(layout, count)
     assert [name for group in groups for name in group] == list(layout)
     assert 1 <= len(groups) <= count
     assert all(groups) or not sizes
@@ -528,11 +528,11 @@ def test_a_flipped_bit_is_an_error_on_all(name, tmp_path, capfd):
     assert {result.file for result in results} == {str(path / name)}
     assert len({str(result) for result in results}) == 1
     assert "(process " in str(results[0])
-    found = on_all(3, lambda peers: latest_together(tmp_path, peers))
+    found = on_all(3, lambda peers: latest_on_all_ranks(tmp_path, peers))
     assert found == [tmp_path / "checkpoint-1"] * 3
     assert capfd.readouterr().err.count("checkpoint-2 is broken or incomplete and is skipped") == 1
     if not name.startswith("training"):
-        empty, directory = on_all(3, lambda peers: open_empty(tmp_path, peers))[0]
+        empty, directory = on_all(3, lambda peers: open_on_meta(tmp_path, peers))[0]
         assert directory == tmp_path / "checkpoint-1" and empty.source.endswith("checkpoint-1")
 
 
@@ -548,7 +548,7 @@ def test_every_file_is_hashed_once(tmp_path, monkeypatch):
     from pretrain.checkpoint.manifest import read_manifest
 
     records = read_manifest(path).files
-    on_all(3, lambda peers: hash_together(path, records, peers))
+    on_all(3, lambda peers: hash_by_ranks(path, records, peers))
     assert sorted(hashed) == sorted(Path(name).name for name in records)
 
 
@@ -557,7 +557,7 @@ def test_a_file_that_changes_between_hashing_and_reading(tmp_path, monkeypatch):
     path = save_whole(tmp_path, model)
     import pretrain.checkpoint.sharded_loading as partial
 
-    original = partial.hash_together
+    original = partial.hash_by_ranks
 
     def then_changed(*arguments):
         original(*arguments)
@@ -565,9 +565,9 @@ def test_a_file_that_changes_between_hashing_and_reading(tmp_path, monkeypatch):
         other.write_bytes((path / "model.safetensors").read_bytes())
         os.replace(other, path / "model.safetensors")
 
-    monkeypatch.setattr(partial, "hash_together", then_changed)
+    monkeypatch.setattr(partial, "hash_by_ranks", then_changed)
     with pytest.raises(CheckpointCorrupt, match="another process changed"):
-        load_slices(tiny(), path, None, ALONE)
+        load_slices(tiny(), path, None, SINGLE_PROCESS)
 
 
 def test_a_missing_shard_of_the_training_state(tmp_path, monkeypatch):

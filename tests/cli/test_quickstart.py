@@ -207,7 +207,7 @@ def test_steps_of_fine_tuning_follow_the_pace_and_stay_in_bounds(pace, steps, mo
         "_FEWEST_STEPS": 8, "_MOST_STEPS": 80, "_RESERVE_SECONDS": 20.0,
     }.items():  # fmt: skip
         monkeypatch.setattr(story, name, value)
-    part = story._Story("runs/x", 5.0, 0, lambda line: None)
+    part = story._Quickstart("runs/x", 5.0, 0, lambda line: None)
     # Of 300 s, 20 are kept back; 100 s of what is left were spent before this phase.
     part.began -= 160.0
     run = SimpleNamespace(history=[{"tokens": int(pace * 10), "seconds": 10.0}])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pretrain.cli import main as cli
 from pretrain.config import RunConfig, strict_yaml
-from pretrain.config.aliases import NAMES, VALUES, Advice, Name, find
+from pretrain.config.aliases import NAMES, VALUES, Advice, SettingAlias, find
 from pretrain.config.check import settings_in, type_of
 from pretrain.errors import ConfigError
 from pretrain.finetuning.settings import TuneConfig, from_keywords
@@ -33,7 +33,7 @@ def error(kind: Any, *args: Any) -> str:
 
 
 @pytest.mark.parametrize("entry", NAMES, ids=lambda entry: entry.names[0])
-def test_every_entry_names_settings_of_a_command(entry: Name) -> None:
+def test_every_entry_names_settings_of_a_command(entry: SettingAlias) -> None:
     fitting = [command for command, fields in SETTINGS.items() if entry.fits(fields)]
     assert fitting
     for setting in entry.settings:

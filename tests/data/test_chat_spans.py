@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import tiny
 from pretrain.data.chat import ChatTemplate, encode_rendered
-from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread_keys
+from pretrain.data.chat_spans import SpansNotFound, assistant_spans, readable, unread_keys
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import DataError
 
@@ -523,7 +523,7 @@ def test_private_characters_of_a_conversation_stay() -> None:
 )  # fmt: skip
 def test_answers_that_cannot_be_placed_are_refused_by_name(source: str, reason: str) -> None:
     messages = [ask("hello"), answer("hello to you"), ask("hello"), answer("hello to you")]
-    with pytest.raises(Unplaced, match=f"(?i)row 7: .*({reason}).*chat_template="):
+    with pytest.raises(SpansNotFound, match=f"(?i)row 7: .*({reason}).*chat_template="):
         assistant_spans(template(source), messages, "row 7")
     refusing = "{{ raise_exception('only haiku') }}"
     with pytest.raises(DataError, match="row 7: the chat template fails.*only haiku"):

@@ -89,14 +89,14 @@ def test_prepared_data_are_not_said_to_differ_from_their_own_tokenizer(
     hub: FakeHub, commit: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from pretrain.config import RunConfig
-    from pretrain.training.run import open_data, settle_tokenizer
+    from pretrain.training.run import open_data, resolve_tokenizer
 
     data = pretrain.prepare(
         str(tmp_path / "text.txt"), tmp_path / "data", tokenizer="org/words", row_length=16
     )
     settings = RunConfig.load({"data.train": str(data.path), "data.tokenizer": "org/words"})
     capfd.readouterr()
-    settings.data.tokenizer = settle_tokenizer(settings)
+    settings.data.tokenizer = resolve_tokenizer(settings)
     open_data(settings)
     assert "was prepared with" not in capfd.readouterr().err
     newer = changed(hub, tmp_path)

@@ -18,7 +18,11 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from pretrain.checkpoint import Saver, TrainingState, save_checkpoint, saving
-from pretrain.checkpoint.sharded_loading import latest_together, load_slices, read_training_slices
+from pretrain.checkpoint.sharded_loading import (
+    latest_on_all_ranks,
+    load_slices,
+    read_training_slices,
+)
 from pretrain.distributed.world import World
 from pretrain.models import build
 from pretrain.models.base import Model
@@ -93,7 +97,7 @@ def same(world: World, folder: Path) -> None:
                     step(model, optimizer, number + 2)
     peers = world.peers()
     other, layout, _ = sharded(world, seed=2)
-    path = latest_together(folder / "one", peers)
+    path = latest_on_all_ranks(folder / "one", peers)
     assert path is not None
     load_slices(other, path, layout, peers)
     for name, parameter in other.named_parameters():
@@ -155,7 +159,7 @@ def watched(world: World, folder: Path, how: str) -> None:
     about = {"settings": {}, "data": {}, "model": {}}
     run = folder / "run"
     with (
-        world.entered(torch.device("cpu"), run, LIMIT, lambda: about),
+        world.connected(torch.device("cpu"), run, LIMIT, lambda: about),
         Saver(run, background=True, peers=world.peers()) as saver,
     ):
         shard = 20_000 if how == "stuck" else 1 << 30  # so that process 1 has a file of its own

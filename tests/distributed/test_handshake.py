@@ -16,16 +16,16 @@ from torch import Tensor
 
 from pretrain.distributed import store as board
 from pretrain.distributed.handshake import (
-    bounded,
     check_links,
     differences,
     fingerprint,
+    first_mismatch,
     handshake,
     introduce,
-    misfit,
     ranks,
+    with_time_limit,
 )
-from pretrain.distributed.store import all_here
+from pretrain.distributed.store import wait_for_all_ranks
 from pretrain.errors import DistributedError
 
 
@@ -158,19 +158,19 @@ def test_two_ranks_on_one_gpu_are_refused() -> None:
         hello(1, device=gpu),
         hello(2, device=gpu),
     ]
-    text = misfit(everybody, "runs/x")
+    text = first_mismatch(everybody, "runs/x")
     assert text.startswith("Ranks 1-2 on host node-0 share one GPU, cuda:0 (H200)")
     assert "--nproc-per-node" in text
     own = [hello(rank, device=gpu | {"uuid": f"GPU-{rank}"}) for rank in range(3)]
-    assert misfit(own, "runs/x") == ""
+    assert first_mismatch(own, "runs/x") == ""
     for one in own:
         one["device"]["uuid"] = ""  # an older torch: host and index must do
-    assert misfit(own, "runs/x").startswith("Ranks 0-1 on host node-0")
+    assert first_mismatch(own, "runs/x").startswith("Ranks 0-1 on host node-0")
 
 
 def test_what_may_differ_is_a_note() -> None:
     everybody = [hello(rank, threads=4 if rank == 3 else 8) for rank in range(5)]
-    assert misfit(everybody, "") == ""
+    assert first_mismatch(everybody, "") == ""
     notes = differences(everybody)
     assert len(notes) == 1 and "8 on rank 0-2, 4; 4 on rank 3" in notes[0]
     assert ranks([5, 1, 2, 3, 9]) == "1-3, 5, 9" and ranks([]) == ""
@@ -232,7 +232,7 @@ def test_a_host_that_only_finds_itself_is_told_why(monkeypatch: pytest.MonkeyPat
     for here, told in (("2", True), ("4", False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
         with pytest.raises(DistributedError, match="connect timed out") as caught:
-            bounded(fails, "The connection", torch.device("cpu"), 5)
+            with_time_limit(fails, "The connection", torch.device("cpu"), 5)
         assert ("node7, to 127.0.1.1" in str(caught.value)) == told
 
 
@@ -241,12 +241,14 @@ def test_who_prepares_for_long_is_waited_for_and_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(board, "_PATIENT", 0.2)
 
     def first() -> None:
-        all_here(store, 0, 3, say=said.append)
+        wait_for_all_ranks(store, 0, 3, say=said.append)
         done.set()
 
     threading.Thread(target=first, daemon=True).start()
-    threading.Thread(target=all_here, args=(store, 2, 3, said.append), daemon=True).start()
+    threading.Thread(
+        target=wait_for_all_ranks, args=(store, 2, 3, said.append), daemon=True
+    ).start()
     time.sleep(0.7)
     assert not done.is_set() and said and all("rank 1," in line for line in said[1:]), said
-    all_here(store, 1, 3, say=said.append)
+    wait_for_all_ranks(store, 1, 3, say=said.append)
     assert done.wait(5)

@@ -73,7 +73,7 @@ def test_what_is_no_agreed_stop(
     tmp_path: Path, codes: dict[int, int], logs: tuple[str, ...], broke: bool
 ) -> None:
     group = ended(tmp_path, codes, *logs)
-    assert group.broke() is broke
+    assert group.failed_to_stop() is broke
     if codes.get(1) == 3:
         text = str(group.failure())
         assert "Process 1 of 2 failed with exit code 3" in text and "its last words" in text

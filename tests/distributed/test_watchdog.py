@@ -266,7 +266,7 @@ def test_a_failed_collective_is_no_first_failure_while_a_process_is_missing() ->
         beat = {"rank": rank, "host": "a", "pid": 1, "phase": "backward", "step": 2, "signs": 1}
         found = None if error is None else {"rank": rank, "what": error}
         beat |= {"time": sent, "done": False, "tentative": error is not None, "error": found}
-        return Member().take(json.dumps(beat).encode(), sent)
+        return Member().update(json.dumps(beat).encode(), sent)
 
     watchdog = Watchdog(None, 0, 1)
     watchdog._interval = 1.0

@@ -31,8 +31,8 @@ import pretrain
 from faults import products
 from pretrain.checkpoint import load, read_training
 from pretrain.checkpoint.best import rates_of_run
-from pretrain.checkpoint.peers import ALONE
-from pretrain.checkpoint.sharded_loading import latest_together
+from pretrain.checkpoint.peers import SINGLE_PROCESS
+from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.config import RunConfig, check
 from pretrain.data.shards import Prepared
 from pretrain.errors import PretrainError
@@ -107,7 +107,7 @@ def of_run(run: Path, settings: Any) -> str:
     """
     check._named.clear()
     check_same_run(settings, run)
-    newest = latest_together(run, ALONE)
+    newest = latest_on_all_ranks(run, SINGLE_PROCESS)
     assert newest is not None
     history = read_history(run)
     kinds = [history.train, history.evals, history.events]

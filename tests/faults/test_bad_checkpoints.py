@@ -27,9 +27,9 @@ from pretrain.checkpoint import (
     save_model,
     verify,
 )
-from pretrain.checkpoint.manifest import BYSTANDERS
-from pretrain.checkpoint.peers import ALONE
-from pretrain.checkpoint.sharded_loading import latest_together
+from pretrain.checkpoint.manifest import INESSENTIAL
+from pretrain.checkpoint.peers import SINGLE_PROCESS
+from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, PretrainError
 from pretrain.models import build
@@ -122,8 +122,8 @@ def test_damage_is_named_and_the_one_before_is_used(run, name, damage, capfd):
     assert caught.value.file.startswith(str(newest / name))
     assert caught.value.expected
     assert caught.value.found
-    if name in BYSTANDERS:
-        assert latest_together(run, ALONE) == newest
+    if name in INESSENTIAL:
+        assert latest_on_all_ranks(run, SINGLE_PROCESS) == newest
         assert latest(run) == newest
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 2 and said[0] == said[1] and name in said[0]
@@ -182,19 +182,19 @@ def test_a_run_none_of_whose_checkpoints_is_whole_stops(run, capfd):
     with pytest.raises(
         CheckpointError, match=r"holds 2 checkpoints, but none is complete.*move the dir"
     ):
-        latest_together(run, ALONE)
-    assert latest_together(run.parent / "another", ALONE) is None
+        latest_on_all_ranks(run, SINGLE_PROCESS)
+    assert latest_on_all_ranks(run.parent / "another", SINGLE_PROCESS) is None
 
 
 def test_a_checkpoint_without_its_training_folder_is_no_place_to_resume_from(run, capfd):
     shutil.rmtree(run / "checkpoint-2" / "training")
-    assert latest_together(run, ALONE) == run / "checkpoint-1"
+    assert latest_on_all_ranks(run, SINGLE_PROCESS) == run / "checkpoint-1"
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("checkpoint-2 is broken or incomplete")
     assert latest(run) == run / "checkpoint-2"  # its weights are whole
     shutil.rmtree(run / "checkpoint-1" / "training")
     with pytest.raises(CheckpointError, match=r"holds 2 checkpoints.*has no training/ folder"):
-        latest_together(run, ALONE)
+        latest_on_all_ranks(run, SINGLE_PROCESS)
 
 
 def test_no_flipped_bit_goes_unnoticed(run):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import pretrain
 from finetuning.conftest import ANIMALS, QUICK, model_of, rows_of
 from pretrain import finetune
-from pretrain.finetuning.remarks import beyond_chance, overfitted, remarks, still_improving
+from pretrain.finetuning.remarks import held_out_unlike_test, overfitted, remarks, still_improving
 from pretrain.report.history import History, sort_records
 
 
@@ -139,7 +139,7 @@ def test_remarks_go_by_the_figures_of_the_end(checkpoint: str, tmp_path: Path) -
     assert result.remarks == remarks(result)
     # Whatever the model answers, it is right on one kind of rows at the expense of the other.
     share = [result.metrics["accuracy"], (result.test_metrics or {})["accuracy"]]
-    line = beyond_chance(result.metrics, result.test_metrics or {}, result.counts)
+    line = held_out_unlike_test(result.metrics, result.test_metrics or {}, result.counts)
     assert (line is not None) == (abs(share[0] - share[1]) > 0.34)
     assert line is None or line in repr(result)
 
@@ -162,7 +162,7 @@ def test_remarks_go_by_the_figures_of_the_end(checkpoint: str, tmp_path: Path) -
 def test_held_out_and_test_rows_of_different_kinds(
     name: str, valid: float, test: float, rows: tuple[int, int], said: bool
 ) -> None:
-    line = beyond_chance({name: valid}, {name: test}, {"valid": rows[0], "test": rows[1]})
+    line = held_out_unlike_test({name: valid}, {name: test}, {"valid": rows[0], "test": rows[1]})
     assert (line is not None) == said
     assert line is None or "group" in line
 
@@ -174,7 +174,7 @@ def test_chance_is_that_of_two_proportions(seed: int, p: float, first: int, seco
 
     rng = np.random.default_rng(seed)
     a, b = rng.binomial(first, p), rng.binomial(second, p)
-    line = beyond_chance(
+    line = held_out_unlike_test(
         {"accuracy": a / first}, {"accuracy": b / second}, {"valid": first, "test": second}
     )
     common = (a + b) / (first + second)

@@ -443,9 +443,9 @@ def test_a_run_goes_on_with_the_rate_and_length_it_began_with(
     assert again.run.step == 100, "a finished run was gone on with"
     job = running.Job.open(checkpoint, again.settings, {"train": rows, "valid": 0.25}, quiet=True)
     task = job.build(seed=0)
-    assert job.settle(task, 12, tmp_path / "new") == (peak / 10, "120 steps")
+    assert job.choose_lr_and_limit(task, 12, tmp_path / "new") == (peak / 10, "120 steps")
     monkeypatch.setattr(running, "rates_of_run", lambda out: {})  # as in states of an older version
-    lr, limit = job.settle(task, 12, Path(again.path))
+    lr, limit = job.choose_lr_and_limit(task, 12, Path(again.path))
     assert limit == "100 steps" and lr == pytest.approx(3e-5 * 48**1.5, rel=0.05)
 
 

@@ -248,7 +248,7 @@ def test_notebook_view_escapes_what_comes_from_data():
         assert full().verdict(count).replace("'", "&#x27;") in full()._repr_html_()
 
 
-# Kept
+# ScoreFile
 
 
 def test_json_brings_everything_back():

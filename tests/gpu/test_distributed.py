@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
-from pretrain.distributed.world import World, world_left_behind
+from pretrain.distributed.world import World, reset_world
 from pretrain.nn.attention import AttentionMask, attend
 from pretrain.training.trainer import Trainer
 from tiny import Rows, objective
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def _losses(out: Path, **parallel: Any) -> list[float]:
-    with world_left_behind():
+    with reset_world():
         trainer = Trainer(
             objective(),
             Rows(40),

@@ -27,7 +27,7 @@ def test_the_copies_are_pinned_and_right() -> None:
     staging = Staging()
     tensors = [torch.randn(300, 7, device="cuda"), torch.tensor(3.0, device="cuda"), torch.ones(5)]
     for _ in range(2):
-        for copy, tensor in zip(staging.rooms(tensors, pin=True), tensors, strict=True):
+        for copy, tensor in zip(staging.allocate(tensors, pin=True), tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
             torch.cuda.synchronize()
             assert copy.device.type == "cpu" and torch.equal(copy, tensor.cpu())

@@ -179,9 +179,11 @@ def test_the_seed_decides_and_the_global_generator_is_untouched() -> None:
 
 
 def test_chance_is_off_unless_something_asks_for_it() -> None:
-    assert Sampler().heat == 0.0 and Sampler(repetition_penalty=1.2).heat == 0.0
-    assert Sampler(seed=0).heat == Sampler(top_k=5).heat == Sampler(top_p=0.9).heat == 1.0
-    assert Sampler(temperature=0.0, seed=0).heat == 0.0 and Sampler(temperature=0.4).heat == 0.4
+    for options in ({}, {"repetition_penalty": 1.2}, {"temperature": 0.0, "seed": 0}):
+        assert Sampler(**options).effective_temperature == 0.0, options
+    for options in ({"seed": 0}, {"top_k": 5}, {"top_p": 0.9}):
+        assert Sampler(**options).effective_temperature == 1.0, options
+    assert Sampler(temperature=0.4).effective_temperature == 0.4
 
 
 @pytest.mark.parametrize(

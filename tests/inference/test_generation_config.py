@@ -159,7 +159,7 @@ def test_an_argument_goes_before_the_file_and_the_file_before_the_default() -> N
         model.generation_config = stored
         return Settings.read(model, given)
 
-    assert read({}).new_tokens == DEFAULT_NEW_TOKENS and read({}).sampler.heat == 0
+    assert read({}).new_tokens == DEFAULT_NEW_TOKENS and read({}).sampler.effective_temperature == 0
     stored = {"max_new_tokens": 7, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     stored |= {"suppress_tokens": [3], "stop_strings": ["x"]}
     found = read(stored)
@@ -199,7 +199,11 @@ def test_a_file_that_asks_for_chance_is_obeyed_unless_the_caller_says_otherwise(
     def sampler(stored: dict[str, Any], **given: Any) -> tuple[Any, ...]:
         model.generation_config = stored
         found = Settings.read(model, given).sampler
-        return (found.heat, found.top_k, found.top_p, found.min_p) if found.heat else ()
+        return (
+            (found.effective_temperature, found.top_k, found.top_p, found.min_p)
+            if found.effective_temperature
+            else ()
+        )
 
     file = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
     assert sampler(file) == (0.6, 20, 0.9, None)
@@ -234,7 +238,7 @@ def test_what_is_not_implemented_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(files, "_TOLD", set())
+    monkeypatch.setattr(files, "_PRINTED", set())
     model = build("gpt2", "tiny", vocab_size=VOCAB, max_positions=64)
     model.generation_config = stored | {"max_new_tokens": 1}
     for _ in range(2):

@@ -13,7 +13,7 @@ import transformers
 import tiny
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import ConfigError, ModelError
-from pretrain.inference.likelihood import open_rows, score_continuations
+from pretrain.inference.likelihood import rows_without_end, score_continuations
 from pretrain.models import build
 from pretrain.models.base import Model
 
@@ -109,7 +109,7 @@ def test_the_last_token_is_not_read():
 
 
 def test_frames_are_left_open():
-    assert open_rows(tiny.tokenizer(), ["the cat", ""]) == [
+    assert rows_without_end(tiny.tokenizer(), ["the cat", ""]) == [
         [tiny.tokenizer().bos_id, *tiny.tokenizer().encode("the cat")], []
     ]  # fmt: skip
 

@@ -344,7 +344,7 @@ def test_words_are_read_with_the_blanks_that_another_library_gives_them(
     firsts = [encoded.word_ids().index(word) for word in range(len(words))]
     wanted = pytest.approx(chances[firsts].amax(-1).tolist(), abs=1e-5)
     given = {"tokens": words} if listed else {"tokens": " ".join(words)}
-    monkeypatch.setattr(files, "_TOLD", set())
+    monkeypatch.setattr(files, "_PRINTED", set())
     assert ours.predict(given)["scores"] == wanted
     assert ours.tokenizer is before
     assert ("are read without the blanks" in capsys.readouterr().err) == (listed and not recorded)

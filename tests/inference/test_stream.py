@@ -78,7 +78,7 @@ def says(monkeypatch: pytest.MonkeyPatch, script: list[int], width: int) -> None
 @pytest.mark.parametrize("kind", ["bytes", "characters", "pieces", "words", "cleaned", "unknown"])
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_what_is_settled_stays(kind: str, data: st.DataObject) -> None:
+def test_stable_text_stays(kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizers()[kind]
     # Half of the ids come from bytes of characters, which random ones would seldom complete.
     text = [tokenizer.encode(word) for word in ("日", "😀", "é", " isn't .", "a")]
@@ -86,21 +86,21 @@ def test_what_is_settled_stays(kind: str, data: st.DataObject) -> None:
     ids, new = (list(itertools.chain(*data.draw(some))) for _ in range(2))
     whole, before = tokenizer.continuation(ids, new), ""
     for end in range(len(new) + 1):
-        settled = tokenizer.settled(ids, new[:end])
-        assert whole.startswith(settled) and settled.startswith(before)
-        assert not settled.endswith("\ufffd")
-        before = settled
+        stable = tokenizer.stable_text(ids, new[:end])
+        assert whole.startswith(stable) and stable.startswith(before)
+        assert not stable.endswith("\ufffd")
+        before = stable
 
 
-def test_what_is_settled_comes_soon() -> None:
-    """Holding everything back would be settled too."""
+def test_stable_text_comes_soon() -> None:
+    """Holding everything back would be stable too."""
     for kind in ("bytes", "characters", "pieces", "words"):
         tokenizer = tokenizers()[kind]
         new = tokenizer.encode("a isn't" if kind == "words" else "ab ab")
-        assert tokenizer.settled([], new) == tokenizer.decode(new) != ""
-    assert tokenizers()["unknown"].settled([], [1, 3]) == ""
+        assert tokenizer.stable_text([], new) == tokenizer.decode(new) != ""
+    assert tokenizers()["unknown"].stable_text([], [1, 3]) == ""
     bytes_of = tokenizers()["bytes"].encode("a😀")
-    assert tokenizers()["bytes"].settled([], bytes_of[:-1]) == "a"
+    assert tokenizers()["bytes"].stable_text([], bytes_of[:-1]) == "a"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters", "pieces"])

@@ -17,7 +17,7 @@ from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.clip import CLIP
 from pretrain.models.config import ConfigReader
-from pretrain.models.names import unpack, unpack_part
+from pretrain.models.names import from_disk, slice_from_disk
 from pretrain.nn.layout import ShardSlice
 
 TINY = {
@@ -173,13 +173,13 @@ def test_the_scale_has_no_dimension_on_disk_and_one_in_memory():
     stored = model.disk_state()["logit_scale"]
     assert stored.shape == ()
     name, shapes = "backbone.logit_scale", {"backbone.logit_scale": (1,)}
-    assert unpack(entry, stored, shapes)[0][1].shape == (1,)
+    assert from_disk(entry, stored, shapes)[0][1].shape == (1,)
     for start, count in ((0, 1), (1, 0)):
         region = ShardSlice((start,), (count,))
-        part = unpack_part(entry, name, region, shapes, lambda box: stored)
+        part = slice_from_disk(entry, name, region, shapes, lambda box: stored)
         assert part.tolist() == [float(stored)] * count
     with pytest.raises(CheckpointError, match=r"has the shape \(1,\), but the model needs \(\)"):
-        unpack(entry, stored[None], shapes)
+        from_disk(entry, stored[None], shapes)
 
 
 @pytest.mark.parametrize(

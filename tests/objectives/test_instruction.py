@@ -83,7 +83,7 @@ def test_targets_are_the_answers_and_their_ends() -> None:
 def test_end_is_learned_where_padding_is_the_same_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(files, "_TOLD", set())
+    monkeypatch.setattr(files, "_PRINTED", set())
     made = model()
     tok = copy.copy(made.tokenizer)
     tok.roles = {**tok.roles, "pad": tok.roles["eos"]}

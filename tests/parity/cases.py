@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.models.base import Model
-from pretrain.models.names import pack
+from pretrain.models.names import to_disk
 
 VOCAB = 97
 LABELS = 3
@@ -299,7 +299,7 @@ def gradient_error(ours: Model, wanted: Mapping[str, Tensor]) -> float:
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in ours.named_parameters()
     }
-    found = {e.disk: pack(e, grads) for e in ours.entries() if e.memory[0] in grads}
+    found = {e.disk: to_disk(e, grads) for e in ours.entries() if e.memory[0] in grads}
     assert set(wanted) <= set(found), sorted(set(wanted) - set(found))
     assert not any(bool(found[name].any()) for name in set(found) - set(wanted))
     floor = 1e-3 * max(float(g.abs().max()) for g in wanted.values())

@@ -206,12 +206,12 @@ def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
     task = trainer(out, objective(), Rows(8), hooks=[take_away], **train)
     with pytest.raises(TrainingError, match="was deleted|was renamed") as caught:
         task.fit(lambda: (out / "run.yaml").write_text("settings"))
-    refuge = tmp_path / "run.rescued-1"
-    assert str(refuge) in str(caught.value)
+    fallback = tmp_path / "run.rescued-1"
+    assert str(fallback) in str(caught.value)
     assert (str(away) in str(caught.value)) == (how != "deleted")
-    assert (refuge / "run.yaml").read_text() == "settings"
+    assert (fallback / "run.yaml").read_text() == "settings"
     shutil.rmtree(out, ignore_errors=True)
-    refuge.rename(out)
+    fallback.rename(out)
     assert trainer(out, objective(), Rows(8)).fit().step == 12
     assert losses(out) == losses(whole.path)
 

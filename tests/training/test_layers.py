@@ -104,7 +104,7 @@ def test_the_schedule_falls_and_follows_the_formula(share: float, total: int, de
     layers = _layers(decay, share)
     before = layers.top
     for step in range(total + 1):
-        lowest = layers.lowest(step, total)
+        lowest = layers.lowest_unfrozen(step, total)
         assert 0 <= lowest <= before
         for depth in range(layers.top + 1):
             begins = math.floor(share * total * (layers.top - depth) / layers.top)
@@ -263,6 +263,6 @@ def test_a_longer_limit_freezes_nothing_again(tmp_path: Path) -> None:
     longer.hooks = [Hook(lambda _: states.append([p.requires_grad for p in goal.parameters()]))]
     longer.fit()
     # Step 8 of 40 alone would release the head only; the first run had come down to depth 1.
-    assert longer.layers.lowest(8, 40) == 3 and longer.layers.lowest(7, 8) == 1
-    assert longer.state.lowest == 1
+    assert longer.layers.lowest_unfrozen(8, 40) == 3 and longer.layers.lowest_unfrozen(7, 8) == 1
+    assert longer.state.unfrozen_from == 1
     assert states == [[depth >= 1 for depth in goal.model.depths().values()]] * len(states)

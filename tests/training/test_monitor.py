@@ -139,7 +139,7 @@ def test_states_from_before_there_were_monitors_are_read() -> None:
         RunState,
         step=st.integers(0, 9),
         best_score=st.floats(allow_nan=False),
-        lowest=st.none() | st.integers(0, 3),
+        unfrozen_from=st.none() | st.integers(0, 3),
         monitor=st.sampled_from(["loss", "f1"]),
     )
 )
@@ -147,7 +147,19 @@ def test_a_state_reads_back_what_it_wrote(state: RunState) -> None:
     again = RunState.from_json(state.to_json())
     finite = math.isfinite(state.best_score)
     assert again.best_score == (state.best_score if finite else math.inf)
-    assert (again.step, again.lowest, again.monitor) == (state.step, state.lowest, state.monitor)
+    assert (again.step, again.unfrozen_from, again.monitor) == (
+        state.step,
+        state.unfrozen_from,
+        state.monitor,
+    )
+
+
+def test_two_attributes_keep_their_old_keys_on_disk() -> None:
+    plain = RunState(eval_pending=True, unfrozen_from=2).to_json()
+    assert plain["owed"] is True and plain["lowest"] == 2
+    assert not plain.keys() & {"eval_pending", "unfrozen_from"}
+    again = RunState.from_json(plain)
+    assert again.eval_pending and again.unfrozen_from == 2
 
 
 @given(

@@ -11,7 +11,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.models import build, family_class
 from pretrain.objectives import Objective
 from pretrain.training import optim, update_rules
-from pretrain.training.optim import build_optimizers, settled_lr
+from pretrain.training.optim import build_optimizers, resolve_lr
 from pretrain.training.update_rules import Muon, orthogonalize
 
 CPU = torch.device("cpu")
@@ -50,13 +50,13 @@ def test_the_automatic_rate_is_that_of_the_width(width: int, lr: float) -> None:
     heads = {"num_layers": 1, "num_heads": 2, "intermediate_size": 8, "vocab_size": 16}
     with torch.device("meta"):
         goal = Objective(build("gpt2", None, hidden_size=width, max_positions=8, **heads))
-    found, reason = settled_lr(OptimConfig(lr="auto", eps=1e-6), goal)
+    found, reason = resolve_lr(OptimConfig(lr="auto", eps=1e-6), goal)
     assert found.eps == 1e-6 and f"width {width}" in reason
     assert found.lr == pytest.approx(lr, rel=0.02 if width < 768 else 0.31)
-    muon, reason = settled_lr(OptimConfig(lr="auto", name="muon"), goal)
+    muon, reason = resolve_lr(OptimConfig(lr="auto", name="muon"), goal)
     assert (muon.lr, muon.muon_lr) == (3e-3, OptimConfig.muon_lr) and "Muon" in reason
     given = OptimConfig(lr=0.3)
-    assert settled_lr(given, goal) == (given, "")
+    assert resolve_lr(given, goal) == (given, "")
 
 
 def test_decay_is_off_for_norms_biases_and_embeddings() -> None:

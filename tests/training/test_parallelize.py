@@ -19,7 +19,7 @@ from pretrain.lora import LoraConfig, apply_lora
 from pretrain.training import parallelize as spreading
 from pretrain.training import preflight
 from pretrain.training.optim import build_optimizers
-from pretrain.training.parallelize import common_ground, needs_of
+from pretrain.training.parallelize import common_resources, needs_of
 from pretrain.training.precision import Precision
 from pretrain.training.preflight import describe
 from pretrain.training.trainer import Trainer
@@ -134,13 +134,13 @@ def test_hosts_that_differ_have_one_answer(monkeypatch: pytest.MonkeyPatch) -> N
     """The least memory, and groups of processes that lie inside of every host."""
     monkeypatch.setattr(spreading, "total_memory", lambda: 1200.0)
     alike = Company(4, [[300.0, 300.0, 4]] * 3)
-    assert common_ground(CPU, alike) == (300.0, 300.0, 4)
+    assert common_resources(CPU, alike) == (300.0, 300.0, 4)
     poorer = Company(4, [[300.0, 250.0, 4], [200.0, 400.0, 4]])
-    assert common_ground(CPU, poorer) == (200.0, 250.0, 4)
-    assert common_ground(CPU, Company(4, [[300.0, 300.0, 6]])) == (300.0, 300.0, 2)
-    assert common_ground(CPU, Company(8, [[None, None, 4]])) == (150.0, 150.0, 4)
+    assert common_resources(CPU, poorer) == (200.0, 250.0, 4)
+    assert common_resources(CPU, Company(4, [[300.0, 300.0, 6]])) == (300.0, 300.0, 2)
+    assert common_resources(CPU, Company(8, [[None, None, 4]])) == (150.0, 150.0, 4)
     monkeypatch.setattr(spreading, "total_memory", lambda: math.inf)
-    assert common_ground(CPU, World()) == (None, None, 1)
+    assert common_resources(CPU, World()) == (None, None, 1)
 
 
 def test_a_mesh_is_chosen_by_the_poorest_host(

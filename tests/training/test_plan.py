@@ -16,7 +16,7 @@ from pretrain.data.prepare import prepare
 from pretrain.nn.device import TOKENS_AT_ONCE
 from pretrain.training import plan as planning
 from pretrain.training import trainer as trainer_module
-from pretrain.training.plan import Plan, choose_micro_rows, settle_amounts
+from pretrain.training.plan import Plan, choose_micro_rows, resolve_amounts
 from pretrain.training.state import RunState
 from tiny import Rows, objective, tokenizer, trainer
 
@@ -94,15 +94,15 @@ def test_a_limit_in_tokens_of_a_mixture_counts_its_sources_by_their_shares(tmp_p
     ],
 )
 def test_automatic_rows_of_a_step_and_limit(rows: int, batch: int, limit: str) -> None:
-    found = settle_amounts(TrainConfig(), range(rows))  # type: ignore[arg-type]
+    found = resolve_amounts(TrainConfig(), range(rows))  # type: ignore[arg-type]
     assert (found.batch_rows, found.limit) == (batch, limit)
     steps = -(-rows // batch) * int(limit.split()[0])
     assert steps >= 500 or limit == "10 epochs"
     for micro in (1, 5, 40):
-        whole = settle_amounts(TrainConfig(micro_rows=micro), range(rows)).batch_rows  # type: ignore[arg-type]
+        whole = resolve_amounts(TrainConfig(micro_rows=micro), range(rows)).batch_rows  # type: ignore[arg-type]
         assert whole % micro == 0 and whole <= max(batch, micro)
     given = TrainConfig(limit="7 steps", batch_rows=5)
-    assert settle_amounts(given, range(rows)) == given  # type: ignore[arg-type]
+    assert resolve_amounts(given, range(rows)) == given  # type: ignore[arg-type]
 
 
 def test_minutes_follow_the_measured_pace(monkeypatch: pytest.MonkeyPatch) -> None:

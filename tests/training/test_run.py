@@ -32,7 +32,7 @@ from pretrain.training import optim
 from pretrain.training import run as running
 from pretrain.training.preflight import rate_remarks, remarks
 from pretrain.training.restore import training_state
-from pretrain.training.run import run_name, settle_size
+from pretrain.training.run import resolve_size, run_name
 from pretrain.training.trainer import Trainer
 from pretrain.utils.run_log import read_log
 from tiny import losses
@@ -127,10 +127,10 @@ def test_what_is_chosen_by_the_text_is_said_recorded_and_kept(
 def test_the_automatic_size_goes_by_the_tokens(tokens: int, size: str) -> None:
     data: Any = object.__new__(Prepared)
     object.__setattr__(data, "train", SimpleNamespace(num_tokens=tokens))
-    assert settle_size(ModelConfig(), data) == size
-    assert settle_size(ModelConfig(size="xl"), data) == "xl"
+    assert resolve_size(ModelConfig(), data) == size
+    assert resolve_size(ModelConfig(size="xl"), data) == "xl"
     rows: Any = SimpleNamespace()  # of no text
-    assert settle_size(ModelConfig(), rows) == "small"
+    assert resolve_size(ModelConfig(), rows) == "small"
 
 
 def test_changed_settings_are_named(tmp_path: Path, text: Path) -> None:
@@ -401,7 +401,7 @@ def test_changed_settings_are_kept_when_the_run_goes_on_and_only_then(
     given["train"]["micro_rows"] = 2
     (event,) = (r for r in read_log(run.path / "log.jsonl") if r.get("event") == "resumed")
     assert event["step"] == 6 and event["planned"] == 6
-    said = "was changed while it went on (until step 6 it was to have 6 steps)"
+    said = "was changed on resuming (up to step 6 it was planned with 6 steps)"
     run.report()
     assert said in (run.path / "report.html").read_text()
     given["train"]["limit"] = "8 step"  # the same length in other words

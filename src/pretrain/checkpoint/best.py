@@ -30,7 +30,7 @@ __all__ = [
     "run_around",
     "run_state",
     "state_of",
-    "with_training",
+    "training_checkpoint",
     "write_choice",
 ]
 
@@ -135,7 +135,7 @@ def run_around(path: Path) -> Path | None:
     return run if run.is_dir() and best_first(run) else None
 
 
-def with_training(path: Path) -> Path:
+def training_checkpoint(path: Path) -> Path:
     """Return the checkpoint that holds the training folder of the model that opening ``path`` opens."""
     directory = opened(path)
     step = _result(directory.parent).get(directory)

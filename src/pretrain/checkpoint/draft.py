@@ -20,10 +20,10 @@ from torch import Tensor
 from pretrain import __version__, checkpoint
 from pretrain.checkpoint import manifest, model_directory
 from pretrain.checkpoint.model_card import readme
-from pretrain.checkpoint.peers import Peers, Pieces
+from pretrain.checkpoint.peers import Peers, TensorSharding
 from pretrain.checkpoint.training_state import TrainingState, check_stem, encoded_state, shard_name
 from pretrain.models.config import drop_code
-from pretrain.models.state import disk_packing
+from pretrain.models.state import disk_mapping
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, local
 from pretrain.utils import directories, files
@@ -37,9 +37,9 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "Draft",
     "FilePlan",
-    "Group",
+    "TensorGroup",
     "draft_of",
-    "spread",
+    "split_evenly",
     "tokenizer_entries",
     "write_processor",
 ]
@@ -70,7 +70,7 @@ class FilePlan:
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that are stored together: the weights, or one group of the training folder.
 
     Attributes:
@@ -102,16 +102,16 @@ class Draft:
         state: content of state.json; None without a training folder.
         processor: the tokenizer or other processor, and the keys of tokenizer_config.json that depend on the model.
         about: the environment that bit-identical resuming depends on, see ``manifest.environment``.
-        pieces: which rank holds which shard of the tensors.
+        sharding: which rank holds which shard of the tensors.
     """
 
     step: int | None
     texts: Mapping[str, bytes]
-    groups: tuple[Group, ...]
+    groups: tuple[TensorGroup, ...]
     state: bytes | None
     processor: tuple[Any, dict[str, Any]] | None
     about: Mapping[str, Any]
-    pieces: Pieces
+    sharding: TensorSharding
 
     @property
     def num_bytes(self) -> int:
@@ -136,7 +136,7 @@ def draft_of(
         model: the model, whole or with this rank's shards of the parameters, as plain or distributed tensors.
         step: step of the run, or None.
         block: the "pretrain" block of config.json.
-        training: the state needed to resume; its tensors are sharded as well, see ``Pieces``.
+        training: the state needed to resume; its tensors are sharded as well, see ``TensorSharding``.
         max_shard_bytes: weights above this size are split into several files.
         layout: sharding of the parameters; None if they are whole.
         peers: the ranks; only ``rank`` and ``size`` are used.
@@ -145,34 +145,34 @@ def draft_of(
     Raises:
         CheckpointError: a value cannot be stored, or a shard does not have the shape given by the layout.
     """
-    pieces = Pieces(layout, peers)
+    sharding = TensorSharding(layout, peers)
     parts = {name: local(tensor).detach() for name, tensor in stored_tensors(model).items()}
-    full = pieces.full(parts)
+    full = sharding.full(parts)
     config = _config(model, block, full)
     packing = (
-        disk_packing(model)
+        disk_mapping(model)
         if model.adapter is None
         else checkpoint.adapter_files.adapter_packing(model)
     )
     used = {key for keys in packing.sources.values() for key in keys}
     weights = packing.layout(full)
     adapted = model.adapter is not None
-    shards = weight_files(weights, max_shard_bytes, pieces.size, adapter=adapted)
+    shards = weight_files(weights, max_shard_bytes, sharding.size, adapter=adapted)
     plans = [
         FilePlan(
             name,
-            owner % pieces.size,
+            owner % sharding.size,
             part,
             {tensor: packing.sources[tensor] for tensor in part},
             lambda tensor, sources: packing.make(tensor, sources, "cpu"),
         )
         for owner, (name, part) in enumerate(shards.items())
     ]
-    groups = [Group("", tuple(plans), {key: parts[key] for key in sorted(used)}, full)]
+    groups = [TensorGroup("", tuple(plans), {key: parts[key] for key in sorted(used)}, full)]
     if training is not None:
         for stem, tensors in sorted(training.tensors.items()):
             check_stem(stem)
-            groups.append(_training_group(stem, tensors, pieces))
+            groups.append(_training_group(stem, tensors, sharding))
     count = sum(full[name].numel() for name, _ in model.named_parameters())
     texts = model_texts(model, config, count, in_run=step is not None, repository=repository)
     if len(shards) > 1:
@@ -188,7 +188,7 @@ def draft_of(
         if model.processor is None
         else (model.processor, tokenizer_entries(model, segments=segments)),
         about=manifest.environment(torch.get_num_threads(), str(torch.__version__)),
-        pieces=pieces,
+        sharding=sharding,
     )
 
 
@@ -205,14 +205,16 @@ def _config(
     return dict(finite_json(names_only(config)))
 
 
-def _training_group(stem: str, tensors: Mapping[str, Tensor], pieces: Pieces) -> Group:
+def _training_group(
+    stem: str, tensors: Mapping[str, Tensor], sharding: TensorSharding
+) -> TensorGroup:
     parts = {key: local(tensors[key]).detach() for key in sorted(tensors)}
-    full = pieces.full(parts)
-    shards = spread(full, shares(full, pieces.size))
+    full = sharding.full(parts)
+    shards = split_evenly(full, file_count(full, sharding.size))
     plans = [
         FilePlan(
             f"{manifest.TRAINING}/{shard_name(stem, i, len(shards))}",
-            i % pieces.size,
+            i % sharding.size,
             part,
             {key: (key,) for key in part},
             lambda key, sources: sources[key],
@@ -220,13 +222,13 @@ def _training_group(stem: str, tensors: Mapping[str, Tensor], pieces: Pieces) ->
         )
         for i, part in enumerate(shards)
     ]
-    return Group(stem, tuple(plans), parts, full)
+    return TensorGroup(stem, tuple(plans), parts, full)
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
-def spread(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+def split_evenly(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """Divide tensors into at most ``count`` groups of about equal size in bytes, preserving their order."""
     total = sum(tensor.nbytes for tensor in layout.values())
     groups: dict[int, dict[str, Tensor]] = {}
@@ -254,10 +256,12 @@ def weight_files(
         return {model_directory.ADAPTER_WEIGHTS: dict(layout)}
     if size == 1:
         return _named(_groups(layout, limit))
-    return _named(spread(layout, max(shares(layout, size), math.ceil(total_bytes(layout) / limit))))
+    return _named(
+        split_evenly(layout, max(file_count(layout, size), math.ceil(total_bytes(layout) / limit)))
+    )
 
 
-def shares(layout: Mapping[str, Tensor], size: int) -> int:
+def file_count(layout: Mapping[str, Tensor], size: int) -> int:
     """Return the number of files into which a group of tensors is divided if ``size`` ranks write it."""
     return max(1, min(size, total_bytes(layout) // SMALLEST_SHARE))
 

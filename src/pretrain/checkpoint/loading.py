@@ -111,7 +111,7 @@ def load(
             try:
                 return _load(candidate, str(Path(path) / candidate.name), **options)
             except CheckpointCorrupt as error:
-                manifest.skipped(candidate, error)
+                manifest.report_skipped(candidate, error)
         return _load(directory, name, **options)
 
 
@@ -128,7 +128,7 @@ def _load(
     directory = ModelDirectory(path, verify=verify)
     if directory.is_adapter:
         if directory.manifest is None:
-            _refuse_half(path, directory.model_config(), verify)
+            _refuse_incomplete(path, directory.model_config(), verify)
         model = checkpoint.adapter_files.open_adapter(
             directory, head=head, base=base, verify=verify, quiet=quiet
         )
@@ -163,14 +163,14 @@ def open_described(
     """
     path, verify = directory.path, directory.verify
     if not directory.has("config.json") and directory.manifest is None:
-        _refuse_half(path, {}, verify)
+        _refuse_incomplete(path, {}, verify)
         directory.weight_files()
         raise CheckpointError(
             f"{path} has no config.json, so it is no Hugging Face model directory."
         )
     config = directory.json("config.json")
     if directory.manifest is None:
-        _refuse_half(path, config, verify)
+        _refuse_incomplete(path, config, verify)
     names = directory.weight_files()
     if directory.has(ADAPTER_CONFIG):
         note(
@@ -195,7 +195,7 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
         _open_tokenizer(model, directory)
 
 
-def _refuse_half(path: Path, config: Mapping[str, Any], verify: bool) -> None:
+def _refuse_incomplete(path: Path, config: Mapping[str, Any], verify: bool) -> None:
     """Raise CheckpointCorrupt for a checkpoint without a manifest: it was never finished, or was tampered with."""
     block = config.get("pretrain")
     ours = (

@@ -50,7 +50,7 @@ TRAINING = "training"
 SCHEMA = 1
 LIMIT = 16 << 20
 # Files that are needed neither to resume nor to read the weights: damage to them is reported and otherwise ignored.
-BYSTANDERS = frozenset({"README.md", "generation_config.json", "chat_template.jinja"})
+INESSENTIAL = frozenset({"README.md", "generation_config.json", "chat_template.jinja"})
 POOLING = "1_Pooling"  # folder of sentence-transformers
 _FILE = re.compile(r"(?:(?:training|1_Pooling)/)?[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
@@ -81,8 +81,8 @@ class Manifest:
 
     @property
     def needed(self) -> dict[str, Record]:
-        """The required files without the `BYSTANDERS`."""
-        return {name: record for name, record in self.required.items() if name not in BYSTANDERS}
+        """The required files without the `INESSENTIAL` ones."""
+        return {name: record for name, record in self.required.items() if name not in INESSENTIAL}
 
 
 def environment(threads: int, torch_version: str) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def looks_cut(directory: Path) -> bool:
     return (directory / TRAINING).is_dir() and not os.path.lexists(directory / NAME)
 
 
-Spare = Callable[[CheckpointCorrupt], None]
+OnDamage = Callable[[CheckpointCorrupt], None]
 
 
 def check_files(
@@ -173,7 +173,7 @@ def check_files(
     *,
     training: bool = True,
     hashes: Collection[str] | None = None,
-    spare: Spare | None = None,
+    on_damage: OnDamage | None = None,
 ) -> None:
     """Compare a directory with its manifest: no missing and no extra files, matching sizes and hashes.
 
@@ -184,7 +184,7 @@ def check_files(
         manifest: the manifest read from it.
         training: also compare `training/`, which may be absent as a whole.
         hashes: names of the files to hash; of the others only the size is checked. None hashes all files.
-        spare: called with the error if one of the `BYSTANDERS` is damaged, instead of raising it.
+        on_damage: called with the error if one of the `INESSENTIAL` files is damaged, instead of raising it.
 
     Raises:
         CheckpointCorrupt: the directory differs from its manifest.
@@ -196,15 +196,15 @@ def check_files(
         present = {name for name in present if not name.startswith(f"{TRAINING}/")}
     elif os.path.lexists(folder):
         expected |= manifest.training
-    spared = set()
+    damaged = set()
     for name in sorted(set(expected) - present):
         error = CheckpointCorrupt(
             directory / name, f"{expected[name].size:,} bytes", "no such file"
         )
-        if spare is None or name not in BYSTANDERS:
+        if on_damage is None or name not in INESSENTIAL:
             raise error
-        spared.add(name)
-        spare(error)
+        damaged.add(name)
+        on_damage(error)
     if extra := sorted(present - set(expected)):
         raise CheckpointCorrupt(
             directory / extra[0],
@@ -215,15 +215,15 @@ def check_files(
     for check in (_check_size, check_hash):
         for name, record in sorted(expected.items()):
             try:
-                if name not in spared and (
+                if name not in damaged and (
                     check is _check_size or hashes is None or name in hashes
                 ):
                     check(directory / name, record)
             except CheckpointCorrupt as error:
-                if spare is None or name not in BYSTANDERS:
+                if on_damage is None or name not in INESSENTIAL:
                     raise
-                spared.add(name)
-                spare(error)
+                damaged.add(name)
+                on_damage(error)
 
 
 def _check_size(path: Path, record: Record) -> None:
@@ -257,17 +257,17 @@ def _listing(directory: Path) -> set[str]:
     return found
 
 
-def verify(path: str | Path, *, spare: Spare | None = None) -> None:
+def verify(path: str | Path, *, on_damage: OnDamage | None = None) -> None:
     """Verify a whole checkpoint: the manifest, the size and SHA-256 of every file, no missing and no extra files.
 
-    A `training/` folder that is absent as a whole is accepted. ``spare`` is passed to `check_files`.
+    A `training/` folder that is absent as a whole is accepted. ``on_damage`` is passed to `check_files`.
 
     Raises:
         CheckpointCorrupt: with `file`, `expected` and `found`.
     """
     directory = checked_directory(path)
     with reading(directory):
-        check_files(directory, read_manifest(directory), spare=spare)
+        check_files(directory, read_manifest(directory), on_damage=on_damage)
 
 
 def checked_directory(path: str | Path) -> Path:
@@ -333,7 +333,7 @@ def candidates(run_dir: Path) -> list[Path]:
 def latest(run_dir: str | Path) -> Path | None:
     """Return the complete checkpoint with the highest step; None if there is none.
 
-    Every byte is verified. Newer checkpoints that are broken are reported on stderr, as is damage to the `BYSTANDERS`.
+    Every byte is verified. Newer checkpoints that are broken, and damaged `INESSENTIAL` files, are reported on stderr.
 
     Raises:
         CheckpointError: the directory cannot be read.
@@ -345,15 +345,15 @@ def latest(run_dir: str | Path) -> Path | None:
         found = candidates(directory)
     for path in found:
         try:
-            verify(path, spare=spared)
+            verify(path, on_damage=report_damage)
         except CheckpointError as error:
-            skipped(path, error)
+            report_skipped(path, error)
         else:
             return path
     return None
 
 
-def skipped(path: Path, error: CheckpointError) -> None:
+def report_skipped(path: Path, error: CheckpointError) -> None:
     """Report on stderr that a broken or incomplete checkpoint is skipped."""
     note(
         f"{path.name} is broken or incomplete and is skipped; another checkpoint of the run is used if there is one. "
@@ -361,8 +361,8 @@ def skipped(path: Path, error: CheckpointError) -> None:
     )
 
 
-def spared(error: CheckpointCorrupt) -> None:
-    """Report on stderr a damaged file that nothing else depends on."""
+def report_damage(error: CheckpointCorrupt) -> None:
+    """Report on stderr that one of the `INESSENTIAL` files is damaged."""
     note(
         f"{error} The weights and the state of training do not need it, so the checkpoint is used."
     )
@@ -371,7 +371,7 @@ def spared(error: CheckpointCorrupt) -> None:
 def complete(directory: Path) -> bool:
     """Whether the manifest, file names and file sizes agree: the checks of `verify` without the hashing."""
     try:
-        check_files(directory, read_manifest(directory), hashes=(), spare=lambda error: None)
+        check_files(directory, read_manifest(directory), hashes=(), on_damage=lambda error: None)
     except (CheckpointError, OSError):
         return False
     return True

@@ -123,7 +123,7 @@ def model_card(config: Mapping[str, Any], head_kind: str | None, parameters: int
         str(source[key]) for source in sources for key in ("license", "licence") if source.get(key)
     ]
     stated = len(licences) == len(sources)
-    if block.get("license"):  # that of the model from which training started
+    if block.get("license"):  # the licence of the model from which training started
         licences.append(str(block["license"]))
         stated = True
     made = "Trained with `pretrain`; opens" if objective_name(block) else "Opens"

@@ -57,26 +57,30 @@ class ModelDirectory:
 
     def __init__(self, path: Path, *, verify: bool) -> None:
         self.path, self.verify = path, verify
-        self.damaged: set[str] = set()  # damaged or missing files among the `manifest.BYSTANDERS`
+        self.damaged: set[str] = (
+            set()
+        )  # damaged or missing ones of the `manifest.INESSENTIAL` files
         self.manifest: Manifest | None = None
         if verify and os.path.lexists(path / manifest.NAME):
             self.manifest = manifest.read_manifest(path)
-            manifest.check_files(path, self.manifest, training=False, hashes=(), spare=self.spare)
+            manifest.check_files(
+                path, self.manifest, training=False, hashes=(), on_damage=self.report_damage
+            )
 
-    def spare(self, error: CheckpointCorrupt) -> None:
-        """Report once that a file is damaged without which the model can be loaded."""
+    def report_damage(self, error: CheckpointCorrupt) -> None:
+        """Report, once for each file, that one of the `INESSENTIAL` files is damaged."""
         name = Path(error.file).name
         if name not in self.damaged:
             self.damaged.add(name)
             note(f"{error} {_WITHOUT[name]}")
 
     def intact(self, name: str) -> bool:
-        """Whether one of the `manifest.BYSTANDERS` exists and agrees with the manifest, if there is one."""
+        """Whether one of the `manifest.INESSENTIAL` files exists and agrees with the manifest, if there is one."""
         if self.has(name) and name not in self.damaged and (record := self.record(name)):
             try:
                 manifest.check_hash(self.path / name, record)
             except CheckpointCorrupt as error:
-                self.spare(error)
+                self.report_damage(error)
         return self.has(name) and name not in self.damaged
 
     def record(self, name: str) -> Record | None:
@@ -259,7 +263,7 @@ def verify_rest(directory: ModelDirectory, weights: Mapping[str, Any]) -> None:
         return
     done = {"config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL, *weights}
     for name, record in directory.manifest.required.items():
-        if name in manifest.BYSTANDERS:
+        if name in manifest.INESSENTIAL:
             directory.intact(name)
         elif name not in done:
             manifest.check_hash(directory.path / name, record)

@@ -20,10 +20,10 @@ from pretrain.nn.layout import ShardLayout, ShardSlice, whole
 from pretrain.utils.strict_json import to_json
 
 __all__ = [
-    "ALONE",
-    "Alone",
+    "SINGLE_PROCESS",
     "Peers",
-    "Pieces",
+    "SingleProcess",
+    "TensorSharding",
     "errors_on_all_ranks",
     "raise_on_all_ranks",
     "refuse_differences",
@@ -71,7 +71,7 @@ class Peers(Protocol):
         """
 
 
-class Alone:
+class SingleProcess:
     """A single process, without communication."""
 
     rank = 0
@@ -91,10 +91,10 @@ class Alone:
         return [value]
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-class Pieces:
+class TensorSharding:
     """The sharding of tensors over the ranks, looked up by their keys in a file.
 
     A key is the name of a parameter, or of a per-parameter state (``exp_avg/backbone.wte.weight``); the name may be
@@ -186,13 +186,13 @@ def raise_on_all_ranks(peers: Peers, error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    told = peers.all_gather_object(None if error is None else _described(error))
-    rank = next((i for i, found in enumerate(told) if found is not None), None)
+    failures = peers.all_gather_object(None if error is None else _described(error))
+    rank = next((i for i, found in enumerate(failures) if found is not None), None)
     if rank is None:
         return
     if error is not None and not isinstance(error, PretrainError):
         raise error  # a bug or a broken device: the traceback is worth more than the same error on all ranks
-    raise _rebuilt(told[rank], f" (process {rank} of {peers.size})") from error
+    raise _rebuilt(failures[rank], f" (process {rank} of {peers.size})") from error
 
 
 def _described(error: Exception) -> dict[str, str]:

@@ -55,7 +55,7 @@ def write_result(run_dir: Path, checkpoint: Path, texts: Mapping[str, bytes] | N
             for name, record in source.required.items():
                 new = ADAPTED_MODEL if adapter and name == "config.json" else name
                 (made / new).parent.mkdir(exist_ok=True)
-                if name in manifest.BYSTANDERS and not (checkpoint / name).exists():
+                if name in manifest.INESSENTIAL and not (checkpoint / name).exists():
                     continue
                 if name.endswith(_WEIGHTS):
                     records[new] = _link(checkpoint / name, made / new, record)
@@ -100,7 +100,7 @@ def check_result(run_dir: Path) -> None:
 
 
 def _read(path: Path, record: Record) -> bytes:
-    return files.read_bytes(path, record if path.name not in manifest.BYSTANDERS else None)
+    return files.read_bytes(path, record if path.name not in manifest.INESSENTIAL else None)
 
 
 def _link(source: Path, target: Path, record: Record) -> Record:

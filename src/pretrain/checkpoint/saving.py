@@ -32,14 +32,14 @@ from pretrain.checkpoint.draft import (
     MAX_SHARD_BYTES,
     Draft,
     FilePlan,
-    Group,
+    TensorGroup,
     draft_of,
     total_bytes,
     write_processor,
 )
 from pretrain.checkpoint.model_directory import is_finite
 from pretrain.checkpoint.peers import (
-    ALONE,
+    SINGLE_PROCESS,
     Peers,
     errors_on_all_ranks,
     raise_on_all_ranks,
@@ -77,7 +77,7 @@ def save_model(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     layout: ShardLayout | None = None,
-    peers: Peers = ALONE,
+    peers: Peers = SINGLE_PROCESS,
     repository: str | None = None,
 ) -> Path:
     """Write a model in the format of `load` and transformers, or of `load` and peft if it has an adapter.
@@ -128,7 +128,7 @@ def save_checkpoint(
     model: Model,
     *,
     layout: ShardLayout | None = None,
-    peers: Peers = ALONE,
+    peers: Peers = SINGLE_PROCESS,
     **arguments: Any,
 ) -> Path:
     """Write a checkpoint of a run at once, with the arguments and results of `Saver.save`."""
@@ -177,7 +177,7 @@ class Staging:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._pinned: weakref.finalize[Any, Any] | None = None
 
-    def rooms(self, layouts: Sequence[Tensor], *, pin: bool) -> list[Tensor]:
+    def allocate(self, layouts: Sequence[Tensor], *, pin: bool) -> list[Tensor]:
         """Return an uninitialised tensor for each layout (shape and dtype), all of them valid until the next call."""
         starts, end = [], 0
         for layout in layouts:
@@ -220,14 +220,14 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
         peers: the ranks.
         staging: memory for copies; None keeps references to tensors that are whole here, which must not change.
     """
-    wanted = [_keys_by_owner(group.plans, draft.pieces.size) for group in draft.groups]
+    wanted = [_keys_by_owner(group.plans, draft.sharding.size) for group in draft.groups]
     own = [(n, key) for n, owners in enumerate(wanted) for key in owners[peers.rank]]
     parts = [draft.groups[n].parts[key] for n, key in own]
     device = next((part.device for part in parts if part.device.type == "cuda"), None)
-    rooms: dict[tuple[int, str], Tensor] = {}
+    buffers: dict[tuple[int, str], Tensor] = {}
     if staging is not None:
         layouts = [draft.groups[n].full[key] for n, key in own]
-        rooms = dict(zip(own, staging.rooms(layouts, pin=device is not None), strict=True))
+        buffers = dict(zip(own, staging.allocate(layouts, pin=device is not None), strict=True))
     groups = []
     for n, (group, owners) in enumerate(zip(draft.groups, wanted, strict=True)):
         found: dict[str, Tensor] = {}
@@ -236,7 +236,7 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
             for owner, key in enumerate(keys):
                 if key is None:
                     continue
-                if draft.pieces.is_cut(key, group.full[key].shape):
+                if draft.sharding.is_cut(key, group.full[key].shape):
                     cut.append((owner, key))
                 elif owner == peers.rank:
                     full = group.full[key]
@@ -244,12 +244,12 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
                         group.parts[key] if full.numel() else torch.empty_like(full, device="cpu")
                     )
                     if staging is not None:
-                        part = rooms[n, key].copy_(part, non_blocking=True)
+                        part = buffers[n, key].copy_(part, non_blocking=True)
                     found[key] = part
-            for key, shards in _exchanged(cut, group, draft, peers):
+            for key, shards in _send_to_owners(cut, group, draft, peers):
                 full = group.full[key]
-                room = rooms.get((n, key))
-                found[key] = torch.empty_like(full, device="cpu") if room is None else room
+                buffer = buffers.get((n, key))
+                found[key] = torch.empty_like(full, device="cpu") if buffer is None else buffer
                 for region, shard in shards:
                     flat = shard[: region.numel * full.element_size()].view(full.dtype)
                     found[key][region.slices()] = flat.view(region.shape)
@@ -268,18 +268,18 @@ def _keys_by_owner(plans: Sequence[FilePlan], size: int) -> list[list[str]]:
     return [list(keys) for keys in found]
 
 
-def _exchanged(
-    cut: Sequence[tuple[int, str]], group: Group, draft: Draft, peers: Peers
+def _send_to_owners(
+    cut: Sequence[tuple[int, str]], group: TensorGroup, draft: Draft, peers: Peers
 ) -> Iterator[tuple[str, list[tuple[Any, Tensor]]]]:
     """Send the shards of tensors to their owners within this replica; yield the regions and bytes of the own ones."""
-    layout = draft.pieces.layout
+    layout = draft.sharding.layout
     if layout is None:
         return
     ranks = layout.replica_ranks
     cut = [(owner, key) for owner, key in cut if owner in ranks]
     shards = []
     for _, key in cut:
-        part, name = group.parts[key], draft.pieces.parameter(key)
+        part, name = group.parts[key], draft.sharding.parameter(key)
         longest = max(layout.region(str(name), rank).numel for rank in ranks)
         flat = part.new_zeros(longest * part.element_size(), dtype=torch.uint8)
         flat[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
@@ -287,7 +287,7 @@ def _exchanged(
     received = peers.gather(shards, [owner for owner, _ in cut], ranks) if cut else []
     for (owner, key), sent in zip(cut, received, strict=True):
         if owner == peers.rank:
-            name = str(draft.pieces.parameter(key))
+            name = str(draft.sharding.parameter(key))
             regions = [layout.region(name, rank) for rank in ranks]
             yield key, list(zip(regions, sent, strict=True))
 
@@ -298,8 +298,8 @@ def _exchanged(
 class _Unfinished:
     """A model directory that is being written under a temporary name, seen from one rank.
 
-    All ranks create it, call `agree` and `publish` or `discard`; what they call must be the same. `write` communicates
-    with nobody.
+    All ranks create it, call `agree` and `publish` or `discard`; what they call must be the same. `write` does
+    not communicate.
 
     Args:
         target: the directory that it will be.
@@ -315,7 +315,7 @@ class _Unfinished:
         self, target: Path, draft: Draft, peers: Peers, staging: Staging | None = None
     ) -> None:
         self.target, self.peers = target, peers
-        # In the background the cores belong to the training.
+        # A save in the background writes with one thread and leaves the other cores to the training.
         self._at_once = _AT_ONCE if staging is None else 1
         self.error: Exception | None = None
         self.progress = 0  # tensors and files that this rank has written
@@ -353,8 +353,8 @@ class _Unfinished:
 
     def write(self) -> None:
         """Write the files of this rank durably; an error is kept in ``error``, for `agree`."""
-        small: list[tuple[Group, FilePlan]] = []
-        large: list[tuple[Group, FilePlan]] = []
+        small: list[tuple[TensorGroup, FilePlan]] = []
+        large: list[tuple[TensorGroup, FilePlan]] = []
         for group in self.draft.groups:
             for plan in group.plans:
                 if plan.owner == self.peers.rank:
@@ -372,7 +372,7 @@ class _Unfinished:
             self.error = CheckpointError(f"Writing {self.target} was interrupted.")
             raise
 
-    def _write_tensors(self, group: Group, plan: FilePlan) -> None:
+    def _write_tensors(self, group: TensorGroup, plan: FilePlan) -> None:
         def make(name: str) -> Tensor:
             self.progress += 1
             sources = {key: group.parts[key] for key in plan.sources[name]}
@@ -401,8 +401,8 @@ class _Unfinished:
         """
         try:
             raise_on_all_ranks(self.peers, self.error)
-            told = {name: [r.size, r.sha256] for name, r in self._records.items()}
-            for records in self.peers.all_gather_object(told):
+            written_here = {name: [r.size, r.sha256] for name, r in self._records.items()}
+            for records in self.peers.all_gather_object(written_here):
                 self._records |= {name: Record(*record) for name, record in records.items()}
         except BaseException:
             self.discard()
@@ -474,8 +474,8 @@ def _refuse_other_plans(draft: Draft, peers: Peers) -> None:
 
 
 def _in_threads(
-    action: Callable[[Group, FilePlan], None],
-    calls: Sequence[tuple[Group, FilePlan]],
+    action: Callable[[TensorGroup, FilePlan], None],
+    calls: Sequence[tuple[TensorGroup, FilePlan]],
     at_once: int,
 ) -> None:
     """Make several calls at the same time, and raise the first error of any."""
@@ -530,7 +530,7 @@ class Saver:
         *,
         background: bool = False,
         layout: ShardLayout | None = None,
-        peers: Peers = ALONE,
+        peers: Peers = SINGLE_PROCESS,
     ) -> None:
         self.run_dir = Path(os.path.abspath(run_dir))
         self.background, self.layout, self.peers = background, layout, peers
@@ -632,7 +632,7 @@ class Saver:
                 )
 
     def _start(self, work: Callable[[], None]) -> None:
-        """Run a part of a save, in a thread if it is one in the background."""
+        """Run a part of a save, in a thread if the saver works in the background."""
 
         def guarded() -> None:
             try:
@@ -665,7 +665,7 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has written its files of a save in the background, which all ranks must `publish`."""
+        """Whether this rank has written its files of a background save that all ranks must still `publish`."""
         save = self._unfinished
         if save is None or self.peers.size == 1:
             return False
@@ -707,9 +707,9 @@ class Saver:
         failure, self._failure = self._failure, None
         if failure is not None:
             self._unfinished = None
-            raise self._told(failure)
+            raise self._as_saving_error(failure)
 
-    def _told(self, failure: BaseException) -> BaseException:
+    def _as_saving_error(self, failure: BaseException) -> BaseException:
         if isinstance(failure, PretrainError) or not self.background:
             return failure
         if not isinstance(failure, Exception):
@@ -733,7 +733,7 @@ class Saver:
             self._join()
             self._unfinished = None
             if self.peers.size > 1:
-                failure = None if self._failure is None else self._told(self._failure)
+                failure = None if self._failure is None else self._as_saving_error(self._failure)
                 if failure is None or isinstance(failure, Exception):
                     self._failure = None
                     raise_on_all_ranks(self.peers, failure)

@@ -29,7 +29,7 @@ from pretrain.checkpoint.best import best_first
 from pretrain.checkpoint.download import located
 from pretrain.checkpoint.loading import open_described, report_line
 from pretrain.checkpoint.model_directory import ModelDirectory, check_index, refuse_non_finite
-from pretrain.checkpoint.peers import ALONE, Peers, Pieces, errors_on_all_ranks
+from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers, TensorSharding, errors_on_all_ranks
 from pretrain.checkpoint.training_state import (
     TrainingState,
     check_training_folder,
@@ -38,8 +38,8 @@ from pretrain.checkpoint.training_state import (
     tensor_files,
 )
 from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
-from pretrain.models.names import Entry, LoadReport, check_stored, unpack_part
-from pretrain.models.state import heads_apart, match_disk_state, modern_keys, settle_tying
+from pretrain.models.names import Entry, LoadReport, check_stored, slice_from_disk
+from pretrain.models.state import heads_apart, match_disk_state, match_tying, modern_keys
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.layout import ShardLayout, ShardSlice, local, whole
 from pretrain.utils import files
@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StoredTensors",
-    "hash_together",
-    "latest_together",
+    "hash_by_ranks",
+    "latest_on_all_ranks",
     "load_slices",
-    "open_empty",
+    "open_on_meta",
     "read_training",
     "read_training_slices",
 ]
@@ -70,7 +70,7 @@ _BLOCK = 64 << 20  # bytes; block size in which two tensors are compared
 Put = Callable[[str, Tensor], None]
 
 
-def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
+def latest_on_all_ranks(run_dir: str | Path, peers: Peers) -> Path | None:
     """Return the checkpoint with the highest step that a run can resume from; None if the run has no checkpoints.
 
     It is the same on all ranks. Every byte is verified, and each file is hashed by one rank. Newer checkpoints that
@@ -88,12 +88,13 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
     for name in peers.all_gather_object(names)[0]:
         path = directory / str(name)
         try:
-            _verify_together(path, peers)
+            _verify_on_all_ranks(path, peers)
         except CheckpointError as error:
             failures.append(error)
         else:
             for broken, failure in zip(names, failures, strict=False):
-                manifest.skipped(directory / broken, failure)  # `names` is empty but on rank zero
+                # `names` is empty except on rank zero.
+                manifest.report_skipped(directory / broken, failure)
             return path
     if failures:
         count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)}"
@@ -106,29 +107,29 @@ def latest_together(run_dir: str | Path, peers: Peers) -> Path | None:
     return None
 
 
-def _verify_together(path: Path, peers: Peers, *, training: bool = True) -> None:
+def _verify_on_all_ranks(path: Path, peers: Peers, *, training: bool = True) -> None:
     with errors_on_all_ranks(peers), files.reading(path):
         listed = manifest.read_manifest(path)
         if training:
             check_training_folder(path, listed)
-        leads = peers.rank == 0
+        is_rank_zero = peers.rank == 0
         manifest.check_files(
             path,
             listed,
             training=training,
-            hashes=manifest.BYSTANDERS if leads else (),
-            spare=manifest.spared if leads else lambda error: None,
+            hashes=manifest.INESSENTIAL if is_rank_zero else (),
+            on_damage=manifest.report_damage if is_rank_zero else lambda error: None,
         )
     records = dict(listed.needed)
     if training:
         records |= listed.training
-    hash_together(path, records, peers)
+    hash_by_ranks(path, records, peers)
 
 
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def open_empty(path: str | Path, peers: Peers, *, head: str | None = None) -> tuple[Model, Path]:
+def open_on_meta(path: str | Path, peers: Peers, *, head: str | None = None) -> tuple[Model, Path]:
     """Open a model without its weights: from a run, a checkpoint, or a Hugging Face directory with a whole model.
 
     All ranks must call it, with the same arguments. The head is untied if the stored weights of the head differ from
@@ -155,15 +156,15 @@ def open_empty(path: str | Path, peers: Peers, *, head: str | None = None) -> tu
     for name in peers.all_gather_object([candidate.name for candidate in run])[0]:
         try:
             if os.path.lexists(directory / name / manifest.NAME):
-                _verify_together(directory / name, peers, training=False)
-            return _open_empty(directory / name, str(Path(path) / name), peers, head)
+                _verify_on_all_ranks(directory / name, peers, training=False)
+            return _open_on_meta(directory / name, str(Path(path) / name), peers, head)
         except CheckpointCorrupt as error:
             if peers.rank == 0:
-                manifest.skipped(directory / name, error)
-    return _open_empty(directory, named, peers, head)
+                manifest.report_skipped(directory / name, error)
+    return _open_on_meta(directory, named, peers, head)
 
 
-def _open_empty(path: Path, named: str, peers: Peers, head: str | None) -> tuple[Model, Path]:
+def _open_on_meta(path: Path, named: str, peers: Peers, head: str | None) -> tuple[Model, Path]:
     with ExitStack() as stack:
         with errors_on_all_ranks(peers), files.reading(path), files.muted(peers.rank != 0):
             directory = ModelDirectory(path, verify=True)
@@ -175,7 +176,7 @@ def _open_empty(path: Path, named: str, peers: Peers, head: str | None) -> tuple
             model, _, names = open_described(directory, head=head, tokenizer=True)
             model.source, model.files_hash = named, directory.weights_hash(names)
             stored = stack.enter_context(_stored(directory, names))
-        untied = settle_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
+        untied = match_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         if untied and peers.rank == 0:
             note(f"{named}: head untied, because its weights differ from the embedding")
         with errors_on_all_ranks(peers):
@@ -203,7 +204,7 @@ def load_slices(
 
     Args:
         model: a materialised model, sharded according to ``layout``, whose head is tied as in the directory
-            (``open_empty`` ensures that).
+            (``open_on_meta`` ensures that).
         path: a checkpoint or a Hugging Face directory, not a run; of an adapted model, a checkpoint of that adapter.
         layout: sharding of the parameters; None if every rank holds them whole.
         peers: the ranks.
@@ -211,7 +212,7 @@ def load_slices(
             changed; None copies the shard into the parameter. Empty shards are left out.
         own: parameters that keep their values, whatever the directory holds.
         base: the directory is that of the base of the model's adapter; the adapter is not changed.
-        verified: the hashes have just been compared by ``latest_together``.
+        verified: the hashes have just been compared by ``latest_on_all_ranks``.
         quiet: do not print the report line.
 
     Returns:
@@ -223,12 +224,12 @@ def load_slices(
         CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all ranks.
     """
     with errors_on_all_ranks(peers), files.reading(path):
-        parts = _Parts(model, Pieces(layout, peers), put, own)
+        filler = _ShardFiller(model, TensorSharding(layout, peers), put, own)
         directory = ModelDirectory(manifest.checked_directory(path), verify=True)
         if model.adapter is not None and not base:
-            values = checkpoint.adapter_files.adapted_values(directory, model, parts.full)
+            values = checkpoint.adapter_files.adapted_values(directory, model, filler.full)
             for name, value in values.items():
-                parts.put_whole(name, value)
+                filler.put_whole(name, value)
     if model.adapter is not None and not base:
         return LoadReport(loaded=len(values))
     with ExitStack() as stack:
@@ -238,26 +239,26 @@ def load_slices(
             for name, expected in names.items():
                 check_index(directory, name, expected, stored.holds[name])
         if directory.manifest is not None and not verified:
-            hash_together(directory.path, directory.manifest.needed, peers)
+            hash_by_ranks(directory.path, directory.manifest.needed, peers)
         apart = heads_apart(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
         with errors_on_all_ranks(peers), files.reading(path):
             if apart:
                 raise CheckpointError(
                     f"{path}: {apart[0]!r} differs from the embedding, but the head of the model is tied to it. Untie "
-                    "the head before the model is sharded, as open_empty does."
+                    "the head before the model is sharded, as open_on_meta does."
                 )
             report, fresh = match_disk_state(
-                model, list(stored), lambda entry, key: parts.put_stored(entry, key, stored)
+                model, list(stored), lambda entry, key: filler.put_stored(entry, key, stored)
             )
-            sample = parts.sample(model, stored) if base and peers.rank == 0 else ""
+            sample = filler.sample(model, stored) if base and peers.rank == 0 else ""
             stored.check_unchanged()
             if put is None:
                 model.fresh |= fresh
                 model.reset_buffers(fresh - own)
             for name in sorted((fresh - own) & {name for name, _ in model.named_parameters()}):
-                value = torch.empty(parts.shapes[name], dtype=torch.float32, device="cpu")
+                value = torch.empty(filler.shapes[name], dtype=torch.float32, device="cpu")
                 model.init_parameter(name, value, seed=0)
-                parts.put_whole(name, value)
+                filler.put_whole(name, value)
             if not quiet and peers.rank == 0:
                 config = directory.json("config.json")
                 note(report_line(model, config, len(stored), report))
@@ -266,16 +267,16 @@ def load_slices(
     return report
 
 
-class _Parts:
+class _ShardFiller:
     """The shards of a model's parameters on this rank, its persistent buffers, and the functions that fill them."""
 
     def __init__(
-        self, model: Model, pieces: Pieces, put: Put | None, own: AbstractSet[str]
+        self, model: Model, sharding: TensorSharding, put: Put | None, own: AbstractSet[str]
     ) -> None:
         self._tensors = stored_tensors(model)
-        self._pieces, self._put, self._own = pieces, put or self._copy, own
+        self._sharding, self._put, self._own = sharding, put or self._copy, own
         self._keys: dict[str, str] = {}
-        self.full = pieces.full({name: local(p) for name, p in self._tensors.items()})
+        self.full = sharding.full({name: local(p) for name, p in self._tensors.items()})
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.full.items()}
 
     @torch.no_grad()
@@ -284,7 +285,7 @@ class _Parts:
 
     def put_whole(self, name: str, value: Tensor) -> None:
         """Store this rank's shard of a whole parameter."""
-        region = self._pieces.region(name, self.shapes[name])
+        region = self._sharding.region(name, self.shapes[name])
         if region.numel:
             self._put(name, value[region.slices()])
 
@@ -297,7 +298,9 @@ class _Parts:
                 return stored.read(key)
             rows = min(shape[0], -(-count // max(1, math.prod(shape[1:]))))
             region = ShardSlice((0,) * len(shape), (rows, *shape[1:]))
-            return unpack_part(entry, name, region, self.shapes, lambda box: stored.box(key, box))
+            return slice_from_disk(
+                entry, name, region, self.shapes, lambda part: stored.read_region(key, part)
+            )
 
         return checkpoint.adapter_files.base_sample(model, first)
 
@@ -309,10 +312,10 @@ class _Parts:
         info = stored.info(key)
         check_stored(entry, info.dtype, info.shape, self.shapes)
         for name in entry.memory:
-            region = self._pieces.region(name, self.shapes[name])
+            region = self._sharding.region(name, self.shapes[name])
             if region.numel:
-                value = unpack_part(
-                    entry, name, region, self.shapes, lambda box: stored.box(key, box)
+                value = slice_from_disk(
+                    entry, name, region, self.shapes, lambda part: stored.read_region(key, part)
                 )
                 refuse_non_finite(stored.path(key), key, value)
                 self._put(name, value)
@@ -335,7 +338,7 @@ def read_training(path: str | Path, *, quiet: bool = False) -> TrainingState:
     directory = manifest.checked_directory(path)
     if not os.path.lexists(directory / manifest.NAME):
         directory = manifest.latest(directory) or directory
-    return read_training_slices(directory, None, ALONE, quiet=quiet)
+    return read_training_slices(directory, None, SINGLE_PROCESS, quiet=quiet)
 
 
 def read_training_slices(
@@ -353,7 +356,7 @@ def read_training_slices(
         path: a checkpoint.
         layout: sharding of the parameters; None if every rank holds them whole.
         peers: the ranks.
-        verified: the hashes have just been compared by ``latest_together``.
+        verified: the hashes have just been compared by ``latest_on_all_ranks``.
         quiet: do not report differences in library versions and thread count.
         stems: read only these groups of tensors.
 
@@ -365,7 +368,7 @@ def read_training_slices(
         CheckpointCorrupt: a file differs from the manifest.
         CheckpointError: the folder was deleted, or a tensor has another shape than its parameter. On all ranks.
     """
-    pieces = Pieces(layout, peers)
+    sharding = TensorSharding(layout, peers)
     found = TrainingState()
     with ExitStack() as stack:
         opened: dict[str, StoredTensors] = {}
@@ -383,31 +386,31 @@ def read_training_slices(
                     listed.training[name].check(file, os.lstat(file).st_size)
         if not verified:
             records = {name: listed.training[name] for names in groups.values() for name in names}
-            hash_together(directory, records, peers)
+            hash_by_ranks(directory, records, peers)
         with errors_on_all_ranks(peers), files.reading(path):
             for stem, stored in opened.items():
-                found.tensors[stem] = {key: _part(stored, key, pieces) for key in stored}
+                found.tensors[stem] = {key: _part(stored, key, sharding) for key in stored}
                 stored.check_unchanged()
     return found
 
 
-def _part(stored: StoredTensors, key: str, pieces: Pieces) -> Tensor:
+def _part(stored: StoredTensors, key: str, sharding: TensorSharding) -> Tensor:
     shape = stored.info(key).shape
-    name = pieces.parameter(key) if shape else None
-    if name is not None and pieces.layout is not None:
-        wanted = tuple(pieces.layout.shapes[name])
+    name = sharding.parameter(key) if shape else None
+    if name is not None and sharding.layout is not None:
+        wanted = tuple(sharding.layout.shapes[name])
         if shape != wanted:
             raise CheckpointError(
                 f"{stored.path(key)} holds {key!r} with shape {shape}, but the parameter has {wanted}. Use a new "
                 "train.out for a changed model."
             )
-    return stored.box(key, pieces.region(key, shape)).contiguous()
+    return stored.read_region(key, sharding.region(key, shape)).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
-def hash_together(directory: Path, records: Mapping[str, Record], peers: Peers) -> None:
+def hash_by_ranks(directory: Path, records: Mapping[str, Record], peers: Peers) -> None:
     """Compare files with a manifest; every file is hashed by one rank, the largest files first.
 
     Raises:
@@ -426,7 +429,7 @@ def hash_together(directory: Path, records: Mapping[str, Record], peers: Peers) 
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorLocation:
     """Location of a tensor: its file, the offset of the data section in that file, and its entry in the header."""
 
     path: Path
@@ -448,7 +451,7 @@ class StoredTensors:
 
     def __init__(self, paths: Mapping[str, Path], *, slashes: bool = False) -> None:
         self.holds: dict[str, list[str]] = {}
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _TensorLocation] = {}
         self._opened: list[tuple[Path, int, tuple[int, ...]]] = []
         self._last: tuple[str, int, int, Tensor] | None = None
         try:
@@ -465,30 +468,30 @@ class StoredTensors:
         infos = parse_header(path, size, head, slashes)
         self.holds[name] = list(infos)
         for key, info in infos.items():
-            if key in self._places:
-                other = self._places[key].path.name
+            if key in self._locations:
+                other = self._locations[key].path.name
                 raise CheckpointCorrupt(path, f"tensor {key!r} in one file", f"it in {other} too")
-            self._places[key] = _Place(path, descriptor, len(head), info)
+            self._locations[key] = _TensorLocation(path, descriptor, len(head), info)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def info(self, key: str) -> TensorInfo:
         """Return the header entry (dtype, shape and offsets) of a tensor."""
-        return self._places[key].info
+        return self._locations[key].info
 
     def path(self, key: str) -> Path:
         """Return the path of the file that holds a tensor."""
-        return self._places[key].path
+        return self._locations[key].path
 
     def read(self, key: str) -> Tensor:
         """Read a whole tensor."""
-        return self.box(key, whole(self.info(key).shape))
+        return self.read_region(key, whole(self.info(key).shape))
 
-    def box(self, key: str, region: ShardSlice) -> Tensor:
+    def read_region(self, key: str, region: ShardSlice) -> Tensor:
         """Read a region of a tensor, by reading all of its rows.
 
         Returns:
@@ -508,16 +511,18 @@ class StoredTensors:
         if self._last is not None and self._last[:3] == (key, start, count):
             return self._last[3]
         self._last = None
-        place = self._places[key]
-        shape = (count, *place.info.shape[1:])
-        size = math.prod(shape) * place.info.dtype.itemsize
+        location = self._locations[key]
+        shape = (count, *location.info.shape[1:])
+        size = math.prod(shape) * location.info.dtype.itemsize
         if size > (total := total_memory()):
             raise CheckpointError(
-                f"{place.path}: {key!r} takes {size:,} bytes; this machine has {total:,.0f} bytes of memory."
+                f"{location.path}: {key!r} takes {size:,} bytes; this machine has {total:,.0f} bytes of memory."
             )
-        row = math.prod(place.info.shape[1:]) * place.info.dtype.itemsize
-        offset = place.data + place.info.start + start * row
-        tensor = read_tensor(place.path, place.descriptor, offset, key, shape, place.info.dtype)
+        row = math.prod(location.info.shape[1:]) * location.info.dtype.itemsize
+        offset = location.data + location.info.start + start * row
+        tensor = read_tensor(
+            location.path, location.descriptor, offset, key, shape, location.info.dtype
+        )
         self._last = (key, start, count, tensor)
         return tensor
 

@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         elif self.name in _SETTINGS:
             lines += [
                 "",
-                "Settings are the keys of a --config file, too. Names of other libraries, such as",
+                "Settings are also the keys of a --config file. Names of other libraries, such as",
                 "learning_rate, batch_size or max_steps, are understood: see docs/configuration.md.",
             ]
         return "\n".join(lines)

@@ -51,7 +51,7 @@ def chat(args: Any) -> None:
     from pretrain.objectives.instruction import answer_length
     from pretrain.training.precision import choose_device
 
-    listener = listen(args.port) if args.web else None  # before the model is read
+    listener = listen(args.port) if args.web else None  # fails early if the port is taken
     device = choose_device(args.device)
     model = load(args.checkpoint).to(device)
     words = model.tokenizer
@@ -94,7 +94,7 @@ class _Talk:
         self.session = None if raw else Chat(model)
         Stream(model, [0], **options)  # checks the options
         self.turns: list[dict[str, Any]] = []
-        self.told, self.read = False, 0
+        self.noted_cut, self.read = False, 0
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self, name: str) -> None:
@@ -137,7 +137,7 @@ class _Talk:
         if word == "/help":
             print(_HELP)
         elif self.session is None:
-            note(f"{word} is for conversations, and with --raw every line is continued by itself.")
+            note(f"{word} needs a conversation, and with --raw every line is continued by itself.")
         elif word == "/reset":
             self.turns = []
             note("A new conversation begins.")
@@ -163,11 +163,11 @@ class _Talk:
         if stream is None:
             return
         if self.session is not None and stream.text:
-            said = (
+            exchange = (
                 {"role": "user", "content": text},
                 {"role": "assistant", "content": stream.text},
             )
-            self.turns += said
+            self.turns += exchange
         if self.session is not None and stream.finish_reason == "length":
             most = self.options["max_new_tokens"]
             reason = (
@@ -188,10 +188,10 @@ class _Talk:
         kept, ids = self.session.fit(asked, self.options["max_new_tokens"])
         if len(kept) < len(asked):
             self.turns = kept[len(system) : -1]
-            if not self.told:
+            if not self.noted_cut:
                 note(
                     f"note: the model reads {self.model.backbone.max_length:,} tokens, so the first turns of the "
                     "conversation are left out from now on."
                 )
-            self.told = True
+            self.noted_cut = True
         return self.session.answer(ids, **self.options)

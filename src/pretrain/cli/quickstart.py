@@ -46,11 +46,11 @@ _LRS = (1e-3, 3e-3)  # learning rates that both arms try
 _BATCH, _MAX_LENGTH = 16, 160
 _FEWEST_STEPS, _MOST_STEPS = 8, 80
 _SECONDS_FOR_ALL_LABELS = 45.0  # with less left, compare at the largest number only
-# Time kept for evaluation, sampling, saving, reports and a slow disk; shares of the rest for pre-training.
+# Seconds reserved for evaluation, sampling, saving, reports and a slow disk; shares of the rest for pre-training.
 _RESERVE_SECONDS, _SHARES = 20.0, {"gpt": 0.22, "bert": 0.5}
 # A fine-tuning run also opens the model, reads the rows and scores: a constant number of seconds, and forward passes
 # over the scored rows, each of which costs a third of a training pass.
-_SECONDS_BESIDE, _SHARE_OF_BACKWARD = 0.5, 3
+_SECONDS_PER_RUN, _SHARE_OF_BACKWARD = 0.5, 3
 
 
 def config(kind: str, data: str, out: str, minutes: float, seed: int = 0) -> dict[str, Any]:
@@ -131,11 +131,11 @@ def quickstart(
     Raises:
         ConfigError: the budget is not a positive number of minutes.
     """
-    story = _Story(os.fspath(out), _budget(minutes), seed, say or _printer())
-    return story.tell()
+    run = _Quickstart(os.fspath(out), _budget(minutes), seed, say or _printer())
+    return run.run()
 
 
-class _Story:
+class _Quickstart:
     """One quickstart: its results so far and its time budget."""
 
     def __init__(self, out: str, budget: float, seed: int, say: Callable[[str], None]) -> None:
@@ -155,7 +155,7 @@ class _Story:
     def reserve(self) -> float:
         return min(_RESERVE_SECONDS, self.budget * 60 * 0.15)
 
-    def tell(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Run all steps, or those before a signal; return the results."""
         import pretrain
 
@@ -184,7 +184,7 @@ class _Story:
             self.stopped(signal.Signals(code - 128).name, code)
         self.result["seconds"] = time.monotonic() - self.began
         if not self.result["exit_code"]:
-            self.say(self.ending())
+            self.say(self.closing_lines())
         return self.result
 
     def stopped(self, name: str, code: int) -> None:
@@ -271,9 +271,9 @@ class _Story:
         if result.run.exit_code:
             self.stopped(result.run.stopped, result.run.exit_code)
             return
-        self.judge(result)
+        self.print_comparison(result)
 
-    def judge(self, result: Finetuned) -> None:
+    def print_comparison(self, result: Finetuned) -> None:
         """Print the test accuracy and the table of the comparison."""
         assert result.comparison is not None
         self.result["comparison"] = result.comparison
@@ -296,13 +296,13 @@ class _Story:
         if not paces or paces[-1] <= 0:
             return _FEWEST_STEPS
         scored = (len(rows.valid) + len(rows.test)) / _SHARE_OF_BACKWARD
-        tokens = (self.left / runs - _SECONDS_BESIDE) * paces[-1]
+        tokens = (self.left / runs - _SECONDS_PER_RUN) * paces[-1]
         length = _MAX_LENGTH / 2  # approximately the mean
         steps = int((tokens / length - scored) / _BATCH)
         return min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
 
-    def ending(self) -> str:
-        """Return the last message: the paths of the results, and commands to try next."""
+    def closing_lines(self) -> str:
+        """Return the closing lines: the paths of the results, and commands to try next."""
         result = self.result
         place, tuned = shlex.quote(result["run"]), shlex.quote(result["finetuned"])
         ask, rows = shlex.quote(PROMPTS[0]), shlex.quote(str(Path(result["rows"]) / "test.jsonl"))

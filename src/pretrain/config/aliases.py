@@ -1,4 +1,4 @@
-"""What the names that other libraries use for settings, objectives and tasks mean here, in one table.
+"""Table of the names that other libraries use for settings, objectives and tasks.
 
 A name that means exactly one of our settings is accepted in YAML, in Python and on the command line; the settings that
 a run writes carry our names. A name with another meaning is an error that says which setting does it. The table is
@@ -20,7 +20,7 @@ __all__ = [
     "NAMES",
     "VALUES",
     "Advice",
-    "Name",
+    "SettingAlias",
     "find",
     "main_setting",
     "section_value",
@@ -29,7 +29,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Name:
+class SettingAlias:
     """Names of other libraries for one setting.
 
     Attributes:
@@ -80,16 +80,16 @@ def _share(value: float) -> float:
     return value
 
 
-def _same(setting: str, names: str) -> Name:
-    return Name(tuple(names.split()), setting)
+def _same(setting: str, names: str) -> SettingAlias:
+    return SettingAlias(tuple(names.split()), setting)
 
 
-def _other(setting: str, names: str, advice: str) -> Name:
-    return Name(tuple(names.split()), setting, advice=advice)
+def _other(setting: str, names: str, advice: str) -> SettingAlias:
+    return SettingAlias(tuple(names.split()), setting, advice=advice)
 
 
-def _as_steps(setting: str, names: str) -> Name:
-    return Name(tuple(names.split()), setting, int, _steps, "`N steps`")
+def _as_steps(setting: str, names: str) -> SettingAlias:
+    return SettingAlias(tuple(names.split()), setting, int, _steps, "`N steps`")
 
 
 _ROWS = (
@@ -102,7 +102,7 @@ _RESUMED = (
 )
 
 # Several entries may hold the same name: the first whose settings the command has is used.
-NAMES: tuple[Name, ...] = (
+NAMES: tuple[SettingAlias, ...] = (
     # ---- optimizer
     _same("optim.lr", "learning_rate max_lr peak_lr"),
     _same("optim.name", "optimizer optimizer_name"),
@@ -112,8 +112,8 @@ NAMES: tuple[Name, ...] = (
     _same("optim.schedule", "lr_scheduler_type lr_scheduler scheduler lr_schedule"),
     _same("optim.layer_decay", "layerwise_lr_decay llrd layer_wise_lr_decay"),
     _same("optim.ema", "ema_decay"),
-    Name(("warmup_ratio", "warmup_fraction"), "optim.warmup", float, _share, "a share below 1"),
-    Name(("warmup_steps", "num_warmup_steps", "warmup_iters"), "optim.warmup", int, float, "steps"),
+    SettingAlias(("warmup_ratio", "warmup_fraction"), "optim.warmup", float, _share, "a share below 1"),
+    SettingAlias(("warmup_steps", "num_warmup_steps", "warmup_iters"), "optim.warmup", int, float, "steps"),
     _other(
         "optim.betas", "adam_beta1 adam_beta2 beta1 beta2",
         "both decay rates of AdamW are one setting: optim.betas [0.9, 0.95].",
@@ -124,14 +124,14 @@ NAMES: tuple[Name, ...] = (
     ),
     # ---- length of the run
     _same("train.epochs", "epochs num_train_epochs num_epochs n_epochs max_epochs"),
-    Name(
+    SettingAlias(
         ("epochs", "num_train_epochs", "num_epochs", "n_epochs", "max_epochs"),
         "train.limit", float, lambda value: f"{value:g} epochs", "`N epochs`",
     ),
     _as_steps(
         "train.limit", "max_steps steps num_steps total_steps max_iters num_train_steps n_steps num_training_steps"
     ),
-    Name(
+    SettingAlias(
         ("max_tokens", "num_tokens", "total_tokens"),
         "train.limit", float, lambda value: f"{value:g} tokens" if value % 1 else f"{int(value)} tokens",
         "`N tokens`",
@@ -157,7 +157,7 @@ NAMES: tuple[Name, ...] = (
     _same("train.log_every", "logging_steps log_interval log_every_n_steps log_steps"),
     _same("train.keep", "save_total_limit"),
     _same("train.patience", "early_stopping_patience early_stopping"),
-    Name(
+    SettingAlias(
         ("metric_for_best_model",), "train.monitor", str, lambda value: value.removeprefix("eval_"),
         "without `eval_`",
     ),
@@ -180,7 +180,7 @@ NAMES: tuple[Name, ...] = (
     ),
     _other("train.log_every", "logging_strategy", "the log has a line every train.log_every steps."),
     _other("train.eval_rows", "eval_iters max_eval_samples", "held-out rows per evaluation are train.eval_rows."),
-    Name(
+    SettingAlias(
         ("report_to", "logger"), "train.loggers", str | list[str],
         lambda value: [] if value == "none" else [value] if isinstance(value, str) else value, "a list",
     ),
@@ -196,8 +196,8 @@ NAMES: tuple[Name, ...] = (
     ),
     _other("train.out", "resume resume_from_checkpoint resume_training continue_training", _RESUMED),
     # ---- precision and machine
-    Name(("bf16",), "train.precision", bool, lambda on: "bf16" if on else "fp32", "`bf16` or `fp32`"),
-    Name(("fp16",), "train.precision", bool, lambda on: "fp16" if on else "fp32", "`fp16` or `fp32`"),
+    SettingAlias(("bf16",), "train.precision", bool, lambda on: "bf16" if on else "fp32", "`bf16` or `fp32`"),
+    SettingAlias(("fp16",), "train.precision", bool, lambda on: "fp16" if on else "fp32", "`fp16` or `fp32`"),
     _same("train.precision", "mixed_precision amp"),
     _other(
         "train.precision", "dtype torch_dtype",
@@ -347,7 +347,9 @@ _MAIN = {
 }
 
 
-def find(word: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[str, Name | None] | None:
+def find(
+    word: str, fields: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, SettingAlias | None] | None:
     """Return the setting that a name without a section stands for, and the entry of the table if it is in there.
 
     Args:

@@ -17,7 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pretrain.config.aliases import NAMES, Name, find, main_setting, section_value, use_value
+from pretrain.config.aliases import (
+    NAMES,
+    SettingAlias,
+    find,
+    main_setting,
+    section_value,
+    use_value,
+)
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, nearest, suggestion
 from pretrain.utils.files import note, replace_file
@@ -192,7 +199,8 @@ class _Checker:
                 inside = {rest: value} if rest else self.inside(head, value)
                 words = {f"{head}.{name}": item for name, item in inside.items()}
             for word, given in words.items():
-                said = str(key) if self.words.get(word) == key else word  # a section by its value
+                # A section that is given as a single value is spelled as the user wrote it.
+                spelling = str(key) if self.words.get(word) == key else word
                 setting, item = self.setting(word, given)
                 section, name, *path = setting.split(".", 2)
                 into, item = found.setdefault(section, {}), {path[0]: item} if path else item
@@ -202,8 +210,8 @@ class _Checker:
                 )
                 for part, other in itertools.product(parts, written):
                     if f"{part}.".startswith(f"{other}.") or f"{other}.".startswith(f"{part}."):
-                        raise self.twice(word, setting, written[other], said)
-                written |= dict.fromkeys(parts, said)
+                        raise self.twice(word, setting, written[other], spelling)
+                written |= dict.fromkeys(parts, spelling)
                 if isinstance(item, Mapping):
                     item = {**into.get(name, {}), **item}
                 into[name] = item
@@ -254,7 +262,7 @@ class _Checker:
         except ConfigError as error:
             raise self.fail(word, str(error)) from None
 
-    def resolve(self, word: str) -> tuple[str, Name | None] | None:
+    def resolve(self, word: str) -> tuple[str, SettingAlias | None] | None:
         """Return the setting that a name means, with or without its section, and its entry in the table of names."""
         head, _, name = word.partition(".")
         if head not in self.sections:
@@ -276,7 +284,7 @@ class _Checker:
             into[key] = value
 
     def suggest(self, dotted: str) -> str:
-        """Return a hint: the setting that the name stands for, else the nearest one, else all of its section."""
+        """Return a hint: the setting that the name means, else the nearest one, else all settings of its section."""
         head, _, name = dotted.rpartition(".")
         bare = name or head
         if (found := find(bare, self.fields)) is not None:

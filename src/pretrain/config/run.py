@@ -428,7 +428,7 @@ class Sections:
         return write_text(Path(path), with_digest(with_place(self.to_yaml())))
 
     @classmethod
-    def of_run(cls, home: Path) -> Self:
+    def of_run(cls, run_dir: Path) -> Self:
         """Read the settings of a run to open its data again, from any directory.
 
         A relative path of rows or of a model that leads nowhere from here leads from where the run was started.
@@ -436,12 +436,12 @@ class Sections:
         Raises:
             ConfigError: as `load`.
         """
-        settings = cls.load(home / "run.yaml")
-        place = place_in((home / "run.yaml").read_text(encoding="utf-8"))
+        settings = cls.load(run_dir / "run.yaml")
+        place = place_in((run_dir / "run.yaml").read_text(encoding="utf-8"))
         for section, name in _PATHS:
             part = getattr(settings, section)
             if place is not None and hasattr(part, name):
-                setattr(part, name, _from(place, getattr(part, name)))
+                setattr(part, name, _resolved_from(place, getattr(part, name)))
         return settings
 
     def paths(self) -> list[str]:
@@ -467,13 +467,16 @@ def is_lost(path: str) -> bool:
     )
 
 
-def _from(place: Path, value: Any) -> Any:
-    """Return paths that lead nowhere from here as paths below ``place``, if they lead somewhere there."""
+def _resolved_from(place: Path, value: Any) -> Any:
+    """Return relative paths that do not exist here, but below ``place``, as paths below ``place``."""
     if isinstance(value, Mapping):
         weights = all(isinstance(one, float) for one in value.values())
-        return {_from(place, k) if weights else k: _from(place, v) for k, v in value.items()}
+        return {
+            _resolved_from(place, k) if weights else k: _resolved_from(place, v)
+            for k, v in value.items()
+        }
     if isinstance(value, list):
-        return [_from(place, one) for one in value]
+        return [_resolved_from(place, one) for one in value]
     if not isinstance(value, str) or not value or value == DataConfig.train or not is_lost(value):
         return value
     moved = str(place / value)

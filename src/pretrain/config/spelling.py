@@ -136,7 +136,7 @@ def reads_with(name: str) -> bool:
 
 
 def trains() -> bool:
-    """Return whether the interface trains a model, which learns its classes from the rows or is told them."""
+    """Return whether the interface trains a model, so that options may name its classes."""
     return _current.trains
 
 

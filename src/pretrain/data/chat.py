@@ -212,7 +212,7 @@ class ChatTemplate:
         Raises:
             DataError: the template fails, rejects the conversation, or exceeds the limits of the sandbox.
         """
-        from pretrain.data.template_sandbox import Runaway
+        from pretrain.data.template_sandbox import LimitExceeded
 
         chosen = self.given(tools)
         formed = [chosen._formed(_as_transformers(message)) for message in messages]
@@ -220,7 +220,7 @@ class ChatTemplate:
         place = f"{where}: the" if where else "The"
         try:
             return chosen._sandbox.render(chosen._template, values, marks)
-        except (Runaway, RecursionError, MemoryError) as error:
+        except (LimitExceeded, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{place} chat template exceeds the limits of the sandbox: {_said(error)}. Give another template "
                 "(chat_template=); this one is broken or malicious."

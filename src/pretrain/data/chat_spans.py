@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from pretrain.data.chat import REASONING, ChatTemplate, Message, content_text, is_trained
 from pretrain.errors import DataError
 
-__all__ = ["Span", "Unplaced", "assistant_spans", "readable", "unread_keys"]
+__all__ = ["Span", "SpansNotFound", "assistant_spans", "readable", "unread_keys"]
 
 _PROBED = ("content", *REASONING)
 _OWN_KEYS = frozenset(("role", "content", "weight", "train"))
@@ -38,7 +38,7 @@ class Span(NamedTuple):
     message: int
 
 
-class Unplaced(DataError):
+class SpansNotFound(DataError):
     """The assistant's turns cannot be located in the text of a conversation.
 
     Args:
@@ -101,7 +101,7 @@ def assistant_spans(
 
     Raises:
         DataError: the template fails.
-        Unplaced: an answer is missing from the text, or cannot be located in it.
+        SpansNotFound: an answer is missing from the text, or cannot be located in it.
     """
     template = template.given(tools)
     text = template.render(messages, where=where, tools=tools)
@@ -115,7 +115,7 @@ def assistant_spans(
         spans = None if reading is None else reading.spans(answers, where)
         if spans is not None:
             return text, spans
-    raise Unplaced("the chat template changes an answer so that it cannot be located", where)
+    raise SpansNotFound("the chat template changes an answer so that it cannot be located", where)
 
 
 def _blocks(
@@ -131,7 +131,7 @@ def _blocks(
     marked = template.render(messages, tools=tools, marks=marks)
     plain, places = _without(marked, dict.fromkeys(marks, 0))
     if plain != text:
-        raise Unplaced(
+        raise SpansNotFound(
             "the chat template writes another text when its {% generation %} blocks are marked",
             where,
         )
@@ -151,7 +151,7 @@ def _blocks(
     if all(is_trained(messages[i]) for i in answers):  # the owner of a block makes no difference
         owners = [answers[-1] if i is None else i for i in owners]
     if None in owners:
-        raise Unplaced(
+        raise SpansNotFound(
             "the {% generation %} blocks of the chat template cannot be assigned to the answers",
             where,
         )
@@ -292,22 +292,26 @@ class _Reading:
         """Return the spans of these messages, or None if the probes do not locate one of them.
 
         Raises:
-            Unplaced: the template omits an answer, prints answers twice or in another order, or prints an answer
+            SpansNotFound: the template omits an answer, prints answers twice or in another order, or prints an answer
                 around another message.
         """
         spans: list[Span] = []
         for i in answers:
             places = [mark.at for mark in self.marks if mark.message == i]
             if not places and not self.messages[i].get("tool_calls") and self._has_text(i):
-                raise Unplaced("the chat template leaves out an answer", where)
+                raise SpansNotFound("the chat template leaves out an answer", where)
             first = self._first(i, places, spans)
             if first is None:
                 return None
             span = Span(first, self._end(i, places, first), i)
             if spans and span.first < spans[-1].end:
-                raise Unplaced("the chat template prints answers twice or in another order", where)
+                raise SpansNotFound(
+                    "the chat template prints answers twice or in another order", where
+                )
             if any(span.first < m.at < span.end and m.message != i for m in self.marks):
-                raise Unplaced("the chat template prints an answer around another message", where)
+                raise SpansNotFound(
+                    "the chat template prints an answer around another message", where
+                )
             spans.append(span)
         return spans
 

@@ -61,7 +61,7 @@ class Role:
 
 
 def _spelled_as_in(table: Table, column: Any) -> Any:
-    """Return the name of a column as text, which those of a frame are not when they are numbers."""
+    """Return the name of a column as the table spells it; columns of a data frame may be named by numbers."""
     if isinstance(column, list | tuple):
         return [_spelled_as_in(table, name) for name in column]
     return str(column) if isinstance(column, int) and str(column) in table.columns else column

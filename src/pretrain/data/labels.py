@@ -25,8 +25,22 @@ from pretrain.errors import DataError, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "LABEL_FORMS", "LabelMap", "NameList", "Several", "blanks_note", "exact_number", "finite_numbers", "flattened",
-    "is_missing", "is_on", "make_tag_map", "number_in", "printed_list", "printed_mapping", "read_several", "spelled",
+    "LABEL_FORMS",
+    "LabelMap",
+    "MultiLabelColumn",
+    "NameList",
+    "blanks_note",
+    "exact_number",
+    "finite_numbers",
+    "flattened",
+    "is_missing",
+    "is_on",
+    "make_tag_map",
+    "number_in",
+    "printed_list",
+    "printed_mapping",
+    "read_several",
+    "spelled",
     "unlabelled_note",
 ]  # fmt: skip
 
@@ -159,7 +173,7 @@ class LabelMap:
         """Return the class id of each class of another source by its name; None of a name that is not known here."""
         # Codes that are numbers count values of a column, while a name that is a number can only be that of a label.
         numbers = {text: k for text, k in self._own.items() if number_in(text) is not None}
-        find = _finder({**self._spellings, **numbers})
+        find = _id_finder({**self._spellings, **numbers})
         return [find(str(name).strip()) for name in names]
 
     @property
@@ -188,7 +202,7 @@ class LabelMap:
         column: str,
         what: str,
     ) -> list[int]:
-        texts, find = _spelled(values, at, column), _finder(spellings)
+        texts, find = _spelled(values, at, column), _id_finder(spellings)
         numeric = not any(isinstance(value, str) for value in values[:1])
         of_names: dict[str, tuple[str, int | None]] = {}
         if names is not None:
@@ -369,7 +383,7 @@ def _plain(text: str) -> str | float:
     return " ".join(folded.split()) if number is None else number
 
 
-def _finder(spellings: Mapping[str, int]) -> Callable[[str], int | None]:
+def _id_finder(spellings: Mapping[str, int]) -> Callable[[str], int | None]:
     """Return a function from a text to its class id, as `LabelMap` looks it up; None if none or several are meant."""
     alike: dict[str | float, set[int]] = {}
     for text, k in spellings.items():
@@ -623,7 +637,7 @@ def _given(
         )
     keys = _spelled([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value")
     codes = {key: labels.index(name) for key, name in zip(keys, spelled, strict=True)}
-    find = _finder(codes)
+    find = _id_finder(codes)
     if names is not None:
         return LabelMap(labels, _renamed(names, codes, find, isinstance(given, Mapping)))
     present, count = {_plain(text) for text in texts}, len(labels)
@@ -679,7 +693,7 @@ def _of_checkpoint(
     """
     labels = tuple(str(label) for label in checkpoint)
     codes = {label.strip(): k for k, label in enumerate(labels)}
-    numbers, find = _positions(labels), _finder(codes)
+    numbers, find = _positions(labels), _id_finder(codes)
     if names is not None:
         own = [str(name).strip() for name in names]
         found = {str(i): k for i, name in enumerate(own) if (k := find(name)) is not None}
@@ -688,7 +702,7 @@ def _of_checkpoint(
         texts, at = own, lambda i: f"class {i}"
     elif all(find(text) is not None for text in texts):
         return LabelMap(labels, codes)
-    elif all(_finder(numbers | codes)(text) is not None for text in texts):
+    elif all(_id_finder(numbers | codes)(text) is not None for text in texts):
         return LabelMap(labels, numbers | codes)
     i = next(i for i, text in enumerate(texts) if find(text) is None)
     raise DataError(
@@ -702,7 +716,7 @@ def _of_checkpoint(
 
 
 @dataclass
-class Several:
+class MultiLabelColumn:
     """A multi-label column: any number of labels per row.
 
     Attributes:
@@ -733,7 +747,7 @@ def read_several(
     always: bool = False,
     single: bool = False,
     form: str | None = None,
-) -> Several:
+) -> MultiLabelColumn:
     """Read a column in which rows may have any number of labels.
 
     Args:
@@ -751,7 +765,7 @@ def read_several(
         DataError: the column mixes forms, is ambiguous, or has an invalid vector; names the row.
     """
     if values and all(isinstance(value, NameList) for value in values):
-        return Several([list(value) for value in values])
+        return MultiLabelColumn([list(value) for value in values])
     known = None if labels is None else {str(label).strip() for label in (*labels, *spellings)}
     vectors = _Vectors(where, names, labels, known, form)
     found = _read(values, vectors, separator, always=always, single=single)
@@ -773,7 +787,7 @@ def _is_number(item: Any) -> bool:
 
 def _read(
     values: Sequence[Any], vectors: _Vectors, separator: str | None, *, always: bool, single: bool
-) -> Several:
+) -> MultiLabelColumn:
     where = vectors.where
     lists = [i for i, value in enumerate(values) if _is_list(value)]
     mappings = [i for i, value in enumerate(values) if isinstance(value, Mapping)]
@@ -805,10 +819,10 @@ def _read(
                 return _from_printed(texts, parsed, vectors)
             separator, notes = _separator(texts, vectors.known, always, vectors.form)
         if separator:
-            return Several([_parts(text, separator) for text in texts], None, notes)
+            return MultiLabelColumn([_parts(text, separator) for text in texts], None, notes)
     if always:
-        return Several([[] if is_missing(value) else [value] for value in values])
-    return Several(None, None, notes)
+        return MultiLabelColumn([[] if is_missing(value) else [value] for value in values])
+    return MultiLabelColumn(None, None, notes)
 
 
 def is_on(value: Any) -> bool | None:
@@ -825,7 +839,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset)
 
 
-def _from_mappings(values: Sequence[Any], where: Where) -> Several:
+def _from_mappings(values: Sequence[Any], where: Where) -> MultiLabelColumn:
     """Read mappings from every name to 0 or 1, such as spaCy's ``cats``."""
     names = list(dict.fromkeys(str(name) for value in values for name in value))
     rows = []
@@ -837,7 +851,7 @@ def _from_mappings(values: Sequence[Any], where: Where) -> Several:
                 "labels must hold 0 or 1 for each. Round fractions, or give a list of the labels that fit."
             )
         rows.append([k for k, name in enumerate(names) if on.get(name)])
-    return Several(rows, tuple(names))
+    return MultiLabelColumn(rows, tuple(names))
 
 
 @dataclass(frozen=True)
@@ -854,7 +868,7 @@ class _Vectors:
     known: Collection[str] | None
     form: str | None
 
-    def read(self, rows: list[list[Any]]) -> Several | None:
+    def read(self, rows: list[list[Any]]) -> MultiLabelColumn | None:
         """Return the labels of rows that are vectors; None if they list names or class numbers."""
         items = [item for row in rows for item in row if not is_missing(item)]
         texts = bool(items) and all(isinstance(x, str) and is_on(x) is not None for x in items)
@@ -877,7 +891,7 @@ class _Vectors:
             )
         called = tuple(map(str, range(width) if labels is None else labels))
         hot = [[k for k, on in enumerate(row) if on] for row in rows]
-        found = Several(hot, called, form="vectors")
+        found = MultiLabelColumn(hot, called, form="vectors")
         if labels is None:
             found.notes.append(
                 f"label: vectors of {width} zeros and ones, one place for each label; the labels are called 0 to "
@@ -944,11 +958,11 @@ class _Vectors:
                 )
 
 
-def _from_lists(rows: list[list[Any]], vectors: _Vectors) -> Several:
+def _from_lists(rows: list[list[Any]], vectors: _Vectors) -> MultiLabelColumn:
     if (hot := vectors.read(rows)) is not None:
         return hot
     missing = sum(is_missing(item) for row in rows for item in row)
-    found = Several([[item for item in row if not is_missing(item)] for row in rows])
+    found = MultiLabelColumn([[item for item in row if not is_missing(item)] for row in rows])
     if missing:
         found.notes.append(
             f"label: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
@@ -1038,14 +1052,14 @@ def _from_printed(
     texts: Sequence[str],
     parsed: Sequence[list[Any] | None],
     vectors: _Vectors,
-) -> Several:
+) -> MultiLabelColumn:
     """Read a column of printed lists; raise DataError if it has other text too."""
     where, labels = vectors.where, vectors.labels
     lists = [i for i, found in enumerate(parsed) if found is not None]
     other = next((i for i, found in enumerate(parsed) if found is None), None)
     if other is not None:
         if labels is not None and all(text in labels for text in texts):
-            return Several(None)
+            return MultiLabelColumn(None)
         raise DataError(
             f"{where(other)}: label holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
             f"{shortened(texts[lists[0]])}. Write every row as a list, [] where no class fits."
@@ -1059,7 +1073,7 @@ def _from_printed(
 
 def _written_vectors(
     texts: Sequence[str], vectors: _Vectors, separator: str | None, decided: bool
-) -> Several | None:
+) -> MultiLabelColumn | None:
     """Read texts that are all vectors of zeros and ones, printed or with a mark between the places; None if not.
 
     Pairs of digits with a comma can be decimals too, so they are vectors only if the caller has ``decided`` on classes,

@@ -20,7 +20,14 @@ from pretrain.errors import DataError, nearest
 from pretrain.utils.files import replace_file
 
 __all__ = [
-    "FileHashes", "cache_home", "find_files", "hidden", "passed_over", "path_from", "shortened_path", "tar_files",
+    "FileHashes",
+    "cache_home",
+    "find_files",
+    "hidden",
+    "path_from",
+    "shortened_path",
+    "skipped_files_note",
+    "tar_files",
     "walk",
 ]  # fmt: skip
 
@@ -143,7 +150,7 @@ def path_from(folder: Path, file: Path) -> str:
 
 
 def shortened_path(name: Any) -> str:
-    """Return a path as messages show it, of which a user may have given a whole text for one."""
+    """Return a path for a message, shortened, because users may give a whole text in place of a path."""
     return str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
 
 
@@ -181,7 +188,7 @@ def _entries(matches: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
             yield file, is_named
 
 
-def passed_over(name: str) -> str:
+def skipped_files_note(name: str) -> str:
     """Return a sentence that counts, by suffix, the files in folders that :func:`find_files` skips, or ""."""
     counts = Counter(
         file.suffix.lower() or "without a suffix"

@@ -34,9 +34,9 @@ from pretrain.errors import DataError
 from pretrain.utils.files import open_writable, replace_file
 
 __all__ = [
-    "Progressed",
     "Sample",
     "Scan",
+    "TokeniseJournal",
     "pack_split",
     "sample_filter",
     "scan_sources",
@@ -299,7 +299,7 @@ class _Tally:
 
 
 @dataclass
-class Progressed:
+class TokeniseJournal:
     """The journal of tokenising: the output of the first ``pieces`` pieces is on disk."""
 
     pieces: int = 0
@@ -313,7 +313,7 @@ class Progressed:
     written: dict[str, list[Any]] = field(default_factory=dict)  # file -> [size, SHA-256]
 
     @classmethod
-    def load(cls, path: Path, sources: int) -> Progressed:
+    def load(cls, path: Path, sources: int) -> TokeniseJournal:
         """Return the journal, or a new one if there is none or the files on disk do not match it."""
         try:
             raw = read_sealed(path)
@@ -392,7 +392,7 @@ class _Writer:
     """Appends encoded batches to the token and document files of both splits."""
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, journal: Progressed, stack: ExitStack
+        self, folder: Path, tokenizer: Tokenizer, journal: TokeniseJournal, stack: ExitStack
     ) -> None:
         self.folder, self.journal = folder, journal
         self.vocab_size, self.dtype = tokenizer.vocab_size, token_dtype(tokenizer.vocab_size)
@@ -516,7 +516,7 @@ def tokenise(
     *,
     workers: int,
     progress: Progress,
-) -> Progressed:
+) -> TokeniseJournal:
     """Encode all kept documents into ``folder``, resuming an interrupted run from its journal.
 
     Args:
@@ -527,7 +527,7 @@ def tokenise(
         workers: number of processes.
         progress: called with the number of bytes done since the last call.
     """
-    journal = Progressed.load(folder / "journal.json", len(sources))
+    journal = TokeniseJournal.load(folder / "journal.json", len(sources))
     progress(journal.text_bytes)
     pieces = planned(sources, scan)
     for _ in range(journal.pieces):

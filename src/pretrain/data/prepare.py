@@ -27,9 +27,9 @@ from pretrain.data.flat_files import write_sums
 from pretrain.data.manifests import MANIFEST, file_record, write_sealed
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
-    Progressed,
     Sample,
     Scan,
+    TokeniseJournal,
     pack_split,
     sample_filter,
     scan_sources,
@@ -512,7 +512,7 @@ def _fill(work: Path, job: _Job, scan: Scan, tokenizer: Tokenizer) -> None:
     write_sealed(work / MANIFEST, manifest)
 
 
-def _vocabulary_notes(job: _Job, tokenizer: Tokenizer, done: Progressed) -> list[str]:
+def _vocabulary_notes(job: _Job, tokenizer: Tokenizer, done: TokeniseJournal) -> list[str]:
     """Return notes on a vocabulary that is smaller than requested or that does not cover the text."""
     notes = []
     asked = job.options["vocab_size"]

@@ -21,7 +21,7 @@ __all__ = ["WRITABLE", "RowWriter"]
 
 WRITABLE = (".jsonl", ".csv", ".tsv")
 _BUFFER = 64 << 10  # bytes
-# Limit of the rows that wait for the first answer, whose keys determine the columns.
+# Most rows that are held back until the first answer, whose keys determine the columns.
 _MOST_WAITING = 100_000
 _MASK = re.compile(r"\d{6,}\.png")
 
@@ -43,7 +43,7 @@ class RowWriter:
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, list(names)
-        self.masks = 0  # that have been written as files
+        self.masks = 0  # number of masks that have been written as files
         self._folder = path.with_name(f"{path.name}.masks")
         self._new, self._old = (temporary_name(self._folder, "new") for _ in range(2))
         self.answers: dict[str, str] = {}  # key of an answer -> column
@@ -53,7 +53,7 @@ class RowWriter:
         self._csv: Any = None
 
     def __enter__(self) -> RowWriter:
-        self._stack.push(self._settle)  # runs last, when the table is complete or removed
+        self._stack.push(self._finish_masks)  # runs last, when the table is complete or removed
         with self._saying():
             file = self._stack.enter_context(replacing(self.path, buffer=_BUFFER))
         self._lines = codecs.getwriter("utf-8")(cast(Any, file))
@@ -79,7 +79,7 @@ class RowWriter:
                         self._folder.rename(self._old)
                     self._new.rename(self._folder)
 
-    def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
+    def _finish_masks(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the earlier masks; after an exception the new ones, and put the earlier ones back."""
         if kind is not None and self._old.exists():
             shutil.rmtree(self._folder, ignore_errors=True)

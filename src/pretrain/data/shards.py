@@ -93,10 +93,10 @@ class Rows:
         found = {
             "tokens": len(self._tokens), "rows": len(self._rows) - 1, "segments": len(self._segments) // 2,
         }  # fmt: skip
-        told = {"tokens": self.num_tokens, "rows": int(stats["rows"])}
-        if any(found[name] != count for name, count in told.items()) or len(self._segments) % 2:
+        recorded = {"tokens": self.num_tokens, "rows": int(stats["rows"])}
+        if any(found[name] != count for name, count in recorded.items()) or len(self._segments) % 2:
             raise DataError(
-                f"{folder} holds {found} in its {split} split, but its manifest says {told}; they do not belong "
+                f"{folder} holds {found} in its {split} split, but its manifest says {recorded}; they do not belong "
                 "together. Prepare the data again."
             )
 

@@ -152,13 +152,13 @@ def _parts(
                 files.remove(file)
                 have += len(file[1])
     parts[0] = files
-    chosen = [_spread(part, count, rng) for part, count in zip(parts, counts, strict=True)]
+    chosen = [_pieces_in_turn(part, count, rng) for part, count in zip(parts, counts, strict=True)]
     if any(len(part) < count for part, count in zip(chosen, counts, strict=True)):
         return None
     return chosen[0], chosen[1], chosen[2]
 
 
-def _spread(files: list[tuple[str, list[str]]], count: int, rng: random.Random) -> Part:
+def _pieces_in_turn(files: list[tuple[str, list[str]]], count: int, rng: random.Random) -> Part:
     """Return random pieces, taken from the files in turn, so that a long file does not dominate its package."""
     waiting = [(name, rng.sample(pieces, len(pieces))) for name, pieces in files]
     chosen: Part = []

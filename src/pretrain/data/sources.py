@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pretrain.config.spelling import option, option_name
 from pretrain.data.encodings import check_encoding
-from pretrain.data.paths import FileHashes, cache_home, find_files, passed_over
+from pretrain.data.paths import FileHashes, cache_home, find_files, skipped_files_note
 from pretrain.data.readers import (
     Piece,
     Reading,
@@ -509,7 +509,7 @@ def _resolve(
         if name.startswith("hub:"):
             return HubSource(name.removeprefix("hub:"), column_of(text, name), spool)
         return FileSource(
-            name, find_files(name), text, separator, encoding, passed_over(name), legacy
+            name, find_files(name), text, separator, encoding, skipped_files_note(name), legacy
         )
     if hasattr(item, "column_names") and hasattr(item, "select_columns"):
         if hasattr(item, "__len__"):

@@ -414,8 +414,8 @@ def _quoted_rows(
             if row:
                 yield first, row
     except csv.Error as error:
-        said = str(error)
-        cause = next((cause for part, cause in _CSV_CAUSES.items() if part in said), said)
+        message = str(error)
+        cause = next((cause for part, cause in _CSV_CAUSES.items() if part in message), message)
         raise DataError(
             f"{path}:{first} begins a row that is not valid CSV: {cause} (found at line {reader.line_num}).{cure}"
         ) from error

@@ -839,7 +839,7 @@ class Chunk:
 
 
 def in_chunks(table: Table, size: int) -> Iterator[Chunk]:
-    """Yield the rows of a table in chunks of ``size``; what no text file can hold, such as an image, is named there."""
+    """Yield the rows of a table in chunks of ``size``; values that text cannot hold, such as images, become names."""
     for start in range(0, len(table), size):
         part = table.take(range(start, min(start + size, len(table))))
         rows = [{name: _in_a_file(value) for name, value in row.items()} for row in part.rows()]
@@ -847,7 +847,7 @@ def in_chunks(table: Table, size: int) -> Iterator[Chunk]:
 
 
 def _in_a_file(value: Any) -> Any:
-    """Return a value of a row as a text file can hold it; what it cannot, such as bytes and dates, becomes a text."""
+    """Return a value of a row as a text file can hold it; other values, such as bytes and dates, become text."""
     if isinstance(value, Mapping):
         if _ENTRY <= set(value) <= {*_ENTRY, "mode"}:
             return _in_a_file(value["bytes"] if value["path"] is None else value["path"])

@@ -26,7 +26,7 @@ import jinja2.sandbox
 import jinja2.utils
 from jinja2.visitor import NodeTransformer
 
-__all__ = ["Runaway", "Sandbox"]
+__all__ = ["LimitExceeded", "Sandbox"]
 
 MAX_STEPS = 2_000_000  # iterations, calls and items per rendering; 64 characters are one item
 MAX_SIZE = 4_000_000  # characters of a text, items of a list
@@ -40,7 +40,7 @@ _NO_METHODS = ("center", "encode", "expandtabs", "ljust", "rjust", "to_bytes", "
 _WIDE = re.compile(r"\d{4}|\*|\{[^{}]*\{")
 
 
-class Runaway(jinja2.TemplateError):
+class LimitExceeded(jinja2.TemplateError):
     """The template exceeded a limit."""
 
 
@@ -112,7 +112,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     Raises:
         jinja2.TemplateError: from ``template`` and ``render``: a syntax error, an error raised by the template itself,
-            or ``Runaway``.
+            or ``LimitExceeded``.
     """
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
@@ -179,14 +179,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # ------------------------------------------------------------------ meters
 
     def step(self, count: int = 1) -> None:
-        """Count steps; raise ``Runaway`` if they or the time exceed their limits."""
+        """Count steps; raise ``LimitExceeded`` if they or the time exceed their limits."""
         self._steps_left -= count
         if self._steps_left < 0 or time.monotonic() > self._deadline:
-            raise Runaway(f"it takes more than {MAX_STEPS:,} steps or {MAX_SECONDS:.0f} seconds")
+            raise LimitExceeded(
+                f"it takes more than {MAX_STEPS:,} steps or {MAX_SECONDS:.0f} seconds"
+            )
 
     def _check_size(self, size: int) -> None:
         if size > MAX_SIZE:
-            raise Runaway(f"it makes more than {MAX_SIZE:,} characters or items")
+            raise LimitExceeded(f"it makes more than {MAX_SIZE:,} characters or items")
 
     def size(self, value: Any) -> int:
         """Return the number of items and characters in a value, counting shared ones at each occurrence."""
@@ -207,13 +209,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return total
 
     def measured(self, value: Any) -> Any:
-        """Return the value, or raise ``Runaway`` if it is too large."""
+        """Return the value, or raise ``LimitExceeded`` if it is too large."""
         if isinstance(value, str | list | tuple | dict | set | frozenset):
             self.size(value)
         return value
 
     def printed(self, value: Any) -> str:
-        """Return the value as a string; raise ``Runaway`` if it is too long."""
+        """Return the value as a string; raise ``LimitExceeded`` if it is too long."""
         text = str(value)
         self.size(text)
         return text
@@ -268,7 +270,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     ) -> str:  # fmt: skip
         """Return JSON without the HTML escapes of Jinja's own filter."""
         if indent is not None and not (isinstance(indent, int) and indent <= 16):
-            raise Runaway(f"it indents by {indent!r}")
+            raise LimitExceeded(f"it indents by {indent!r}")
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
@@ -298,11 +300,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _check_format(self, text: str, values: Any) -> None:
         if _WIDE.search(text.replace("{{", "").replace("}}", "")):
-            raise Runaway(f"it formats with a large or computed width: {text[:40]!r}")
+            raise LimitExceeded(f"it formats with a large or computed width: {text[:40]!r}")
         self._check_size((text.count("{") + text.count("%")) * (self.size(values) + 1000))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Apply a binary operator; raise ``Runaway`` if the result would be too large."""
+        """Apply a binary operator; raise ``LimitExceeded`` if the result would be too large."""
         self.step()
         if operator == "%" and isinstance(left, str):
             self._check_format(left, right)
@@ -313,7 +315,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * (right if operator == "**" else 1)
             if max(bits, right.bit_length()) > _MAX_BITS:
-                raise Runaway(f"it computes numbers of more than {_MAX_BITS:,} bits")
+                raise LimitExceeded(f"it computes numbers of more than {_MAX_BITS:,} bits")
         return self.measured(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
@@ -337,7 +339,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _round(value: float, precision: int = 0, method: str = "common") -> float:
     if abs(precision) > 64:
-        raise Runaway(f"it rounds to {precision} digits")
+        raise LimitExceeded(f"it rounds to {precision} digits")
     return jinja2.filters.do_round(value, precision, method)  # type: ignore[arg-type]
 
 

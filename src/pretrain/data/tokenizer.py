@@ -321,7 +321,7 @@ class Tokenizer:
             place -= 1
         return place
 
-    def settled(self, ids: Sequence[int], new: Sequence[int]) -> str:
+    def stable_text(self, ids: Sequence[int], new: Sequence[int]) -> str:
         """Return the beginning of ``continuation`` that no later tokens can change.
 
         Left out are bytes of an unfinished character, and blanks that punctuation would remove; with a decoder of an

@@ -337,7 +337,7 @@ def _added(value: Any, **options: Any) -> AddedToken | None:
 
 
 @dataclass
-class _Beside:
+class _CompanionFiles:
     """The content of the companion files of a tokenizer, merged in the order in which transformers reads them.
 
     Attributes:
@@ -353,7 +353,7 @@ class _Beside:
     added: dict[int, AddedToken]
 
     @classmethod
-    def read(cls, folder: Path, stored: Mapping[str, Any]) -> _Beside:
+    def read(cls, folder: Path, stored: Mapping[str, Any]) -> _CompanionFiles:
         """Read the companion files of a directory; ``stored`` is the content of its ``tokenizer.json``, or empty."""
         config = _object(folder / "tokenizer_config.json")
         decoder = config.pop("added_tokens_decoder", None)
@@ -485,8 +485,8 @@ def open_directory(
     stored = _stored(file) if file.is_file() else {}
     odd = f"the files beside the tokenizer in {folder} hold an invalid token"
     with library_errors(odd, _DAMAGED):
-        beside = _Beside.read(folder, stored)
-    config, model = beside.config, _model_config(folder)
+        companions = _CompanionFiles.read(folder, stored)
+    config, model = companions.config, _model_config(folder)
     name = _class_name(config, model, _has_byte_level(stored)) or _guess(folder)
     if name in _PROGRAMS:
         keep = " To use the tokenizer.json as it is, remove tokenizer_class." if stored else ""
@@ -504,19 +504,19 @@ def open_directory(
     else:
         backend = _from_content(file, stored)
     with library_errors(odd, _DAMAGED):
-        _add(backend, beside, rules, model.get("vocab_size"))
+        _add(backend, companions, rules, model.get("vocab_size"))
         if rules is not None:
-            _reframe(backend, beside, rules, explicit=not stored)
+            _reframe(backend, companions, rules, explicit=not stored)
     if not isinstance(config.get("model_input_names"), list):
-        told = name in _SEGMENTS or trained_here(backend.get_vocab())
-        segments = ["token_type_ids"] * told
+        uses_segments = name in _SEGMENTS or trained_here(backend.get_vocab())
+        segments = ["token_type_ids"] * uses_segments
         config["model_input_names"] = ["input_ids", *segments, "attention_mask"]
     defaults = {} if rules is None else rules.defaults
     if rules is not None:
         config.setdefault("tokenizer_class", name)
     named = {f"{r}_token": t for r, t in defaults.items() if backend.token_to_id(t) is not None}
     own = {key: text for key, text in named.items() if key not in config}
-    return backend, beside.roles(defaults), config, own
+    return backend, companions.roles(defaults), config, own
 
 
 def _guess(folder: Path) -> str:
@@ -621,7 +621,7 @@ def _from_vocabulary(folder: Path, name: str, rules: _Rules | None) -> tokenizer
     if rules is not None and rules.model["type"] == "BPE" and pairs and name != "LlamaTokenizer":
         with library_errors(f"{folder}/vocab.json and merges.txt do not form a BPE tokenizer"):
             model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            return _dressed(model, rules)
+            return _with_rules(model, rules)
     found = sorted(p.name for p in folder.iterdir() if p.suffix == ".model" or p.name in _OTHERS)
     if not (pieces or pairs or found):
         raise TokenizerError(
@@ -650,10 +650,10 @@ def _pieces(file: Path, rules: _Rules) -> tokenizers.Tokenizer:
                 f"{file} has no {unknown}, so it cannot encode unknown words; it is truncated, or not a "
                 "vocabulary of BERT."
             )
-        return _dressed(models.WordPiece(vocab, unk_token=unknown), rules)
+        return _with_rules(models.WordPiece(vocab, unk_token=unknown), rules)
 
 
-def _dressed(model: Any, rules: _Rules) -> tokenizers.Tokenizer:
+def _with_rules(model: Any, rules: _Rules) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     for key in _PARTS:
         if (rule := getattr(rules, key)) is not None:
@@ -661,7 +661,9 @@ def _dressed(model: Any, rules: _Rules) -> tokenizers.Tokenizer:
     return backend
 
 
-def _add(backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules | None, rows: Any) -> None:
+def _add(
+    backend: tokenizers.Tokenizer, companions: _CompanionFiles, rules: _Rules | None, rows: Any
+) -> None:
     """Add the tokens of the companion files, except those whose id would exceed the rows of the model's embedding.
 
     ``rows`` is the model's ``vocab_size``, if known.
@@ -670,7 +672,7 @@ def _add(backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules | None, r
     room = (
         rows - (max(vocab.values(), default=-1) + 1) if isinstance(rows, int) else len(vocab) + 1024
     )
-    for token in beside.tokens({} if rules is None else rules.defaults, vocab):
+    for token in companions.tokens({} if rules is None else rules.defaults, vocab):
         if token.content not in vocab:
             room -= 1
             if room < 0:
@@ -679,16 +681,16 @@ def _add(backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules | None, r
 
 
 def _reframe(
-    backend: tokenizers.Tokenizer, beside: _Beside, rules: _Rules, *, explicit: bool
+    backend: tokenizers.Tokenizer, companions: _CompanionFiles, rules: _Rules, *, explicit: bool
 ) -> None:
     """Set the post-processor of a rebuilt tokenizer to that of its class.
 
     If ``explicit``, there is no tokenizer.json, so ``add_bos_token`` and ``add_eos_token`` of the config apply.
     """
-    config = {} if not explicit else beside.config
+    config = {} if not explicit else companions.config
     texts = dict(rules.defaults)
     for role in _NAMED:
-        if text := beside.config.get(f"{role}_token"):
+        if text := companions.config.get(f"{role}_token"):
             texts[role] = text
     named = {
         role: (text, index)

@@ -281,8 +281,8 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
     except DistributedError as error:
         # Rank 0 prints the problems that it found for all; other ranks print only the errors that they ran into alone.
         if world.is_rank_zero or not store.check(["verdict"]) or everybody:
-            said = {"ranks": everybody, "problems": [str(error)]}
-            _show(said, _verdict([str(error)]), as_json)
+            failure_report = {"ranks": everybody, "problems": [str(error)]}
+            _show(failure_report, _verdict([str(error)]), as_json)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # the teardown of a process group would wait for missing processes

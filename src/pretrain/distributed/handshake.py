@@ -31,13 +31,13 @@ from pretrain.errors import DistributedError
 from pretrain.utils.files import write_file
 
 __all__ = [
-    "bounded",
     "check_links",
     "differences",
     "fingerprint",
+    "first_mismatch",
     "handshake",
     "introduce",
-    "misfit",
+    "with_time_limit",
 ]
 
 Hello = dict[str, Any]
@@ -183,7 +183,7 @@ def _compare(
             for rank in others:
                 everybody[rank]["sees"] = "nothing" if rank in late else get(store, f"sees/{rank}")
         twice = get(store, "twice") if store.check(["twice"]) else ""
-        return twice or misfit(everybody, str(folder)) or everybody
+        return twice or first_mismatch(everybody, str(folder)) or everybody
     except OSError as failure:
         put(store, "hello/0", mine | {"nonce": None})
         return (
@@ -226,7 +226,7 @@ def _sees(folder: Path | None, nonce: str) -> str:
 # ------------------------------------------------------------------------------------------------ comparison
 
 
-def misfit(everybody: Sequence[Hello], run_dir: str) -> str:
+def first_mismatch(everybody: Sequence[Hello], run_dir: str) -> str:
     """Return the first mismatch as a sentence with its remedy, or "" if all ranks match.
 
     Args:
@@ -350,7 +350,7 @@ def check_links(
         DistributedError: a wrong sum, an error of the backend, or a timeout; the message names this process.
     """
     found: dict[str, float] = {}
-    bounded(
+    with_time_limit(
         lambda: found.update(_measure(all_reduce, device, rank, size)),
         f"The all-reduce that tests the links, on rank {rank} of {size}",
         device,
@@ -359,7 +359,9 @@ def check_links(
     return found
 
 
-def bounded(run: Callable[[], object], what: str, device: torch.device, timeout: float) -> None:
+def with_time_limit(
+    run: Callable[[], object], what: str, device: torch.device, timeout: float
+) -> None:
     """Run a function that may block on other processes, with a time limit.
 
     Args:
@@ -382,7 +384,7 @@ def bounded(run: Callable[[], object], what: str, device: torch.device, timeout:
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=work, name="bounded", daemon=True)
+    thread = threading.Thread(target=work, name="with_time_limit", daemon=True)
     thread.start()
     thread.join(timeout)
     if failures and isinstance(failures[0], DistributedError):
@@ -422,7 +424,7 @@ def _own_name() -> str:
 def _measure(
     all_reduce: Callable[[Tensor], None], device: torch.device, rank: int, size: int
 ) -> dict[str, float]:
-    def settle() -> None:
+    def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -430,7 +432,7 @@ def _measure(
     pattern = torch.arange(4099, device=device, dtype=torch.float32) % 257
     share = pattern * (rank % 8 + 1)
     all_reduce(share)
-    settle()
+    synchronize()
     expected = pattern * sum(other % 8 + 1 for other in range(size))
     wrong = (share != expected).nonzero().flatten().tolist()
     if wrong:
@@ -445,7 +447,7 @@ def _measure(
     for turn in range(25):
         began = time.perf_counter()
         all_reduce(small)
-        settle()
+        synchronize()
         times.append(time.perf_counter() - began)
         if turn >= 4 and sum(times) > 2.0:
             break
@@ -456,7 +458,7 @@ def _measure(
     for _ in range(4):
         began = time.perf_counter()
         all_reduce(large)
-        settle()
+        synchronize()
         times.append(time.perf_counter() - began)
     seconds = min(times[1:])
     bus = nbytes / seconds * 2 * (size - 1) / size

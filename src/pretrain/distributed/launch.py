@@ -78,7 +78,7 @@ class Launched:
                 f"Process {rank} of {devices} could not be started: {error.strerror or error}."
             ) from error
         self._screen = _Tail(screen)
-        self._said = [_Tail(self.folder / "0" / name) for name in ("stdout.log", "stderr.log")]
+        self._output = [_Tail(self.folder / "0" / name) for name in ("stdout.log", "stderr.log")]
 
     def _start(self, rank: int, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         place = self.folder / str(rank)
@@ -110,7 +110,7 @@ class Launched:
         hurried = not self._asked and bool(self.failures)
         for rank, process in enumerate(self._processes):
             code = process.poll()
-            # A process that a signal from here has ended did not fail.
+            # A process that this one has ended by a signal did not fail.
             if code and rank not in self.failures and not (hurried and code < 0):
                 self.failures[rank] = code
         if self.failures and self._deadline == math.inf:
@@ -136,15 +136,15 @@ class Launched:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, number)
 
-    def told(self) -> Iterator[dict[str, Any]]:
+    def screen_updates(self) -> Iterator[dict[str, Any]]:
         """Yield the screen updates that rank 0 has relayed since the last call."""
         for line in self._screen.lines():
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
-    def said(self) -> Iterator[str]:
+    def printed_lines(self) -> Iterator[str]:
         """Yield the lines that rank 0 has printed since the last call, without library noise and tracebacks."""
-        for tail in self._said:
+        for tail in self._output:
             for line in tail.lines():
                 self._raised |= line.startswith(_RAISED)
                 if line.strip() and not (self._raised or _RANK.match(line) or _NOISE.search(line)):
@@ -159,7 +159,7 @@ class Launched:
                 return number.name
         return None
 
-    def broke(self) -> bool:
+    def failed_to_stop(self) -> bool:
         """Return whether a run that was asked to stop failed instead, e.g. could not save because the disk is full."""
         codes = set(self.failures.values())
         others = codes - _STOPPED

@@ -28,7 +28,7 @@ from pretrain.distributed.unused_parameters import (
     fill_missing_gradients,
     find_used_parameters,
 )
-from pretrain.distributed.whole_parameters import Parts, align
+from pretrain.distributed.whole_parameters import MatrixCollectives, broadcast_initial_values
 from pretrain.distributed.world import World
 from pretrain.errors import ConfigError
 from pretrain.nn.buffers import changing_buffers
@@ -167,8 +167,8 @@ class ParallelStrategy(Strategy):
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(self.device))
 
-    def align(self) -> None:
-        align(self.objective, self.layout, self.world)
+    def broadcast_initial_values(self) -> None:
+        broadcast_initial_values(self.objective, self.layout, self.world)
 
     def wrap(self) -> None:
         if self.choice.strategy != "ddp" or self.settings.reproducible:
@@ -179,13 +179,13 @@ class ParallelStrategy(Strategy):
         if self._ddp is not None:
             self._ddp = None
             gc.collect()  # frees the buckets, because automatic garbage collection is off during training
-        unused = self.uneven or bool(self.untouched & trained.keys())
+        unused = self.uneven or bool(self.unused_parameters & trained.keys())
         self._ddp = _wrap_ddp(self._root, self.world.group("dp_replicate"), unused=unused)
 
-    def parts(self) -> Parts | None:
+    def matrix_collectives(self) -> MatrixCollectives | None:
         # The last bits of a matrix product may depend on its batch, which changes with the number of ranks.
         alone = self.world.size == 1 or self.settings.reproducible
-        return None if alone else Parts(self.layout, self.world)
+        return None if alone else MatrixCollectives(self.layout, self.world)
 
     def used_parameters(self, batch: Batch) -> set[str]:
         """Return the parameters that the gradient of a batch reaches on this rank, under FSDP2; all ranks must call."""
@@ -196,8 +196,8 @@ class ParallelStrategy(Strategy):
         self.reshard()
         return {name.removeprefix("objective.") for name in found}
 
-    def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
-        super().set_unused_parameters(untouched, uneven=uneven)
+    def set_unused_parameters(self, unused: set[str], *, uneven: bool) -> None:
+        super().set_unused_parameters(unused, uneven=uneven)
         if self.sharded:
             fill_missing_gradients(self._units(), uneven=uneven)
 
@@ -220,9 +220,11 @@ class ParallelStrategy(Strategy):
             for i in range(count):
                 with self._synced(i == count - 1):
                     totals.append(run(i))
-            if self.sharded and self.untouched:
+            if self.sharded and self.unused_parameters:
                 never = {
-                    n: p for n, p in self.trainable_parameters().items() if n in self.untouched
+                    n: p
+                    for n, p in self.trainable_parameters().items()
+                    if n in self.unused_parameters
                 }
                 drop_zero_gradients(never, self.world)
         if self.tp is not None and self.tp.partial:
@@ -316,7 +318,7 @@ class ParallelStrategy(Strategy):
     # ------------------------------------------------------------------ outside training steps
 
     @property
-    def speaks(self) -> bool:
+    def generates_samples(self) -> bool:
         if self.sharded and self.choice.sizes.tp > 1:
             return False
         return self.cut or self.sharded or self.world.is_rank_zero

@@ -24,8 +24,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
 from pretrain.distributed.estimates import MeshShape
-from pretrain.distributed.handshake import bounded, check_links, fingerprint, handshake, introduce
-from pretrain.distributed.store import absent, all_here, get, put, store_of_this_start
+from pretrain.distributed.handshake import (
+    check_links,
+    fingerprint,
+    handshake,
+    introduce,
+    with_time_limit,
+)
+from pretrain.distributed.store import absent, get, put, store_of_this_start, wait_for_all_ranks
 from pretrain.distributed.watchdog import SLOW, Watchdog
 from pretrain.distributed.world import World
 from pretrain.errors import DistributedError, PretrainError
@@ -45,7 +51,7 @@ class Processes(World):
     Attributes:
         store: key-value store of the rendezvous; None for a single process with a group of its own.
         replica: process group of the ranks that hold one copy of the weights between them.
-        turns: number of exchanges through the store so far, which makes their keys unique.
+        exchanges: number of exchanges through the store so far, which makes their keys unique.
     """
 
     def __init__(
@@ -57,7 +63,7 @@ class Processes(World):
         self.replica: Any = None
         self._mesh: Any = None
         self._control: Any = None  # process group for Python values; None is the default group
-        self.turns = self._entries = 0
+        self.exchanges = self._connections = 0
         self._watchdog: Watchdog | None = None
 
     # ------------------------------------------------------------------ before the process group exists
@@ -90,7 +96,7 @@ class Processes(World):
         return Processes(rank, size, store_of_this_start(store, rank, size, patience))
 
     @classmethod
-    def alone(cls, device: torch.device) -> Processes:
+    def single_process(cls, device: torch.device) -> Processes:
         """Return a world of this one process that has a process group, for FSDP2 on a single device."""
         world = cls()
         if not dist.is_initialized():
@@ -99,13 +105,15 @@ class Processes(World):
         world.device, world.joined = device, True
         return world
 
-    def callers(self) -> Peers:
-        self.turns += 1
-        return Callers(self.rank, self.size, PrefixStore(f"pretrain/call/{self.turns}", self.store))
+    def store_peers(self) -> GroupPeers:
+        self.exchanges += 1
+        return StorePeers(
+            self.rank, self.size, PrefixStore(f"pretrain/call/{self.exchanges}", self.store)
+        )
 
     def main_process_first(self, make: Callable[[], T], what: str) -> T:
-        self.turns += 1
-        turn, host = f"pretrain/turn/{self.turns}", self.rank - self.local_rank
+        self.exchanges += 1
+        turn, host = f"pretrain/turn/{self.exchanges}", self.rank - self.local_rank
         before = None if self.rank == 0 else host if self.local_rank else 0
         try:
             if before is not None:
@@ -120,9 +128,9 @@ class Processes(World):
     def _await(self, key: str, failed: str) -> None:
         while not self.store.check([key]):
             time.sleep(_POLL)
-        said = self.store.get(key).decode("utf-8", "replace")
-        if said != "done":
-            error = DistributedError(f"{failed} {said}")
+        answer = self.store.get(key).decode("utf-8", "replace")
+        if answer != "done":
+            error = DistributedError(f"{failed} {answer}")
             error.everywhere = True  # that rank prints its own error
             raise error
 
@@ -199,7 +207,7 @@ class Processes(World):
                 dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def entered(
+    def connected(
         self,
         device: torch.device,
         out: Path,
@@ -207,23 +215,25 @@ class Processes(World):
         about: Callable[[], Mapping[str, Any]],
     ) -> Iterator[torch.device]:
         self.timeout = timeout
-        self._entries += 1
-        store = PrefixStore(f"pretrain/{self._entries}", self.store)
-        all_here(store, self.rank, self.size, say=note)
-        with errors_on_all_ranks(self.callers()), writing(out):
+        self._connections += 1
+        store = PrefixStore(f"pretrain/{self._connections}", self.store)
+        wait_for_all_ranks(store, self.rank, self.size, say=note)
+        with errors_on_all_ranks(self.store_peers()), writing(out):
             if self.is_rank_zero:
                 make_directories(Path(os.path.abspath(out)))
         same = dict(about())
         same["model"] = fingerprint(same["model"])
-        said = introduce(self._own(device), **same)
+        introduction = introduce(self._own(device), **same)
         try:
-            met = PrefixStore("handshake", store)
-            handshake(met, self.rank, self.size, said, run_dir=out)
+            handshake_store = PrefixStore("handshake", store)
+            handshake(handshake_store, self.rank, self.size, introduction, run_dir=out)
         except DistributedError as error:
             error.everywhere = True
             raise
-        watched = PrefixStore("watchdog", store)
-        with Watchdog(watched, self.rank, self.size, run_dir=out, timeout=timeout) as watchdog:
+        watchdog_store = PrefixStore("watchdog", store)
+        with Watchdog(
+            watchdog_store, self.rank, self.size, run_dir=out, timeout=timeout
+        ) as watchdog:
             self._watchdog = watchdog
             try:
                 new = not self.joined
@@ -270,14 +280,14 @@ class Processes(World):
         return made
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
-        callers = self.callers()
+        peers = self.store_peers()
         made, failure = self._tried_on_rank_zero(make)
-        raise_on_all_ranks(callers, failure)
-        found: T = callers.all_gather_object(made)[0]
+        raise_on_all_ranks(peers, failure)
+        found: T = peers.all_gather_object(made)[0]
         return found
 
     def _tried_on_rank_zero(self, make: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        """Return what ``make`` made on rank zero, or its failure, which the caller raises on all ranks."""
+        """Call ``make`` on rank zero; return its result, or its failure, which the caller raises on all ranks."""
         if self.is_rank_zero:
             try:
                 return make(), None
@@ -287,14 +297,14 @@ class Processes(World):
 
     def raise_on_all_ranks(self, failure: Exception | None) -> None:
         try:
-            raise_on_all_ranks(self.peers() if self.joined else self.callers(), failure)
+            raise_on_all_ranks(self.peers() if self.joined else self.store_peers(), failure)
         except PretrainError as error:
             error.everywhere = True
             raise
 
-    def peers(self) -> Peers:
+    def peers(self) -> GroupPeers:
         group = self._control or dist.group.WORLD
-        return Peers(self.rank, self.size, group, self.replica, self.heartbeat)
+        return GroupPeers(self.rank, self.size, group, self.replica, self.heartbeat)
 
 
 def connect(
@@ -319,7 +329,7 @@ def connect(
         DistributedError: they did not connect; the message says what to check.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    bounded(
+    with_time_limit(
         lambda: dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=limit
         ),
@@ -329,7 +339,7 @@ def connect(
     )
 
 
-class Peers:
+class GroupPeers:
     """Exchange of tensors and JSON values between processes; implements the protocol of `pretrain.checkpoint`.
 
     Args:
@@ -354,7 +364,7 @@ class Peers:
     def gather(
         self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
     ) -> list[list[Tensor]]:
-        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.Peers`."""
+        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.GroupPeers`."""
         found, works = [], []
         for shard, owner in zip(shards, owners, strict=True):
             group = self._group if shard.device.type == "cpu" else dist.group.WORLD
@@ -375,7 +385,7 @@ class Peers:
         return [value] if self.size == 1 else gather_json(value, self.size, self._group)
 
 
-class Callers(Peers):
+class StorePeers(GroupPeers):
     """Peers without a process group, which exchange JSON values through a store.
 
     Args:

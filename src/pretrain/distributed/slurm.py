@@ -23,7 +23,7 @@ from pretrain.errors import ConfigError
 __all__ = ["OPTIONS", "is_task", "script"]
 
 _PREPARE = """
-# The data are prepared before there is a group of processes, whose patience ends; what is there already is kept.
+# The data are prepared before the processes connect, because those do not wait for ever; prepared data are reused.
 echo "$(date -Is) preparing the data"
 wait_for srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none \\
   "$python" -m pretrain prepare --config "$config"
@@ -35,12 +35,17 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ("--config", str, "YAML file of pretrain train or finetune", ..., {"action": "append"}),
     ("--nodes", int, "hosts", ...),
     ("--gpus_per_node", int, "GPUs of a host; 0 is one process on its CPU", 8),
-    ("--time", str, "limit: 24:00:00, or 2-00:00:00 for days", "24:00:00"),
-    ("--partition", str | None, "a, or a,b; not given, the site's own"),
-    ("--account", str | None, "to charge; not given, the site's own"),
-    ("--job_name", str | None, "name; not given, that of the config"),
-    ("--grace", int, "seconds before --time ends in which the run saves", 300),
-    ("--restarts", int, "number of restarts of all after a failure", 3),
+    ("--time", str, "time limit: 24:00:00, or 2-00:00:00 for days", "24:00:00"),
+    ("--partition", str | None, "partition, or several: a,b; not given, that of the site"),
+    ("--account", str | None, "account to charge; not given, that of the site"),
+    ("--job_name", str | None, "name of the job; not given, that of the config"),
+    (
+        "--grace",
+        int,
+        "seconds before the end of --time at which the run is asked to save and stop",
+        300,
+    ),
+    ("--restarts", int, "number of restarts of all processes after a failure", 3),
     ("--out", str | None, "file to write; not given, it is printed"),
 )
 

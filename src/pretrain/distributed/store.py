@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from pretrain.errors import DistributedError
 
-__all__ = ["absent", "all_here", "get", "put", "ranks", "store_of_this_start", "wait"]
+__all__ = ["absent", "get", "put", "ranks", "store_of_this_start", "wait", "wait_for_all_ranks"]
 
 _PATIENT = 60.0  # seconds between messages that name the ranks that are waited for
 _LARGEST = 64 << 20  # maximum bytes of a value
@@ -60,7 +60,7 @@ def ranks(found: Sequence[int]) -> str:
     return ", ".join(shown[:12]) + ", ..." * (len(shown) > 12)
 
 
-def all_here(store: Any, rank: int, size: int, say: Callable[[str], object]) -> None:
+def wait_for_all_ranks(store: Any, rank: int, size: int, say: Callable[[str], object]) -> None:
     """Wait until all ranks have prepared data and model, without a time limit; rank 0 reports the missing ranks."""
     put(store, f"here/{rank}", True)
     while late := absent(store, "here", range(size), _PATIENT):

@@ -45,8 +45,8 @@ class Strategy:
         sharded: FSDP2 shards the weights.
         cut: no rank has all weights, so that all ranks must take part whenever the model runs.
         gathered: dtype of the weights in a forward pass: FSDP2 may gather those of the blocks in half precision.
-        untouched: names of the parameters that no gradient reaches on any rank; ``uneven`` is True if a gradient
-            reaches some parameters on a few ranks only. See ``set_unused_parameters``.
+        unused_parameters: names of the parameters that no gradient reaches on any rank; see ``set_unused_parameters``.
+        uneven: whether a gradient reaches some parameters on a few ranks only.
     """
 
     sharded = False
@@ -65,7 +65,7 @@ class Strategy:
     ) -> None:
         self.objective, self.world, self.choice, self.settings = objective, world, choice, settings
         self.device = device
-        self.untouched: frozenset[str] = frozenset()
+        self.unused_parameters: frozenset[str] = frozenset()
         self.uneven = False
         self._has_buffers = bool(changing_buffers(objective))
         self._buffers: dict[str, Tensor] = {}  # copies of the changing ones before the step
@@ -101,7 +101,7 @@ class Strategy:
         if not any(p.is_meta for p in model.parameters()):
             return
         named = [*objective.named_parameters(), *objective.named_buffers()]
-        _refuse_lost(objective, [name for name, tensor in named if tensor.is_meta])
+        _refuse_meta_tensors(objective, [name for name, tensor in named if tensor.is_meta])
         # Other tensors of the objective (a teacher, a table) have their values already.
         kept = {name: local(t.detach()).clone() for name, t in named if not t.is_meta}
         self._allocate()
@@ -117,7 +117,7 @@ class Strategy:
     def _allocate(self) -> None:
         self.objective.to_empty(device=self.device)
 
-    def align(self) -> None:
+    def broadcast_initial_values(self) -> None:
         """Give all ranks the values of the first one that holds them: random initial values may differ."""
 
     def wrap(self) -> None:
@@ -126,7 +126,7 @@ class Strategy:
         Called before the first step and whenever parameters are unfrozen.
         """
 
-    def parts(self) -> Any:
+    def matrix_collectives(self) -> Any:
         """Return the collectives of an optimizer that works on whole matrices; None if it needs none."""
         return None
 
@@ -134,13 +134,13 @@ class Strategy:
         """Return the parameters that are trainable now, by name."""
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
-    def set_unused_parameters(self, untouched: set[str], *, uneven: bool) -> None:
+    def set_unused_parameters(self, unused: set[str], *, uneven: bool) -> None:
         """Set the parameters that no gradient reaches, before FSDP2 reduces gradients and DDP wraps the objective.
 
         Raises:
             TrainingError: a gradient reaches some on a few ranks only, and FSDP2 of this torch cannot sum them.
         """
-        self.untouched, self.uneven = frozenset(untouched), uneven
+        self.unused_parameters, self.uneven = frozenset(unused), uneven
 
     # ------------------------------------------------------------------ a step
 
@@ -202,7 +202,7 @@ class Strategy:
     # ------------------------------------------------------------------ outside training steps
 
     @property
-    def speaks(self) -> bool:
+    def generates_samples(self) -> bool:
         """Whether this rank generates samples during training.
 
         If the model is sharded, all ranks must generate, at the same length. FSDP2 combined with tensor parallelism
@@ -237,7 +237,7 @@ def _shapes(objective: Objective) -> dict[str, tuple[int, ...]]:
     return found | {name: tuple(p.shape) for name, p in objective.model.named_parameters()}
 
 
-def _refuse_lost(objective: nn.Module, empty: Sequence[str]) -> None:
+def _refuse_meta_tensors(objective: nn.Module, empty: Sequence[str]) -> None:
     """Refuse meta tensors outside of the model: only the model's own weights are set later.
 
     Args:

@@ -47,21 +47,21 @@ EXIT_LOST = 75  # EX_TEMPFAIL: starting the same command again may help
 SLOW = {"start": 4.0, "data": 2.0, "evaluate": 2.0, "save": 4.0}
 
 _BEAT = 1.0  # seconds between heartbeats
-_GLANCE = 0.1  # seconds between looks at the others
-_PER_SECOND = 1024  # limit for the store; with more ranks each one looks and beats less often
+_POLL = 0.1  # seconds between reads of the heartbeats of others
+_PER_SECOND = 1024  # requests that the store must answer; with more ranks each one reads and writes less often
 _SILENCE = 30.0  # seconds without a heartbeat, by default
-_SUSPECT = 0.5  # seconds to wait for news of a lost process before a failed collective counts as the first failure
+_CAUSE_WAIT = 0.5  # seconds to wait for news of a lost process before a failed collective counts as the first failure
 _STACKS = 2.0  # seconds to wait for stacks
-_BOUND = 4.5  # seconds from a verdict to the end of the process, whatever blocks
-_SETTLE = 4.0  # seconds to wait until the others know of an error
-_GOODBYE = 2.0  # seconds that rank 0, which may host the store, waits for the others at the end
+_EXIT_AFTER = 4.5  # seconds from a verdict to the end of the process, whatever blocks
+_ERROR_WAIT = 4.0  # seconds to wait until the others know of an error
+_CLOSE_WAIT = 2.0  # seconds that rank 0, which may host the store, waits for the others at the end
 _OTHERS = 64  # lost processes that are named besides the first one
 _CLOSED = re.compile("closed|reset|broken pipe|refused", re.IGNORECASE)
 
 
 @dataclass(slots=True)
-class Place:
-    """Progress of the main thread, which alone writes here."""
+class MainThreadProgress:
+    """Progress of the main thread, which is the only writer."""
 
     phase: str = "start"
     step: int = 0
@@ -71,13 +71,13 @@ class Place:
 
 @dataclass
 class Member:
-    """The last heartbeat of a process, and when it came, in seconds of the clock of this watchdog.
+    """The last heartbeat of a process, with times by the clock of this watchdog, in seconds.
 
     Attributes:
         beat: as made by `Watchdog._state`.
-        seen: when it came.
-        progressed: when the last one with progress came; ``moved`` is when that was sent, by the clock of the sender.
-        failed: when the first one with an error came.
+        seen: when it arrived.
+        progressed: when the last heartbeat with progress arrived; ``moved`` is when its rank sent it, by its own clock.
+        failed: when the first heartbeat with an error arrived.
     """
 
     beat: dict[str, Any] = field(default_factory=dict)
@@ -86,8 +86,8 @@ class Member:
     moved: float = 0.0
     failed: float = 0.0
 
-    def take(self, raw: bytes, now: float) -> Member:
-        """Update the state from a heartbeat, unless it is the last one still."""
+    def update(self, raw: bytes, now: float) -> Member:
+        """Update the state from a heartbeat, unless it is the one that is known."""
         beat, last = json.loads(raw), self.beat
         if beat != last:
             if beat["signs"] != last.get("signs"):
@@ -98,7 +98,7 @@ class Member:
         return self
 
     def lost(self, kind: str, what: str) -> Record:
-        """Return the record of its loss; the time is of its own clock, so that it is the same on all ranks."""
+        """Return the record of its loss; its time is by the clock of the lost rank, so all ranks print the same."""
         at = self.moved if kind == "hung" else self.beat["time"]
         since = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
         place = {key: self.beat[key] for key in ("rank", "host", "pid", "phase", "step")}
@@ -137,31 +137,33 @@ class Watchdog:
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.run_dir = None if run_dir is None else Path(os.path.abspath(run_dir))
-        self._place = Place()
+        self._progress = MainThreadProgress()
         self._thread: threading.Thread | None = None
         if size == 1:
             return
         self._interval = max(_BEAT, size / _PER_SECOND)
-        self._glance = max(_GLANCE, size / _PER_SECOND)
+        self._poll_interval = max(_POLL, size / _PER_SECOND)
         wanted = min(timeout, _SILENCE) if silence is None else silence
         self._silence = max(wanted, 3 * self._interval)
-        self._clock = self._answered = 0.0  # the clock stands still while this process is stopped
+        self._clock = self._answered = (
+            0.0  # seconds; does not advance while this process is stopped
+        )
         host, pid = socket.gethostname(), os.getpid()
         self._who = {"rank": rank, "host": host, "pid": pid, "space": _process_space()}
         self._error: Record | None = None
         self._tentative = False  # the error may only follow from the loss of another process
-        self._settled = threading.Event()  # no further verdict will be made
+        self._finished = threading.Event()  # no further verdict will be made
         self._wake = threading.Event()
         self._closing = False
-        self._guard: threading.Timer | None = None
+        self._exit_timer: threading.Timer | None = None
         self._asked: float | None = None
         self._store = store.clone()  # another connection: the main thread may block the first one
         self._members = {one: Member() for one in (range(size) if rank == 0 else (0, rank))}
         self._notice, self._noticed = dict[str, Any](), b""
-        self._neighbours = self._meet(patience)
+        self._neighbours = self._wait_for_ranks(patience)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._tick, name="watchdog-clock", daemon=True).start()
+        threading.Thread(target=self._advance_clock, name="watchdog-clock", daemon=True).start()
 
     # ------------------------------------------------------------------ called by the main thread
 
@@ -172,7 +174,7 @@ class Watchdog:
             phase: any word; `SLOW` names the phases with a longer time limit.
             step: optimizer step.
         """
-        place = self._place
+        place = self._progress
         place.count += 1
         if step != place.step:
             place.first = place.count
@@ -190,7 +192,7 @@ class Watchdog:
                 teardown of a process group can); None for never.
         """
         # A forked child has no such thread.
-        if self._thread is None or not self._thread.is_alive() or self._settled.is_set():
+        if self._thread is None or not self._thread.is_alive() or self._finished.is_set():
             return
         text = f"{type(error).__name__}: {error}".strip().replace("\n", " ")[:4000]
         found = Member(self._state()).lost("raised", text)
@@ -199,7 +201,7 @@ class Watchdog:
         if end_within is not None:
             _end_within(end_within)
         self._wake.set()
-        self._settled.wait(_SETTLE)
+        self._finished.wait(_ERROR_WAIT)
 
     def close(self) -> None:
         """End the watchdog normally, after which nothing is detected any more; a second call does nothing."""
@@ -207,7 +209,7 @@ class Watchdog:
         if thread is not None and thread.is_alive():
             self._closing = True
             self._wake.set()
-            thread.join(_GOODBYE + 1.0)
+            thread.join(_CLOSE_WAIT + 1.0)
 
     def __enter__(self) -> Watchdog:
         return self
@@ -232,7 +234,7 @@ class Watchdog:
 
     def _state(self) -> dict[str, Any]:
         """Return the heartbeat."""
-        place = self._place
+        place = self._progress
         where = {"phase": place.phase, "step": place.step, "within": place.count - place.first}
         news = {"error": self._error, "tentative": self._tentative, "done": self._closing}
         return self._who | where | {"signs": place.count, "time": time.time()} | news
@@ -240,7 +242,7 @@ class Watchdog:
     def _beat(self) -> None:
         raw = json.dumps(self._state()).encode()
         self._store.set(f"beat/{self.rank}", raw)
-        self._members[self.rank].take(raw, self._clock)
+        self._members[self.rank].update(raw, self._clock)
 
     def _get(self, keys: Sequence[str]) -> list[bytes]:
         """Return the values of keys that exist."""
@@ -251,18 +253,18 @@ class Watchdog:
         """Read the notice and the heartbeats."""
         self._noticed, *beats = self._get(["notice", *(f"beat/{rank}" for rank in self._members)])
         for member, raw in zip(self._members.values(), beats, strict=True):
-            member.take(raw, self._clock)
+            member.update(raw, self._clock)
         self._notice = json.loads(self._noticed)
         self._answered = self._clock
 
-    def _everybody(self) -> list[Member]:
-        """Return all ranks, also on those that watch only some of them."""
+    def _all_members(self) -> list[Member]:
+        """Return the members of all ranks; ranks other than 0 read the heartbeats that they do not watch."""
         if self.rank == 0:
             return list(self._members.values())
         beats = self._get([f"beat/{rank}" for rank in range(self.size)])
-        return [Member().take(raw, self._clock) for raw in beats]
+        return [Member().update(raw, self._clock) for raw in beats]
 
-    def _meet(self, patience: float) -> dict[int, int]:
+    def _wait_for_ranks(self, patience: float) -> dict[int, int]:
         """Wait until all ranks are there, and return the process ids of the other ranks on this host."""
         store = self._store
         try:
@@ -274,7 +276,7 @@ class Watchdog:
                     f"{ranks(late)}. Look at what these ranks printed."
                 )
             self._read()
-            everybody = [member.beat for member in self._everybody()]
+            everybody = [member.beat for member in self._all_members()]
         except RuntimeError as error:  # raised by the store
             raise DistributedError(
                 f"The watchdog of rank {self.rank} of {self.size} lost the store of the rendezvous: {error}. Look at "
@@ -283,21 +285,21 @@ class Watchdog:
         here = [beat for beat in everybody if beat["space"] == self._who["space"]]
         return {beat["rank"]: beat["pid"] for beat in here if beat["rank"] != self.rank}
 
-    def _tick(self) -> None:
-        """Advance the clock, and notice that the store does not answer the thread that watches."""
+    def _advance_clock(self) -> None:
+        """Advance the clock, and end the process if the store does not answer the watching thread."""
         before = time.monotonic()
-        while not self._settled.wait(self._glance):
+        while not self._finished.wait(self._poll_interval):
             now = time.monotonic()
-            # No more than one interval: the time in which this process was stopped is held against nobody.
+            # At most one interval, so that the time in which this process was stopped counts against no rank.
             self._clock += min(now - before, self._interval)
             before = now
             silent = self._clock - self._answered > self._silence
-            if silent and self._guard is None and not self._closing:
+            if silent and self._exit_timer is None and not self._closing:
                 what = (
                     "no heartbeat came from it, and no answer from the store that it or its launcher "
                     "hosts,"
                 )
-                self._lose_store("silent", self._silent(0, what), silent=True)
+                self._exit_without_store("silent", self._silent(0, what), silent=True)
 
     def _watch(self) -> None:
         try:
@@ -305,28 +307,30 @@ class Watchdog:
         except RuntimeError as error:  # raised by the store
             if not self._closing:
                 text = f"the store that it or its launcher hosts was lost: {error}".splitlines()[0]
-                self._lose_store("died" if _CLOSED.search(text) else "silent", text)
+                self._exit_without_store("died" if _CLOSED.search(text) else "silent", text)
         except Exception:  # a bug here must not leave a run without a watchdog
             text = traceback.format_exc().strip().replace("\n", " | ")
-            self._leave(Member(self._state()).lost("raised", f"its watchdog failed: {text}"))
-        self._settled.set()
+            self._report_and_exit(
+                Member(self._state()).lost("raised", f"its watchdog failed: {text}")
+            )
+        self._finished.set()
 
     def _loop(self) -> None:
-        due, told = 0.0, False
+        due, error_sent = 0.0, False
         while not self._closing:
-            signs = self._place.count
-            news = self._error is not None and not told
+            signs = self._progress.count
+            news = self._error is not None and not error_sent
             if self._clock >= due or news or signs != self._members[self.rank].beat["signs"]:
-                told |= news
+                error_sent |= news
                 self._beat()
                 due = self._clock + self._interval
             self._read()
             if self._decide():
                 return
-            self._wake.wait(self._glance)
+            self._wake.wait(self._poll_interval)
             self._wake.clear()
         self._beat()
-        end = time.monotonic() + _GOODBYE
+        end = time.monotonic() + _CLOSE_WAIT
         while self.rank == 0 and time.monotonic() < end:
             self._read()
             if all(one.beat["done"] for one in self._members.values()):
@@ -340,30 +344,32 @@ class Watchdog:
         now, notice = self._clock, self._notice
         if "record" in notice:
             self._store.set(f"left/{self.rank}", "")
-            return self._leave(notice["record"])
+            return self._report_and_exit(notice["record"])
         if "want" in notice:
-            self._bound()
+            self._start_exit_timer()
             if self._asked is None:
                 self._asked = now
                 self._store.set(f"stack/{self.rank}", record.main_stack())
             elif now - self._asked > 1.5 * _STACKS and notice["want"] is not None:
-                return self._leave(notice["want"])  # the judge is lost as well
+                return self._report_and_exit(
+                    notice["want"]
+                )  # the rank that claimed the verdict is lost as well
             return False
         for rank in [rank for rank in self._neighbours if self._pid_state(rank) == record.ENDED]:
-            member = Member().take(self._get([f"beat/{rank}"])[0], now)
+            member = Member().update(self._get([f"beat/{rank}"])[0], now)
             if member.beat["error"] or not member.beat["done"]:
                 lost = member.lost("died", "its process ended before the run did")
-                return self._conclude(member.beat["error"] or lost)
+                return self._publish_verdict(member.beat["error"] or lost)
             del self._neighbours[rank]
         others = [member for rank, member in self._members.items() if rank != self.rank]
         watched = [member for member in others if not member.beat["done"]]
         if self.rank == 0 and (found := self._first_error(now)) is not None:
-            return self._conclude(found)
+            return self._publish_verdict(found)
         quiet = min(watched, key=lambda m: m.seen, default=None)
         if quiet is not None and now - quiet.seen > self._silence:
-            return self._conclude(quiet.lost("silent", self._silent(quiet.beat["rank"])))
-        if self.rank == 0 and self._stands_still(now):
-            return self._conclude(None)
+            return self._publish_verdict(quiet.lost("silent", self._silent(quiet.beat["rank"])))
+        if self.rank == 0 and self._all_ranks_stalled(now):
+            return self._publish_verdict(None)
         self._closing |= not watched
         return False
 
@@ -384,14 +390,15 @@ class Watchdog:
             for member in members
             if not (member.beat["error"] or member.beat["done"] or member.seen > first.failed)
         ]
-        if not first.beat["tentative"] or (since > _SUSPECT and not quiet):
+        if not first.beat["tentative"] or (since > _CAUSE_WAIT and not quiet):
             return error
         if quiet and since > 2.5 * self._interval:
             what = f"no heartbeat came from it since rank {error['rank']} failed: {error['what']}"
             return quiet[0].lost("silent", what)
         return None
 
-    def _stands_still(self, now: float) -> bool:
+    def _all_ranks_stalled(self, now: float) -> bool:
+        """Return whether no rank has made progress for the time-out of the slowest phase."""
         members = [one for one in self._members.values() if not one.beat["done"]]
         factor = max(SLOW.get(one.beat["phase"], 1.0) for one in members)
         return now - max(one.progressed for one in members) > factor * self.timeout
@@ -406,17 +413,17 @@ class Watchdog:
         its = f" (its process is {state})" if state else ""
         return f"{what} for {self._silence:g} seconds{its}"
 
-    def _lose_store(self, kind: str, what: str, *, silent: bool = False) -> None:
-        """Leave without the store, which rank 0 or its launcher keeps; ``silent`` if it does not answer."""
+    def _exit_without_store(self, kind: str, what: str, *, silent: bool = False) -> None:
+        """Report and exit without the store, which rank 0 or its launcher hosts; ``silent`` if it does not answer."""
         first = self._members[0]
         found = self._notice.get("want") or first.beat["error"]
-        # Where the store is silent, rank 0 has ended because it found that, too.
+        # A store that does not answer ends rank 0 as well, so its end is then not the cause.
         if found is None and not silent and self._pid_state(0) == record.ENDED:
             kind, what = "died", f"its process ended, and {what}"
-        self._leave(found or first.lost(kind, what))
+        self._report_and_exit(found or first.lost(kind, what))
 
-    def _conclude(self, found: Record | None) -> bool:
-        """Claim the verdict, collect the stacks, complete the record, send it to all ranks, and leave.
+    def _publish_verdict(self, found: Record | None) -> bool:
+        """Claim the verdict, collect the stacks, complete the record, send it to all ranks, and exit.
 
         Args:
             found: the record of the first loss; None for a hang.
@@ -428,10 +435,10 @@ class Watchdog:
         claim = json.dumps(self._notice | {"want": found, "judge": self.rank})
         if store.compare_set("notice", self._noticed.decode(), claim) != claim.encode():
             return False
-        self._bound()
+        self._start_exit_timer()
         self._notice["want"] = found
-        members = {m.beat["rank"]: m for m in self._everybody() if not m.beat["done"]}
-        gone = {}  # others that will not answer, as when their whole host is lost
+        members = {m.beat["rank"]: m for m in self._all_members() if not m.beat["done"]}
+        gone = {}  # ranks that will not answer, such as those of a lost host
         for rank, member in members.items():
             if self._pid_state(rank) == record.ENDED:
                 gone[rank] = "its process ended"
@@ -453,7 +460,7 @@ class Watchdog:
         found |= {"run": self._notice["run"], "also": also[:_OTHERS]}
         store.set("notice", json.dumps(self._notice | {"record": found}))
         absent(store, "left", asked, 0.5)  # this process may host the store
-        return self._leave(found, stacks)
+        return self._report_and_exit(found, stacks)
 
     def _hung(self, members: Sequence[Member], stacks: dict[int, str]) -> Record:
         """Return the record of the process that is furthest behind, preferring those that do not wait for others."""
@@ -476,15 +483,15 @@ class Watchdog:
 
     # ------------------------------------------------------------------ the end
 
-    def _bound(self) -> None:
+    def _start_exit_timer(self) -> None:
         """Start a timer that ends this process, in case a disk, a pipe or the store blocks the remaining work."""
-        if self._guard is None:
-            self._guard = threading.Timer(_BOUND, os._exit, (EXIT_LOST,))
-            self._guard.daemon = True
+        if self._exit_timer is None:
+            self._exit_timer = threading.Timer(_EXIT_AFTER, os._exit, (EXIT_LOST,))
+            self._exit_timer.daemon = True
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
-                self._guard.start()
+                self._exit_timer.start()
 
-    def _leave(self, found: Record, stacks: dict[int, str] | None = None) -> bool:
+    def _report_and_exit(self, found: Record, stacks: dict[int, str] | None = None) -> bool:
         """Print and write the record and end this process; return True if the process ends by an error of its own.
 
         Args:
@@ -495,7 +502,7 @@ class Watchdog:
         own_error = found["rank"] == self.rank and found["kind"] == "raised"
         ends_itself = self._error is not None and (own_error or not self._tentative)
         if not ends_itself:
-            self._bound()
+            self._start_exit_timer()
             own = (stacks or {}).get(self.rank) or record.main_stack()
             record.say(found, self.rank, self.size, own, EXIT_LOST)
             if stacks is None and "record" not in self._notice:  # nobody has collected them
@@ -504,9 +511,9 @@ class Watchdog:
         if stacks is not None and self.run_dir is not None:
             record.write(self.run_dir, found, stacks)
         if ends_itself:
-            if self._guard is not None:
-                self._guard.cancel()
-            self._settled.set()
+            if self._exit_timer is not None:
+                self._exit_timer.cancel()
+            self._finished.set()
             return True
         with contextlib.suppress(RuntimeError):
             clean = threading.Thread(target=_clean_up, daemon=True)

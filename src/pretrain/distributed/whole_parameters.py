@@ -16,10 +16,10 @@ from pretrain.nn.layout import ShardLayout, local
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
-__all__ = ["Parts", "align", "copy_whole"]
+__all__ = ["MatrixCollectives", "broadcast_initial_values", "copy_whole"]
 
 
-class Parts:
+class MatrixCollectives:
     """Collectives for an optimizer that works on whole matrices and distributes that work over the ranks.
 
     Args:
@@ -47,7 +47,7 @@ class Parts:
             full[region.slices()] = flat[: region.numel].view(region.shape)
         return full
 
-    def shared_out(
+    def compute_distributed(
         self, wholes: Sequence[Tensor], make: Callable[[Tensor], Tensor], first: int
     ) -> list[Tensor]:
         """Apply ``make`` to matrices that all ranks hold: each rank computes a few of them, and all get the results.
@@ -79,7 +79,7 @@ class Parts:
         """Return the full shape of a parameter."""
         return tuple(self._layout.shapes[name])
 
-    def cut_out(self, name: str, full: Tensor) -> Tensor:
+    def own_shard(self, name: str, full: Tensor) -> Tensor:
         """Return this rank's shard of a full tensor."""
         return full[self._layout.region(name).slices()]
 
@@ -93,13 +93,13 @@ def copy_whole(model: Model, whole: Model, world: Processes) -> None:
         whole: a model whose parameters have the same names and are complete.
         world: the processes that share ``model``.
     """
-    parts, there = Parts(model.layout, world), stored_tensors(whole)
+    collectives, there = MatrixCollectives(model.layout, world), stored_tensors(whole)
     for name, tensor in stored_tensors(model).items():
         sharded = name in model.layout.shapes
-        there[name].copy_(parts.assemble(name, local(tensor.detach())) if sharded else tensor)
+        there[name].copy_(collectives.assemble(name, local(tensor.detach())) if sharded else tensor)
 
 
-def align(module: nn.Module, layout: ShardLayout, world: Processes) -> None:
+def broadcast_initial_values(module: nn.Module, layout: ShardLayout, world: Processes) -> None:
     """Broadcast parameters and buffers from the first rank that holds them: random initial values may differ.
 
     Args:

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from pretrain import distributed
-from pretrain.checkpoint.peers import ALONE, Peers
+from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.launched import launched
 
-__all__ = ["World", "current_world", "found"]
+__all__ = ["World", "current_world", "world_is_known"]
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class World:
     def with_process_group(self) -> distributed.Processes:
         """Return this world, or one of this process alone with a process group: FSDP2 needs one on a single device."""
         if self._group_of_one is None:
-            self._group_of_one = distributed.Processes.alone(self.device)
+            self._group_of_one = distributed.Processes.single_process(self.device)
         return self._group_of_one
 
     def build_mesh(self, sizes: MeshShape) -> None:
@@ -111,7 +111,7 @@ class World:
             self._group_of_one = None
 
     @contextlib.contextmanager
-    def entered(
+    def connected(
         self,
         device: torch.device,
         out: Path,
@@ -207,17 +207,17 @@ class World:
 
     def peers(self) -> Peers:
         """Return the peers for writing and reading checkpoints."""
-        return ALONE
+        return SINGLE_PROCESS
 
-    def callers(self) -> Peers:
+    def store_peers(self) -> Peers:
         """Return the peers to use before the process group exists: JSON values go through the store, no tensors."""
-        return ALONE
+        return SINGLE_PROCESS
 
 
 _world: World | None = None
 
 
-def found() -> bool:
+def world_is_known() -> bool:
     """Return whether the world of this process has been found already."""
     return _world is not None and not (_world.size == 1 and launched())
 
@@ -225,13 +225,13 @@ def found() -> bool:
 def current_world(patience: float = 300.0) -> World:
     """Return the world of this process, which is found once; see `World.find`."""
     global _world
-    if _world is None or not found():
+    if _world is None or not world_is_known():
         _world = World.find(patience)
     return _world
 
 
 @contextlib.contextmanager
-def world_left_behind() -> Iterator[None]:
+def reset_world() -> Iterator[None]:
     """Destroy the process group and forget the world at the end; for tests that create several worlds in turn."""
     global _world
     try:

@@ -1,6 +1,6 @@
 """Evaluation of any checkpoint: a language model on held-out text, a fine-tuned model on labelled rows.
 
-Also of what a model can do without being trained for it: similarity of texts, retrieval, minimal pairs.
+Also tasks that need no training: similarity of texts, retrieval, minimal pairs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def evaluate(
     fine_tuned |= (
         model.backbone.default_task is not None and data is not None and not _are_rows(data)
     )
-    pretrained = data is None and (home := language.run_of(path)) and _settings_of(home) is None
+    pretrained = data is None and (run := language.run_of(path)) and _settings_of(run) is None
     if objective is not None or not fine_tuned or pretrained:
         options |= {"precision": precision, "device": device}
         text = _text_column(path, columns or {}, named_task)
@@ -220,11 +220,11 @@ def _evaluate_task(
             f"{option('separator', reading['separator'])} is for the text of a language model, and {path} is measured "
             "on labelled rows. Leave it out."
         )
-    home = language.run_of(path)
-    settings = _settings_of(home)
+    run_dir = language.run_of(path)
+    settings = _settings_of(run_dir)
     trained.labels_given = settings is not None and bool(settings.task.options.get("labels"))
     if data is None:
-        table = _held_out(path, home, settings, trained)
+        table = _held_out(path, run_dir, settings, trained)
     else:
         section = None if settings is None else settings.data
         table = labelled(data, trained, columns, section, reading.get("encoding"))
@@ -244,20 +244,20 @@ def _is_adapter(path: Path) -> bool:
     return bool(ModelDirectory(opened(located(path)[0]), verify=False).is_adapter)
 
 
-def _settings_of(home: Path | None) -> TuneConfig | None:
-    """The settings of a fine-tuning run; None if ``home`` is not one."""
-    if home is None or not is_task(home / "run.yaml"):
+def _settings_of(run_dir: Path | None) -> TuneConfig | None:
+    """The settings of a fine-tuning run; None if ``run_dir`` is not one."""
+    if run_dir is None or not is_task(run_dir / "run.yaml"):
         return None
-    return TuneConfig.of_run(home)
+    return TuneConfig.of_run(run_dir)
 
 
-def _held_out(path: Path, home: Path | None, settings: TuneConfig | None, task: Task) -> Table:
+def _held_out(path: Path, run_dir: Path | None, settings: TuneConfig | None, task: Task) -> Table:
     """The held-out rows of a run, read and split as the run did.
 
     Raises:
         DataError: there are none, they were in memory, or the source has changed since.
     """
-    if home is None or settings is None:
+    if run_dir is None or settings is None:
         raise DataError(language.no_run(path))
     give = f"Give labelled rows: {option('data')}"
     sources = (settings.data.train, settings.data.valid, settings.data.test)
@@ -270,7 +270,7 @@ def _held_out(path: Path, home: Path | None, settings: TuneConfig | None, task: 
         if not from_memory(source):
             with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
                 labels = classes_of(source, type(task))
-        with language.naming_paths(home, settings):
+        with language.naming_paths(run_dir, settings):
             data = open_data(settings, {}, type(task), labels)
     if task.model.provenance.get("fingerprint") != data.fingerprint:
         raise DataError(

@@ -34,7 +34,7 @@ __all__ = ["retrieval", "rows_with_texts", "sts"]
 _AT, _DEEP = 10, 100  # ranks at which a search is measured
 # Names of prompts of documents, in the order of sentence-transformers.
 _OF_DOCUMENTS = ("document", "passage", "corpus")
-_DIGITS = 6  # decimals of a cosine of fp32 vectors that mean something
+_DIGITS = 6  # significant decimals of a cosine of fp32 vectors
 
 _PAIR = (
     Role("sentence1", ("sentence1", "sentence_a", "text1", "anchor", "premise"), help="a text"),
@@ -194,7 +194,7 @@ def _prompt(model: Model, *names: str | None) -> str | None:
 
 
 def _say(prompts: Mapping[str, str | None], model: Model) -> None:
-    """Name the prompts that are used, and a measure of similarity in the directory that is not."""
+    """Print the prompts that are used, and the measure of similarity that the directory asks for and is not used."""
     if used := [f"{what} get the prompt {name!r}" for what, name in prompts.items() if name]:
         note(f"{' and '.join(used)} of the model's directory")
     settings = {} if model.sentences is None else model.sentences.config
@@ -262,7 +262,7 @@ def _marks(table: Table) -> list[str]:
 
 
 def _relevances(table: Table) -> list[float]:
-    """How relevant the document of each row is to its query; 1 without a column that says so."""
+    """Return the relevance of the document of each row to its query; 1 without a column of relevances."""
     values = table.columns.get("relevance", [1.0] * len(table))
     cure = "Correct or remove these rows, or rename the column if it says something else."
     values = [value if (on := is_on(value)) is None else float(on) for value in values]

@@ -15,7 +15,7 @@ from pretrain.data.chat import ChatTemplate
 from pretrain.data.task_rows import batches_by_length
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.generate import generate
-from pretrain.inference.likelihood import Scored, open_rows, score_continuations
+from pretrain.inference.likelihood import Scored, rows_without_end, score_continuations
 from pretrain.inference.prompts import tokenizer_of
 from pretrain.nn.device import tokens_at_once
 from pretrain.training.precision import choose_device, choose_precision
@@ -121,7 +121,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # its package has no type
             framed = False if bos and string.startswith(bos) else framed
         if framed is False:
             return self.tokenizer.encode(string)
-        ids = open_rows(self.tokenizer, [string])[0]
+        ids = rows_without_end(self.tokenizer, [string])[0]
         return ids or list(self.tokenizer.prefix)
 
     def _loglikelihood_tokens(

@@ -50,7 +50,7 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 
 @dataclass(frozen=True)
 class _Type:
-    """A type of tensors: its number in a GGUF file, that of a file that mostly has it, and its bytes."""
+    """A type of tensors: its number in a GGUF file, the file type that is named after it, and its bytes."""
 
     number: int
     file: int

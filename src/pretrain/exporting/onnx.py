@@ -173,7 +173,7 @@ def write(model: Model, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the exporter's remarks on its own parts away from the user; errors are raised all the same."""
+    """Silence the warnings of the exporter inside the block; errors are still raised."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

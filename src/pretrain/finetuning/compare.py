@@ -38,7 +38,7 @@ from pretrain.errors import (
 )
 from pretrain.finetuning import baseline
 from pretrain.finetuning.settings import rate_of_muon
-from pretrain.finetuning.trials import Kept, trials_key
+from pretrain.finetuning.trials import ScoreFile, trials_key
 from pretrain.metrics import mean_interval, student_t
 from pretrain.printing import aligned
 from pretrain.report.history import read_history
@@ -161,7 +161,7 @@ def _is_count(value: Any) -> bool:
 def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Comparison:
     """Train both arms and the baselines at every number of labels, and set the chosen learning rate in the job.
 
-    Trials that the run directory keeps are not trained again, and the comparison is kept there, see `Kept`.
+    Trials that the run directory keeps are not trained again, and the comparison is kept there, see `ScoreFile`.
 
     Raises:
         DataError: too few held-out rows, or a label count above the number of rows.
@@ -186,7 +186,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         valid_rows=len(choose),
     )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
-    baselines, kept = _baselines(job), Kept(Path(job.settings.train.out, COMPARISON))
+    baselines, kept = _baselines(job), ScoreFile(Path(job.settings.train.out, COMPARISON))
     kept.begin(trials_key(job))
     for count in counts:
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
@@ -206,7 +206,7 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             for seed, rows in enumerate(subsets):
                 named = [job.task.named(part, job.data.learned) for part in (rows, choose, score)]
                 columns = job.task.baseline_columns(*named)
-                with kept.said():
+                with kept.interrupts_explained():
                     found.append(fit(*columns, metric=job.monitor, seed=seed))
             arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
             notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
@@ -220,9 +220,9 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
 
 
 def kept_comparison(job: Job) -> Comparison | None:
-    """The comparison that the run directory of a job keeps; None if it is not of these settings and this run."""
+    """Return the comparison in the run directory of a job; None if it is of other settings or another run."""
     out = Path(job.settings.train.out)
-    body = Kept(out / COMPARISON).body
+    body = ScoreFile(out / COMPARISON).body
     if (
         "comparison" not in body
         or body["key"] != trials_key(job)
@@ -240,19 +240,19 @@ def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]
 
 
 def _arm(
-    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, kept: Kept
+    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, kept: ScoreFile
 ) -> tuple[dict[str, float], list[float], float]:
     """The learning rates with the best mean on ``choose``, their scores on ``score``, one per seed, and the seconds."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
     out = Path(job.settings.train.out)
-    settled = job.settled_lr(task, out) if arm == PRETRAINED else None
-    if settled is not None:
-        lrs = [settled]  # the reported arm is trained like the saved model
+    fixed = job.fixed_lr(task, out) if arm == PRETRAINED else None
+    if fixed is not None:
+        lrs = [fixed]  # the reported arm is trained like the saved model
     elif not lrs:
         middle = job.lr(task)
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
-    rates = {lr: job.rates(task, lr, None if settled is None else out) for lr in lrs}
+    rates = {lr: job.rates(task, lr, None if fixed is None else out) for lr in lrs}
     found: dict[float, list[list[float]]] = {}
     taken = 0.0
     for lr, used in rates.items():
@@ -260,7 +260,7 @@ def _arm(
             score_it = partial(job.score, rows, choose, score, rates=used, limit=limit, seed=seed)
             words = f"lr {lr!r}{rate_of_muon(used)}"
             name = f"{arm} at {len(rows)} labels, {limit}, {words}, seed {seed}"
-            with kept.said():
+            with kept.interrupts_explained():
                 scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
             found.setdefault(lr, []).append(scores)
             taken += seconds

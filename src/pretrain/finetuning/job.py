@@ -40,10 +40,10 @@ from pretrain.finetuning.start import (
     earlier_lr,
     freeze,
     starting_model,
-    touched_early,
-    versions,
+    used_unloaded_weights,
+    write_counts,
 )
-from pretrain.finetuning.trials import Kept, trials_key
+from pretrain.finetuning.trials import ScoreFile, trials_key
 from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
@@ -58,10 +58,10 @@ from pretrain.training.run import (
     has_begun,
     keep_settings,
     record_resume,
+    resolve_checkpoint,
     run_key,
-    settle_checkpoint,
 )
-from pretrain.training.run_directory import Unbegun
+from pretrain.training.run_directory import NewRunDirectory
 from pretrain.training.starting_model import began_with, hash_weights, origin, parent_step
 from pretrain.training.trainer import Trainer
 from pretrain.training.validation import LOWER_IS_BETTER
@@ -139,7 +139,7 @@ class Job:
         source, given = model, settings.model.checkpoint
         by_name = model is None or isinstance(model, str | os.PathLike)
         if by_name:
-            source = settings.model.checkpoint = settle_checkpoint(settings)
+            source = settings.model.checkpoint = resolve_checkpoint(settings)
             if source and settings.train.out:
                 source = began_with(source, Path(settings.train.out))
         check_fits(source, task)
@@ -158,7 +158,7 @@ class Job:
             if by_name and has_begun(out):
                 # The run may have begun with an earlier commit of the model, which may name other classes.
                 settings.model.checkpoint = given
-                if settle_checkpoint(settings) != source:
+                if resolve_checkpoint(settings) != source:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
                 job.source = began_with(source, out)
@@ -198,13 +198,13 @@ class Job:
         )
         if not scratch:
             self.weights = self.weights or hash_weights(model, opened=True)
-        before = versions(model)
+        before = write_counts(model)
         options = {**learned.options, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         options["max_length"] = settings.data.max_length
         task: Task = call_named(self.task, options, settings.spell, model)
         task.labels_given = bool(settings.task.options.get("labels"))
-        if touched_early(task, before):
+        if used_unloaded_weights(task, before):
             return self.build(**new)
         self.metric, self.unit = task.metric, task.unit_name
         if method.lora and not scratch:
@@ -228,7 +228,7 @@ class Job:
 
     @property
     def monitor(self) -> str:
-        """Metric for all choices: that of the settings, else that of the task, which may depend on its labels."""
+        """Metric by which checkpoints and rates are chosen: the one in the settings, else the default of the task."""
         return self.settings.train.monitor or self.metric or self.task.metric
 
     def lr(self, task: Task) -> float:
@@ -257,7 +257,7 @@ class Job:
         searched = given == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
         return self.rates(task, lr, out) if lr and searched and isinstance(given, str) else {}
 
-    def settled_lr(self, task: Task, out: Path) -> float | None:
+    def fixed_lr(self, task: Task, out: Path) -> float | None:
         """Learning rate that is already fixed, by the settings or because the run began with it; else None."""
         lr = self.settings.optim.lr
         if not isinstance(lr, str):
@@ -278,13 +278,13 @@ class Job:
             return f"{max(1, math.ceil(round(train.epochs * examples / batch, 6)))} steps", epoch
         return f"{automatic_steps(epoch)} steps", epoch
 
-    def settle(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
-        """Learning rate and length of the run: as given, else as it began, else from comparison, sweep or defaults."""
+    def choose_lr_and_limit(self, task: Task, examples: int, out: Path) -> tuple[float, str]:
+        """Return learning rate and limit: as set, else as the run began, else by comparison, sweep or default."""
         settings = self.settings
         lr, (limit, epoch) = self.lr(task), self.steps(examples)
-        settled = self.settled_lr(task, out)
-        if settled is not None:
-            lr = settled
+        fixed = self.fixed_lr(task, out)
+        if fixed is not None:
+            lr = fixed
         elif self.compared_lr is not None:
             lr = self.compared_lr
         elif settings.optim.lr == "sweep":
@@ -371,8 +371,12 @@ class Job:
         """
         out, world = Path(self.settings.train.out), current_world()
         check_same_run(self.settings, out)
-        unbegun = Unbegun(out, world.is_rank_zero)
-        with unbegun.removed(), run_lock(out, world), unbegun.emptied():
+        new_directory = NewRunDirectory(out, world.is_rank_zero)
+        with (
+            new_directory.removed_on_failure(),
+            run_lock(out, world),
+            new_directory.emptied_on_failure(),
+        ):
             yield
 
     def train(self, hooks: Sequence[Any] = ()) -> Finetuned:
@@ -384,10 +388,10 @@ class Job:
         rows = encode(task, data.train, "training", settings.data.max_cut, notes)
         task.prepare_reference(rows)
         held_out, tested = self.held_out(task, notes)
-        lr, limit = self.settle(task, len(rows), out)
+        lr, limit = self.choose_lr_and_limit(task, len(rows), out)
         chosen = self.chosen(task, lr, out)
         new = [line for line in notes if "recur" not in line]  # the others have been printed
-        for line in (*self.overview(rows, task), *new, *said_of(chosen)):
+        for line in (*self.overview(rows, task), *new, *chosen_rates_line(chosen)):
             note(line)
         rates = chosen or {"lr": lr}
         trainer = self.trainer(
@@ -463,7 +467,7 @@ class Job:
             return found.eval()
 
         rates = self.chosen(task, rates_of_run(run.path).get("lr"), run.path)
-        notes = [*notes, *said_of(rates)]
+        notes = [*notes, *chosen_rates_line(rates)]
         result = Finetuned(restored, run, self.settings, self.data, notes, self.build)
         result.rates = rates
         if shared is None:
@@ -508,7 +512,7 @@ class Job:
     def sweep(self, task: Task) -> float:
         """Try learning rates in short runs and return the best on the held-out rows.
 
-        Trials that the run directory keeps are not trained again, see `Kept`.
+        Trials that the run directory keeps are not trained again, see `ScoreFile`.
 
         Raises:
             DataError: there are no held-out rows to choose by.
@@ -522,12 +526,12 @@ class Job:
         _, epoch = self.steps(len(train))
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
-        kept, found = Kept(Path(self.settings.train.out, TRIALS), scores=1), {}
+        kept, found = ScoreFile(Path(self.settings.train.out, TRIALS), scores=1), {}
         kept.begin(trials_key(self))
         for lr in self.settings.optim.lrs or grid(self.lr(task)):
             rates = self.rates(task, lr)
             one = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
-            with kept.said():
+            with kept.interrupts_explained():
                 (found[lr],), _ = kept.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", one)
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
@@ -538,7 +542,7 @@ class Job:
         return best
 
     def figure(self, score: float) -> float:
-        """Return the monitored metric that a score of `score` stands for."""
+        """Return the monitored metric that belongs to a score of `score`."""
         return -score if self.monitor in LOWER_IS_BETTER else score
 
     def score(
@@ -587,8 +591,8 @@ class Job:
         return world.broadcast_result(measured)
 
 
-def said_of(rates: Mapping[str, float]) -> list[str]:
-    """Return the line that says which learning rates were chosen; none if none were."""
+def chosen_rates_line(rates: Mapping[str, float]) -> list[str]:
+    """Return a line with the learning rates that were chosen; an empty list if none were."""
     if not rates:
         return []
     muon = rate_of_muon(rates)

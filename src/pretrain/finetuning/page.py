@@ -197,10 +197,10 @@ def _pictures(result: Finetuned) -> str:
         ]
         for row in shown
     ]
-    said = f"<p>{colours}</p>" + (
+    legend = f"<p>{colours}</p>" + (
         f"<p>{escape(result.task.drawn)}</p>" if result.task.drawn else ""
     )
-    return card(said) + table(["right", "predicted", "where", "IoU"], rows, left=3)
+    return card(legend) + table(["right", "predicted", "where", "IoU"], rows, left=3)
 
 
 def _data(result: Finetuned) -> list[str]:

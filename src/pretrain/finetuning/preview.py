@@ -117,7 +117,7 @@ def look(
 
 def _examples(task: Task, table: Table, rows: TaskRows) -> list[list[tuple[str, bool]]]:
     """A few examples as the model reads them; an answer for the whole text is appended to it."""
-    chosen = _spread(len(rows))
+    chosen = _evenly_spaced(len(rows))
     truth = task.truth(table.take([rows.owners[i] for i in chosen])) if chosen else None
     shown = []
     for k, i in enumerate(chosen):
@@ -141,7 +141,7 @@ def _words(values: Any) -> int:
     return sum(len(value.split()) for value in values if isinstance(value, str))
 
 
-def _spread(count: int) -> Sequence[int]:
+def _evenly_spaced(count: int) -> Sequence[int]:
     """A few indices, spread evenly over the whole range."""
     return sorted({i * count // _EXAMPLES for i in range(_EXAMPLES)} if count else ())
 

@@ -46,18 +46,18 @@ def remarks(result: Finetuned) -> list[str]:
     """Return the remarks that apply, one sentence each."""
     history = sort_records(result.run.history)
     found = [
-        beside_guessing(result),
+        hardly_better_than_trivial(result),
         still_improving(history, result.monitor),
         overfitted(history),
         resumed_with(history),
         _constant(result),
         _classical(result),
-        beyond_chance(result.metrics, result.test_metrics or {}, result.counts),
+        held_out_unlike_test(result.metrics, result.test_metrics or {}, result.counts),
     ]
     return [line for line in found if line]
 
 
-def beside_guessing(result: Finetuned) -> str | None:
+def hardly_better_than_trivial(result: Finetuned) -> str | None:
     """Remark if the model is hardly better than the trivial baseline of its task, on the held-out rows."""
     name = result.monitor
     if name not in result.metrics or name not in result.trivial:
@@ -73,7 +73,7 @@ def beside_guessing(result: Finetuned) -> str | None:
     words = "little more than" if ahead > 0 else "nothing beyond"
     return (
         f"the held-out {name} is {ours:.4g}, that of the {result.task.trivial_name} {guess:.4g}: the model has learned "
-        f"{words} what that knows"
+        f"{words} that baseline"
     )
 
 
@@ -96,10 +96,10 @@ def still_improving(history: History, monitor: str) -> str | None:
     )
 
 
-def beyond_chance(
+def held_out_unlike_test(
     held_out: Mapping[str, float], test: Mapping[str, float], rows: Mapping[str, int]
 ) -> str | None:
-    """Remark if held-out and test metric differ by more than those of two samples of the same distribution would.
+    """Remark if the held-out and the test metric differ by more than chance, as for rows of one distribution.
 
     Shares of correct rows are compared by the test of two proportions, correlations by Fisher's transformation; metrics
     over words count as many independent observations as there are rows.
@@ -134,17 +134,17 @@ def _constant(result: Finetuned) -> str | None:
     # few at a time, up to the first other answer.
     if any(name in figures and abs(figures[name]) > 0 for name in ("mcc", "pearson")):
         return None
-    said: set[str] = set()
+    answers: set[str] = set()
     answered = 0
     for answer in result.task.predict(table, batch_rows=32):
         answered += 1
-        said |= {repr(choice) for choice in result.task.choices(answer)}
-        if len(said) > 1:
+        answers |= {repr(choice) for choice in result.task.choices(answer)}
+        if len(answers) > 1:
             return None
-    if not said:
+    if not answers:
         return None
     return (
-        f"the model gives the same answer to all {answered:,} held-out rows ({said.pop()[:60]}): it has learnt "
+        f"the model gives the same answer to all {answered:,} held-out rows ({answers.pop()[:60]}): it has learnt "
         f"nothing that tells them apart"
     )
 

@@ -177,15 +177,15 @@ class Finetuned:
             DataError: the task has no single class per row, or nothing was held out.
         """
         labels = self.labels or ()
-        said = [(truth, found.get("label")) for truth, found in self.answers]
-        pairs = [(a, b) for a, b in said if isinstance(a, str) and isinstance(b, str)]
+        both = [(truth, found.get("label")) for truth, found in self.answers]
+        pairs = [(a, b) for a, b in both if isinstance(a, str) and isinstance(b, str)]
         if not pairs or not labels:
             raise DataError(
                 "A confusion matrix needs held-out rows with one class each, and there are none."
             )
         ids = {label: k for k, label in enumerate(labels)}
-        truth, answers = ([ids[label] for label in column] for column in zip(*pairs, strict=True))
-        return Confusion(labels, confusion_matrix(truth, answers, len(labels)))
+        truth, predicted = ([ids[label] for label in column] for column in zip(*pairs, strict=True))
+        return Confusion(labels, confusion_matrix(truth, predicted, len(labels)))
 
     def errors(self, count: int = 10) -> Errors:
         """The worst mistakes on the judged rows: highest score first, for numbers largest error first.
@@ -355,7 +355,7 @@ class Confusion:
             ]
             rows, left = [("right \\ predicted", *self.labels), *rows], 1
         else:
-            rows = [(label, said, f"{n:,}") for label, said, n in self.pairs()]
+            rows = [(label, predicted, f"{n:,}") for label, predicted, n in self.pairs()]
             rows, left, top = [("right", "predicted", "times"), *rows], 2, f"{top}; most confused:"
         return "\n".join([top, *aligned([[_line(c, _WIDE) for c in row] for row in rows], left)])
 

@@ -26,10 +26,10 @@ from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, 
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
-from pretrain.training.closing import reported, taken
+from pretrain.training.closing import reported, time_and_units
 from pretrain.training.launch import on_devices, read_run
 from pretrain.training.run import has_begun, naming_paths
-from pretrain.training.state import undisturbed
+from pretrain.training.state import isolated_torch_state
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
 
@@ -43,7 +43,7 @@ _ANEW = "<!-- made from a checkpoint, not at the end of the run -->"
 
 
 @using(FINETUNE)
-@undisturbed()
+@isolated_torch_state()
 def finetune(
     model: Any = None,
     data: Any = None,
@@ -100,7 +100,7 @@ def finetune(
         check_comparison(compare, settings, label_counts, seeds)
     quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
-        check_spread(model, objects, compare)
+        check_devices(model, objects, compare)
         count_devices(devices, settings.parallel.device)
     with muted(quiet):
         job = Job.open(model, settings, objects, quiet=quiet)
@@ -117,12 +117,12 @@ def finetune(
             comparison = None if compare is None else compare_arms(job, label_counts, seeds)
             result = job.train(hooks)
         result.comparison = comparison or kept_comparison(job)
-        for line in current_world().broadcast_result(lambda: last_words(result)):
+        for line in current_world().broadcast_result(lambda: closing_lines(result)):
             note(line)
     return result
 
 
-def check_spread(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
+def check_devices(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
     """Check that other processes can run the job: they read files and cannot access the memory of this one.
 
     Raises:
@@ -146,12 +146,12 @@ def check_spread(model: Any, objects: Mapping[str, Any], compare: str | None) ->
         )
 
 
-def last_words(result: Finetuned) -> list[str]:
+def closing_lines(result: Finetuned) -> list[str]:
     """Write the report of a run that has come to its end, and return the lines that are printed then."""
     comparison = result.comparison
     return [
         *repr(result).splitlines(),
-        taken(result.run),
+        time_and_units(result.run),
         *(comparison.table().splitlines() if comparison is not None else []),
         *(reported(result.report) if not result.run.exit_code else []),
         *follow_up(result),

@@ -143,7 +143,7 @@ class TuneOptim(OptimConfig):
 
 
 def rate_of_muon(rates: Mapping[str, float]) -> str:
-    """Return the learning rate of Muon among chosen ones, as words that follow those of AdamW's; none without it."""
+    """Return the chosen learning rate of Muon as a phrase to append to that of AdamW; "" without Muon."""
     return f", Muon lr {rates['muon_lr']:g}" if "muon_lr" in rates else ""
 
 
@@ -367,7 +367,7 @@ def _is_path(value: Any) -> bool:
 
 
 def from_memory(value: Any) -> bool:
-    """Whether a setting stands for an object that was given instead of a path: "a DataFrame", "a model"."""
+    """Whether a setting replaces an object that was given instead of a path: "a DataFrame", "a model"."""
     return isinstance(value, str) and value.startswith("a ") and not os.path.exists(value)
 
 

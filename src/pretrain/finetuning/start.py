@@ -27,8 +27,8 @@ __all__ = [
     "earlier_lr",
     "freeze",
     "starting_model",
-    "touched_early",
-    "versions",
+    "used_unloaded_weights",
+    "write_counts",
 ]
 
 _LR_OF_BASE, _LR_BOUNDS, _LR_OF_ADAPTERS = 3.6e-5, (1e-5, 2e-3), 4e-3
@@ -123,15 +123,15 @@ def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
     return labels if kind == task.head_kind and len(labels) > 1 else None
 
 
-def versions(model: Model) -> dict[int, int]:
-    """Number of in-place writes to each parameter, by its identity."""
+def write_counts(model: Model) -> dict[int, int]:
+    """Return how often each parameter has been written in place, by its ``id``."""
     return {id(p): p._version for p in model.parameters()}
 
 
-def touched_early(task: Task, before: dict[int, int]) -> bool:
-    """Whether a task built around weights that are still on disk wrote to, copied or replaced some of them.
+def used_unloaded_weights(task: Task, before: dict[int, int]) -> bool:
+    """Whether the constructor of a task wrote to, copied or replaced weights that have not been loaded yet.
 
-    ``before`` are the ``versions`` of its model before it was built.
+    ``before`` are the ``write_counts`` of its model before the task was built.
     """
     if task.model.start is None:
         return False

@@ -21,15 +21,15 @@ from pretrain.utils.strict_json import unsealed, without_nan
 if TYPE_CHECKING:
     from pretrain.finetuning.job import Job
 
-__all__ = ["Kept", "trials_key"]
+__all__ = ["ScoreFile", "trials_key"]
 
 
-class Kept:
-    """Scores of the trials of a sweep or a comparison in its run directory, with which an interrupted one goes on.
+class ScoreFile:
+    """File of the scores of trials in a run directory, from which an interrupted sweep or comparison continues.
 
     The file holds a digest of itself, the key of what is tried, the scores of every finished trial and, in the end,
-    the comparison, which a page made anew shows. A damaged file is named and not used; one of another key is replaced
-    by the next trials. All ranks call the methods, and rank zero reads and writes.
+    the comparison, from which a later report is made. A damaged file is reported and not used; one with another key
+    is replaced by the next trials. All ranks call the methods, and rank zero reads and writes.
 
     Args:
         path: the file, ``trials.json`` or ``comparison.json``.
@@ -58,12 +58,12 @@ class Kept:
         return body
 
     def begin(self, key: str) -> None:
-        """Drop what is kept of trials with another key."""
+        """Drop the scores of trials with another key."""
         if self.body.get("key") != key:
             self.body = {"key": key, "trials": {}}
 
     def trial(self, name: str, train: Callable[[], list[float]]) -> tuple[list[float], float]:
-        """Return the scores of a trial and its seconds; ``train`` is called if they are not kept."""
+        """Return the scores of a trial and its seconds; ``train`` is called if the file has none."""
         found = self.body["trials"].get(name)
         if found is None:
             began = time.monotonic()
@@ -90,7 +90,7 @@ class Kept:
         )
 
     @contextlib.contextmanager
-    def said(self) -> Iterator[None]:
+    def interrupts_explained(self) -> Iterator[None]:
         """Say in an interruption inside the block what is kept.
 
         Raises:

@@ -167,7 +167,7 @@ def embed_counting(
     prompt: str | None = None,
     prompt_name: str | None = None,
 ) -> tuple[Tensor, int]:
-    """Return what ``embed`` returns, and the number of texts that were cut, of which this prints nothing."""
+    """Return what ``embed`` returns and the number of texts that were cut, without printing a note."""
     check_count("batch_size", batch_size)
     if model.backbone.default_task is not None:
         from pretrain.inference.images import embed_pairs

@@ -131,7 +131,9 @@ def _remark_chat(model: Model, texts: Sequence[str]) -> None:
         return
     specials = [name for name, i in tokenizer.vocab.items() if i in tokenizer.special_ids]
     written = any(token in text for text in texts for token in specials if token)
-    if model not in _REMARKED and not written:  # with special tokens, a text has its template
+    if (
+        model not in _REMARKED and not written
+    ):  # a text with special tokens has been through a template already
         _REMARKED.add(model)
         note(
             "this model was trained on conversations, and generate continues the text as it stands, without the chat "
@@ -185,7 +187,7 @@ def cut(
     next.
     """
     lengths = {} if lengths is None else lengths
-    text = (tokenizer.continuation if final else tokenizer.settled)(ids, new)
+    text = (tokenizer.continuation if final else tokenizer.stable_text)(ids, new)
     if not stops:
         return text, False
     end, found = len(text), False
@@ -293,7 +295,7 @@ class Stream(Iterator[str]):
             yield lead
         shown, steps, running = "", self._decoder.steps(), True
         while running:
-            # The modes of torch and of the model belong to the caller while a piece is out.
+            # Between two pieces the modes of torch and of the model are those of the caller.
             with self._model.backbone.uncompiled(), evaluating(self._model):
                 running = next(steps, False)
             text = self._text(final=not running)
@@ -384,7 +386,7 @@ class _Decoder:
         rules, sampler = self.settings.rules, self.settings.sampler
         ends = torch.tensor(rules.ends, dtype=torch.long, device=device)
         budgets = torch.tensor(budget, device=device)
-        lengths, open_rows = torch.zeros_like(budgets), budgets > 0
+        lengths, unfinished = torch.zeros_like(budgets), budgets > 0
         cache = KVCache(ids.shape[1] + steps) if self.use_cache else None
         every = 1 if device.type == "cpu" or self.live else _CHECK_EVERY
         columns, new = ids, []
@@ -407,14 +409,14 @@ class _Decoder:
             if history is not None:
                 scores = rules.after(scores, history, lengths_in, step, last_steps)
             token = sampler.choose(scores, generator)
-            token = torch.where(open_rows, token, fill)
+            token = torch.where(unfinished, token, fill)
             new.append(token)
-            lengths += open_rows
+            lengths += unfinished
             if self.live:
-                open_rows = open_rows & ~self._watch(rows, token, open_rows)
-            open_rows = open_rows & ~torch.isin(token, ends) & (lengths < budgets)
+                unfinished = unfinished & ~self._watch(rows, token, unfinished)
+            unfinished = unfinished & ~torch.isin(token, ends) & (lengths < budgets)
             yield True
-            if (step + 1) % every == 0 and not bool(open_rows.any()):
+            if (step + 1) % every == 0 and not bool(unfinished.any()):
                 break
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
@@ -427,10 +429,10 @@ class _Decoder:
         for row, made, length in zip(rows, table, lengths.tolist(), strict=True):
             self.new[row] = made[:length]
 
-    def _watch(self, rows: list[int], token: Tensor, open_rows: Tensor) -> Tensor:
+    def _watch(self, rows: list[int], token: Tensor, unfinished: Tensor) -> Tensor:
         """Append the tokens to ``new``, and return which rows have come to an end by a stop text."""
         found = [False] * len(rows)
-        running = open_rows.tolist()
+        running = unfinished.tolist()
         for at, (row, last, goes) in enumerate(zip(rows, token.tolist(), running, strict=True)):
             if goes:
                 self.new[row].append(last)
@@ -461,7 +463,7 @@ class _Decoder:
             return None
         roles = (tokenizer.pad_id, tokenizer.mask_id, tokenizer.bos_id)
         ends = self.settings.rules.ends
-        drawn = self.spoken and self.settings.sampler.heat > 0
+        drawn = self.spoken and self.settings.sampler.effective_temperature > 0
         special = [i for i in roles if i is not None and i not in ends] if drawn else []
         return banned(rows, len(tokenizer), special, device)
 

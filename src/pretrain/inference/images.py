@@ -107,7 +107,7 @@ def _text_vectors(model: Model, texts: list[str], batch_size: int) -> tuple[Tens
 
 
 def _images(given: Any, channels: int) -> Iterator[Any]:
-    """Yield the images that a caller gives to a model of so many channels, decoded."""
+    """Yield the decoded images of a caller, with ``channels`` channels."""
     found = given_images(list(given) if isinstance(given, tuple) else given, channels)
     if found is None:
         raise ModelError(

@@ -32,9 +32,15 @@ if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
     from pretrain.models.base import Model
 
-__all__ = ["Scored", "check_scores_texts", "log_likelihood", "open_rows", "score_continuations"]
+__all__ = [
+    "Scored",
+    "check_scores_texts",
+    "log_likelihood",
+    "rows_without_end",
+    "score_continuations",
+]
 
-_LOGITS = 1 << 22  # logits that exist at once
+_LOGITS = 1 << 22  # most logits in memory at a time
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def log_likelihood(
     rows: list[list[int]]
     if model.head_kind == "causal-lm":
         start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        begun = open_rows(tokenizer, listed)
+        begun = rows_without_end(tokenizer, listed)
         rows = [row if start is None or row[:1] == [start] else [start, *row] for row in begun]
         places = [list(range(1, len(row))) for row in rows]
     else:
@@ -118,7 +124,7 @@ def check_scores_texts(model: Model) -> None:
         )
 
 
-def open_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def rows_without_end(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Return texts as ids with the special tokens that the tokenizer puts before them, but none of those after them."""
     rows = []
     for encoding in tokenizer.frame_texts(texts):

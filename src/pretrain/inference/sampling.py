@@ -103,7 +103,7 @@ class Sampler:
             )
 
     @property
-    def heat(self) -> float:
+    def effective_temperature(self) -> float:
         """The effective temperature: 0 is greedy."""
         if self.temperature is not None:
             return self.temperature
@@ -125,10 +125,14 @@ class Sampler:
         Raises:
             ConfigError: every token of a row is forbidden (checked when sampling on a CPU).
         """
-        if self.heat == 0.0:
+        if self.effective_temperature == 0.0:
             return scores.argmax(-1)
         scores = filter_scores(
-            scores, temperature=self.heat, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+            scores,
+            temperature=self.effective_temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
         )
         if scores.device.type == "cpu" and not bool((scores > -math.inf).any(-1).all()):
             raise ConfigError(

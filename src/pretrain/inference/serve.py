@@ -189,7 +189,7 @@ class _Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Gone(Exception):
+class _ClientGone(Exception):
     """The client has closed the connection, or the server ends."""
 
 
@@ -336,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(refusal)
         except PretrainError as error:
             self._refuse(_Refusal(400, str(error)))
-        except (_Gone, ConnectionError, TimeoutError):
+        except (_ClientGone, ConnectionError, TimeoutError):
             self.close_connection = True
         except Exception as error:
             if not out_of_memory(error):
@@ -385,7 +385,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(415, "The Content-Type must be application/json.")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
-            raise _Gone
+            raise _ClientGone
         try:
             return parse_json(data, "body")
         except CheckpointCorrupt as error:
@@ -410,13 +410,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.places.release()
 
     def _check_client(self) -> None:
-        """Raise `_Gone` if nobody waits for the answer any more."""
+        """Raise `_ClientGone` if the client has closed its connection."""
         ready = select.poll()
         ready.register(self.connection, select.POLLIN)
         if self.server.stopping.is_set() or (
             ready.poll(0) and not self.connection.recv(1, socket.MSG_PEEK)
         ):
-            raise _Gone
+            raise _ClientGone
 
     def _complete(self, asked: _Request) -> None:
         chat, positions = self.server.chat, self.server.chat.model.backbone.max_length

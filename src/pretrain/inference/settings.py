@@ -203,7 +203,7 @@ class Settings:
         stored = {k: v for k, v in model.generation_config.items() if v is not None}
         reader = _Reader(stored, given, model.backbone.vocab_size)
         sampler = _sampler(reader)
-        _name_missing(stored, sampling=sampler.heat > 0)
+        _name_missing(stored, sampling=sampler.effective_temperature > 0)
         asked = check_value("eos_token_id", given.get("eos_token_id"), int | list[int] | None)
         ends = model.end_ids(asked)
         return cls(
@@ -262,7 +262,7 @@ def _sampler(reader: _Reader) -> Sampler:
     if values["top_k"] == 0 and "top_k" not in given:
         values["top_k"] = None
     if values["temperature"] is None:
-        values["temperature"] = checked.heat or 1.0
+        values["temperature"] = checked.effective_temperature or 1.0
     try:
         return Sampler(**values, repetition_penalty=penalty, seed=seed)
     except ConfigError as error:

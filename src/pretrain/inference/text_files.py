@@ -160,18 +160,18 @@ def embed_file(
         "normalize": normalize, "pooling": pooling, "prompt": prompt, "prompt_name": prompt_name,
         "batch_size": batch_rows,
     }  # fmt: skip
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with (
         naming_memory("embedding", lambda: smaller_batch(batch_rows)),
         _written(target),
         row_bar(progress, count or None) as bar,
     ):
-        vectors = _embedded(model, chain([first], parts), told, bar, options)
+        vectors = _embedded(model, chain([first], parts), counts, bar, options)
         _WRITERS[target.suffix.lower()](target, count, vectors)
-    if told["cut"]:
-        note(cut_texts(model, told["cut"], told["texts"]))
-    if empty := told["rows"] - told["texts"]:
-        note(f"{empty:,} of {told['rows']:,} rows have no text and get no vector")
+    if counts["cut"]:
+        note(cut_texts(model, counts["cut"], counts["texts"]))
+    if empty := counts["rows"] - counts["texts"]:
+        note(f"{empty:,} of {counts['rows']:,} rows have no text and get no vector")
     return target
 
 
@@ -179,12 +179,12 @@ _Embedded = Iterator[tuple[_Part, NDArray[np.float32]]]
 
 
 def _embedded(
-    model: Any, parts: Iterator[_Part], told: Counter[str], bar: Any, options: dict[str, Any]
+    model: Any, parts: Iterator[_Part], counts: Counter[str], bar: Any, options: dict[str, Any]
 ) -> _Embedded:
     """Yield the parts with the vectors of their texts, and count rows, texts and cut texts."""
     for part in parts:
         vectors, cut = embed_counting(model, part.texts, **options)
-        told.update(rows=len(part.rows), texts=len(part.texts), cut=cut)
+        counts.update(rows=len(part.rows), texts=len(part.texts), cut=cut)
         yield part, vectors.numpy()
         bar.update(len(part.rows))
 

@@ -21,7 +21,7 @@ from pretrain.lora.config import LoraConfig
 from pretrain.lora.layer import LoraLinear
 from pretrain.models.backbone import named_generator
 from pretrain.models.heads import LABELLED
-from pretrain.models.names import Entry, pack
+from pretrain.models.names import Entry, to_disk
 from pretrain.models.state import copies_of, tied_embedding, untie
 from pretrain.nn.buffers import changing_buffers, stored_tensors
 from pretrain.utils.files import note
@@ -356,7 +356,7 @@ def body_shapes(
     """
     parameters = stored_tensors(model) if parameters is None else parameters
     return {
-        entry.bare: tuple(pack(entry, parameters, "meta").shape)
+        entry.bare: tuple(to_disk(entry, parameters, "meta").shape)
         for entry in model.entries()
         if entry.body and not entry.memory[0].startswith("head.")
     }

@@ -29,7 +29,7 @@ from pretrain.lora.attach import (
     sites_of,
 )
 from pretrain.lora.config import MODULE, LoraConfig, is_number
-from pretrain.models.names import Entry, Packing, Shapes, pack, unpack
+from pretrain.models.names import DiskMapping, Entry, Shapes, from_disk, to_disk
 from pretrain.models.state import copies_of, tied_embedding, untie
 from pretrain.utils.hub_names import hub_name
 
@@ -83,7 +83,7 @@ def peft_names(model: Model) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def adapter_packing(model: Model) -> Packing:
+def adapter_packing(model: Model) -> DiskMapping:
     """Return the tensors of adapter_model.safetensors and the parameters that each is made of."""
     adapter: Adapter = model.adapter
     parts: dict[str, tuple[str, ...]] = {}
@@ -101,11 +101,11 @@ def adapter_packing(model: Model) -> Packing:
 
     def make(name: str, full: Mapping[str, Tensor], device: str) -> Tensor:
         if name in whole:
-            return pack(whole[name], full, device)
+            return to_disk(whole[name], full, device)
         tensors = [full[part].detach().to(device, torch.float32) for part in parts[name]]
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
-    return Packing({**parts, **{name: entry.memory for name, entry in whole.items()}}, make)
+    return DiskMapping({**parts, **{name: entry.memory for name, entry in whole.items()}}, make)
 
 
 def _full_entries(model: Model) -> list[Entry]:
@@ -546,7 +546,7 @@ def fill(
     for entry in _full_entries(model):
         if entry.disk not in given:
             raise CheckpointError(f"{where} lacks {PREFIX + entry.disk!r}; the file is incomplete.")
-        values.update(unpack(entry, given.pop(entry.disk), shapes))
+        values.update(from_disk(entry, given.pop(entry.disk), shapes))
     if given:
         raise CheckpointError(
             f"{where} holds {PREFIX + min(given)!r}, which has no counterpart in the adapter of this "

@@ -83,7 +83,7 @@ def family_class(family: str | type[Backbone], *, path_allowed: bool = True) -> 
 
 
 def own_family(family: str | type[Backbone]) -> type[Backbone]:
-    """Make a family of the caller's known, so that its directories open; see `family_class`.
+    """Register a family of the caller, so that its directories can be opened; see `family_class`.
 
     Raises:
         ConfigError: as `family_class`, or its ``model_type`` is that of another family.

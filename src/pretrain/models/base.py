@@ -145,9 +145,9 @@ class Model(ModelMethods, nn.Module):
         self.layout: Any = None
         self.computes_on: torch.device | None = None
         self.start: Callable[[Model], object] | None = None
-        self._refuse_lost_state()
+        self._refuse_unsaved_state()
 
-    def _refuse_lost_state(self) -> None:
+    def _refuse_unsaved_state(self) -> None:
         """Refuse state that no file would hold, and buffers whose values are not known yet."""
         tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers()]
         if lost := sorted(self.state_dict().keys() - {name for name, _ in tensors}):

@@ -289,7 +289,7 @@ class ModernBert(Backbone):
 
 
 def _types(layers: int, every: int) -> tuple[str, ...]:
-    """Return the layer types if every so many layers, from the first, have full attention."""
+    """Return the layer types if every ``every``-th layer, from the first, has full attention."""
     return tuple(_SLIDING if i % every else _FULL for i in range(layers))
 
 

@@ -18,19 +18,19 @@ from pretrain.utils.tensors import LazyTensors
 
 __all__ = [
     "ADAPTER_PREFIX",
+    "DiskMapping",
     "Entry",
     "LoadReport",
     "Name",
-    "Packing",
     "Shapes",
     "check_stored",
     "expand",
+    "from_disk",
     "modern_key",
-    "pack",
     "renamed",
+    "slice_from_disk",
     "stored_dtype",
-    "unpack",
-    "unpack_part",
+    "to_disk",
 ]
 
 # Parameter name -> its full shape.
@@ -155,8 +155,8 @@ def stored_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How the tensors of a file are built from parameters, without the parameters themselves.
+class DiskMapping:
+    """Mapping from parameters to the tensors of a file, without the parameters themselves.
 
     Attributes:
         sources: name on disk -> the parameters that it is built from.
@@ -175,8 +175,8 @@ class Packing:
         return LazyTensors(self.layout(parameters), lambda name: self.make(name, parameters, "cpu"))
 
 
-def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
-    """Return the tensor for the disk; a view of the parameter if nothing is converted or fused."""
+def to_disk(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") -> Tensor:
+    """Return the tensor of a file that an entry describes; a view of the parameter if nothing is converted or fused."""
     parts = [parameters[name].detach().to(device, entry.dtype) for name in entry.memory]
     if entry.unit != 1.0:
         parts = [part * entry.unit for part in parts]
@@ -191,7 +191,7 @@ def pack(entry: Entry, parameters: Mapping[str, Tensor], device: str = "cpu") ->
     return tensor.T if entry.transpose and tensor.ndim == 2 else tensor
 
 
-def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tensor]]:
+def from_disk(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tensor]]:
     """Return the parameters or buffers that a tensor of the file holds, in their dtype on disk.
 
     They may share memory with the tensor, and need not be contiguous.
@@ -208,7 +208,7 @@ def unpack(entry: Entry, tensor: Tensor, shapes: Shapes) -> list[tuple[str, Tens
     return [(name, part.to(entry.dtype)) for name, part in zip(entry.memory, parts, strict=True)]
 
 
-def unpack_part(
+def slice_from_disk(
     entry: Entry,
     name: str,
     region: ShardSlice,
@@ -229,7 +229,7 @@ def unpack_part(
     """
     start, shape = region.start, region.shape
     if entry.unit != 1.0:
-        part = unpack_part(replace(entry, unit=1.0), name, region, shapes, read)
+        part = slice_from_disk(replace(entry, unit=1.0), name, region, shapes, read)
         return part / entry.unit
     if entry.scalar:
         whole = read(ShardSlice((), ())).reshape(1).to(entry.dtype)

@@ -17,13 +17,13 @@ from pretrain.errors import CheckpointError, ModelError
 from pretrain.models.heads import LanguageHead
 from pretrain.models.names import (
     ADAPTER_PREFIX,
+    DiskMapping,
     Entry,
     LoadReport,
-    Packing,
     expand,
+    from_disk,
     modern_key,
-    pack,
-    unpack,
+    to_disk,
 )
 from pretrain.nn.buffers import stored_tensors
 from pretrain.utils.tensors import LazyTensors
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "copies_of",
-    "disk_packing",
+    "disk_mapping",
     "disk_state",
     "disk_view",
     "entries_of",
     "heads_apart",
+    "init_missing",
     "load_disk_state",
-    "make_fresh",
     "match_disk_state",
+    "match_tying",
     "modern_keys",
-    "settle_tying",
     "tied_embedding",
     "untie",
 ]
@@ -103,10 +103,10 @@ def disk_view(model: Model) -> LazyTensors:
 
     A tensor may share memory with a parameter, and need not be contiguous.
     """
-    return disk_packing(model).view(stored_tensors(model))
+    return disk_mapping(model).view(stored_tensors(model))
 
 
-def disk_packing(model: Model) -> Packing:
+def disk_mapping(model: Model) -> DiskMapping:
     """Return the tensors of the files and the parameters or buffers that each is built from."""
     parameters = {name for name, _ in model.named_parameters()}
     entries = {entry.disk: entry for entry in entries_of(model)}
@@ -114,9 +114,9 @@ def disk_packing(model: Model) -> Packing:
         for disk, memory in copies_of(model).items():
             if memory in parameters:
                 entries[disk] = Entry(disk, disk, (memory,), transpose=False, body=False)
-    return Packing(
+    return DiskMapping(
         {name: entry.memory for name, entry in entries.items()},
-        lambda name, full, device: pack(entries[name], full, device),
+        lambda name, full, device: to_disk(entries[name], full, device),
     )
 
 
@@ -144,12 +144,12 @@ def load_disk_state(
     def same(one: str, two: str) -> bool:
         return torch.equal(tensors[one], tensors[two])
 
-    untied = settle_tying(model, modern_keys(tensors), same)
+    untied = match_tying(model, modern_keys(tensors), same)
     there = stored_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in there.items()}
 
     def fill(entry: Entry, key: str) -> None:
-        for name, value in unpack(entry, tensors[key], shapes):
+        for name, value in from_disk(entry, tensors[key], shapes):
             if not there[name].is_meta:
                 there[name].copy_(value)
             elif adopt and value.is_contiguous() and len(entry.memory) == 1:
@@ -160,11 +160,11 @@ def load_disk_state(
     report, fresh = match_disk_state(model, tensors, fill)
     report.untied = untied
     model.fresh = fresh
-    make_fresh(model, seed)
+    init_missing(model, seed)
     return report
 
 
-def make_fresh(model: Model, seed: int) -> None:
+def init_missing(model: Model, seed: int) -> None:
     """Initialise what is in ``model.fresh``, which no file holds; parameters on the meta device are allocated."""
     for name, parameter in list(model.named_parameters()):
         if name in model.fresh and parameter.is_meta:
@@ -195,7 +195,7 @@ def match_disk_state(
     """Match the tensors of a file, in any accepted spelling, to the entries of the model.
 
     Args:
-        model: its head is already tied or untied as in the file, see ``settle_tying``. Its parameters are not changed.
+        model: its head is already tied or untied as in the file, see ``match_tying``. Its parameters are not changed.
         names: names of the tensors in the file.
         fill: called once for each matched tensor, with the entry and the name in the file.
 
@@ -238,12 +238,12 @@ def match_disk_state(
             fill(entry, done[entry.disk])
     report.loaded = len(done)
     absent = [entry for entry in entries if entry.disk not in done]
-    _refuse_half(model, absent)
+    _refuse_incomplete(model, absent)
     report.missing = [entry.disk for entry in absent]
     return report, frozenset(name for entry in absent for name in entry.memory)
 
 
-def settle_tying(
+def match_tying(
     model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
 ) -> list[str]:
     """Untie the head if the file holds a head that differs from the embedding.
@@ -272,7 +272,7 @@ def untie(model: Model) -> None:
 def heads_apart(
     model: Model, keys: Mapping[str, str], same: Callable[[str, str], bool]
 ) -> list[str]:
-    """Return the names on disk of a head that the model ties and the file does not; see ``settle_tying``."""
+    """Return the names on disk of a head that the model ties and the file does not; see ``match_tying``."""
     if (embedding := tied_embedding(model)) is None:
         return []
     places = _places(model, entries_of(model))
@@ -316,7 +316,7 @@ def _make_real(model: Model, name: str, value: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(value, requires_grad=grad))
 
 
-def _refuse_half(model: Model, absent: list[Entry]) -> None:
+def _refuse_incomplete(model: Model, absent: list[Entry]) -> None:
     """Raise if a tensor of the body is absent; those of a head may be."""
     body = [e.disk for e in absent if not e.memory[0].startswith("head.")]
     if body:

@@ -26,7 +26,7 @@ from pretrain.nn.packed import (
     attend_packed,
     attend_sequences,
     has_sequence_kernel,
-    pays,
+    is_worthwhile,
     plan,
     sequence_offsets,
 )
@@ -198,7 +198,7 @@ class AttentionMask:
             docs, found = self.documents, None
             if docs is not None and self.bias is None and docs.is_cpu:
                 found = plan(docs)
-                if found is not None and not pays(found, docs.shape[1]):
+                if found is not None and not is_worthwhile(found, docs.shape[1]):
                     found = None
             self._shared["buckets"] = found
         shared: Buckets | None = self._shared["buckets"]

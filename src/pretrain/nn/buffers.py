@@ -52,17 +52,17 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.constant_)
 
 
-class _Inside(threading.local):
-    """Whether this thread is in ``parameters_on_meta``: the parameters met so far, each with its replacement."""
+class _ThreadState(threading.local):
+    """State of ``parameters_on_meta`` in this thread: parameter -> its replacement; None outside of the context."""
 
     moved: Any = None
 
 
-_inside = _Inside()
+_state = _ThreadState()
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Skip what constructors draw for tensors on the meta device; torch may load its compiler for it, in a second."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Skip random initialisation on the meta device, for which torch may load its compiler, which takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
@@ -80,25 +80,25 @@ def parameters_on_meta() -> Iterator[None]:
     allocated for a moment, which takes no memory either before something is written to it.
     """
     _register()
-    _inside.moved = WeakIdKeyDictionary()
+    _state.moved = WeakIdKeyDictionary()
     try:
-        with torch.device("cpu"), _NothingDrawn():
+        with torch.device("cpu"), _SkipInitialisation():
             yield
     finally:
-        _inside.moved = None
+        _state.moved = None
 
 
 @cache
 def _register() -> None:
-    # Once and for ever: torch iterates over its hooks whenever another thread constructs a module.
+    # The hook is never removed: torch iterates over its hooks whenever another thread constructs a module.
     register_module_parameter_registration_hook(_move)  # type: ignore[arg-type] # it may return a parameter
 
 
 def _move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    moved = _inside.moved
+    moved = _state.moved
     if moved is None or parameter is None or parameter.is_meta:
         return None
-    if parameter not in moved:  # one that several modules share stays shared
+    if parameter not in moved:  # a parameter that several modules share stays shared
         moved[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     found: nn.Parameter = moved[parameter]
     return found

@@ -25,7 +25,7 @@ __all__ = [
     "attend_packed",
     "attend_sequences",
     "has_sequence_kernel",
-    "pays",
+    "is_worthwhile",
     "plan",
     "sequence_offsets",
 ]
@@ -132,7 +132,7 @@ def plan(documents: Tensor) -> Buckets | None:
     )
 
 
-def pays(buckets: Buckets, row_length: int) -> bool:
+def is_worthwhile(buckets: Buckets, row_length: int) -> bool:
     """Return whether attention per document costs less than a dense mask over rows of ``row_length`` tokens."""
     pairs = sum(n * length * length for n, length in buckets.shapes)
     cost = pairs + _TOKEN * buckets.total + _CALL * len(buckets.shapes)

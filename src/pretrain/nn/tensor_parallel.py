@@ -63,13 +63,13 @@ def all_reduce(x: Tensor, group: Group, *, largest: bool = False) -> Tensor:
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Return ``x``, which is the same on all ranks; its gradient is all-reduced over the group."""
-    found: Tensor = _Enter.apply(x, group)  # type: ignore[no-untyped-call]
+    found: Tensor = _CopyToRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Return the sum of ``x`` over the group; every rank gets the gradient, which is the same on all of them."""
-    found: Tensor = _Leave.apply(x, group)  # type: ignore[no-untyped-call]
+    found: Tensor = _ReduceFromRegion.apply(x, group)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -87,11 +87,11 @@ def gather_from_tensor_parallel(
             If not, each rank computes a summand of the loss, and the gradients are summed over the group.
     """
     sizes = tuple(sizes) or (x.shape[dim],) * group.size
-    found: Tensor = _Gather.apply(x, group, dim % x.ndim, sizes, alike)  # type: ignore[no-untyped-call]
+    found: Tensor = _GatherFromRegion.apply(x, group, dim % x.ndim, sizes, alike)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -103,7 +103,7 @@ class _Enter(torch.autograd.Function):
         return all_reduce(grad, ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         found = all_reduce(x, group)
@@ -116,7 +116,7 @@ class _Leave(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], alike: bool

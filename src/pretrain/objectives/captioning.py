@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Captioning"]
 
 _NEW_TOKENS = 64
-_LOGITS_ROWS = 1024  # targets whose logits exist at once in an evaluation
+_LOGITS_ROWS = 1024  # targets whose logits are in memory at a time in an evaluation
 
 
 class Captioning(ImageTask, TokenObjective):
@@ -191,7 +191,7 @@ class Captioning(ImageTask, TokenObjective):
             tokens = [self.start, *question, *answer, self.end][: self.max_length + 1]
             labels = np.asarray(tokens[1:], np.int64)
             labels[: len(question)] = IGNORE
-            why = ""  # no answer of the model can be this text
+            why = ""  # why no answer of the model can be this text; empty if one can
             if self.tokenizer.decode(answer).strip() != table.columns["text"][i]:
                 why = "the tokens of the text spell another one"
             elif len(answer) > self.max_new_tokens:

@@ -22,8 +22,8 @@ from pretrain.data.labelled import Role
 from pretrain.data.labels import (
     LABEL_FORMS,
     LabelMap,
+    MultiLabelColumn,
     NameList,
-    Several,
     blanks_note,
     flattened,
     make_tag_map,
@@ -333,10 +333,12 @@ class Classification(ClassTask):
             }
         hits, extra, missed = metrics["counts"]
         exact = float(metrics["exact"])
-        return figures | self._several(hits, extra, missed, exact, count)
+        return figures | self._multilabel_figures(hits, extra, missed, exact, count)
 
     @staticmethod
-    def _several(hits: Any, extra: Any, missed: Any, exact: float, rows: float) -> dict[str, float]:
+    def _multilabel_figures(
+        hits: Any, extra: Any, missed: Any, exact: float, rows: float
+    ) -> dict[str, float]:
         """Figures of several labels from sums over rows, see `metrics.multilabel_scores`."""
         scores = figures_of.multilabel_scores(hits, extra, missed, exact, rows)
         return {"accuracy": scores.pop("exact_match"), **scores}
@@ -348,7 +350,7 @@ class Classification(ClassTask):
         if not self.single:
             sets = Counter(tuple(row.tolist()) for row in self.targets(train))
             answer, truth = np.array(sets.most_common(1)[0][0]), np.array(self.targets(held_out))
-            return self._several(
+            return self._multilabel_figures(
                 (truth * answer).sum(0),
                 ((1 - truth) * answer).sum(0),
                 (truth * (1 - answer)).sum(0),
@@ -425,7 +427,7 @@ def best_classes(
 
 def _several(
     table: Table, known: LabelMap, single: bool, separator: str | None, label_form: str | None
-) -> Several:
+) -> MultiLabelColumn:
     """Read the label column of further rows, see `read_several`; ``rows`` is None if each has one value."""
     return read_several(
         table.columns["label"],
@@ -441,7 +443,7 @@ def _several(
 
 
 def _class_numbers(
-    table: Table, known: LabelMap, form: Several, *, single: bool
+    table: Table, known: LabelMap, form: MultiLabelColumn, *, single: bool
 ) -> list[list[int]]:
     """Class numbers of every row of the label column, whatever its form: one per row, or any number.
 

@@ -203,7 +203,7 @@ class ImageClassification(ImageTask, Classification):
         return super().count(batch)
 
     def forward(self, batch: Batch) -> Loss:
-        self.count(batch)  # raises if there are no labels
+        self.count(batch)  # raises an error if there are no labels
         return super().forward(batch)
 
     def survey(self, rows: Examples) -> list[str]:

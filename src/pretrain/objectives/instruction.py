@@ -28,7 +28,7 @@ from pretrain.data.chat import (
     to_conversations,
     typed_specials,
 )
-from pretrain.data.chat_spans import Unplaced, assistant_spans, readable, unread_keys
+from pretrain.data.chat_spans import SpansNotFound, assistant_spans, readable, unread_keys
 from pretrain.data.labelled import Role
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, suggestion
@@ -180,7 +180,7 @@ def encode_conversation(
         tools: see ``ChatTemplate.render``.
 
     Raises:
-        Unplaced: the assistant's turns cannot be located in the rendered text.
+        SpansNotFound: the assistant's turns cannot be located in the rendered text.
     """
     text, spans = assistant_spans(template, messages, where, tools)
     assert model.tokenizer is not None
@@ -332,7 +332,7 @@ class Instruction(Task, TokenObjective):
                 encode_conversation(self.model, self.template, part, where=where, tools=tools)
                 for part in parts
             ]
-        except Unplaced as error:
+        except SpansNotFound as error:
             rows.drop(i, error.reason)
             return
         learned = [(ids, labels) for ids, labels in made if (labels != IGNORE).any()]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["target_log_probs"]
 
-_LOGITS = 1 << 22  # logits that exist at once
+_LOGITS = 1 << 22  # most logits in memory at a time
 
 
 def target_log_probs(model: Model, batch: Batch) -> Tensor:

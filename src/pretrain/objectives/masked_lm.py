@@ -219,7 +219,7 @@ class MaskedLM(TokenObjective):
                 "MaskedLM.final_rate needs the length of the run, which a limit in minutes does not give: set "
                 "train.limit in steps, tokens or epochs, or leave final_rate out."
             )
-        said = []
+        shares = []
         for name, rate in (("rate", self._rate_now()), ("eval_rate", self.eval_rate)):
             hidden = tokens = 0
             for k in range(_TRIAL_ROWS):
@@ -232,10 +232,10 @@ class MaskedLM(TokenObjective):
             share = hidden / max(1, tokens)
             if tokens and abs(share - rate) > _TOLERANCE:
                 raise TrainingError(self._why_off(name, rate, share, tokens / _TRIAL_ROWS))
-            said.append(f"{share:.1%} of the tokens ({name} {rate:g})")
+            shares.append(f"{share:.1%} of the tokens ({name} {rate:g})")
         what = "whole words" if self.whole_word else "tokens"
         falls = "" if self.final_rate is None else f", falling to {self.final_rate:g} over the run"
-        return [f"masks {what}: hides {said[0]}{falls}, in evaluations {said[1]}"]
+        return [f"masks {what}: hides {shares[0]}{falls}, in evaluations {shares[1]}"]
 
     def _why_off(self, name: str, rate: float, share: float, length: float) -> str:
         text = f"MaskedLM hides {share:.1%} of the tokens, but {name} asks for {rate:.1%}: "

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.data.chat import TOOLS, Message, as_messages, as_tools, content_text, typed_specials
-from pretrain.data.chat_spans import Unplaced, readable
+from pretrain.data.chat_spans import SpansNotFound, readable
 from pretrain.data.labelled import Role
 from pretrain.data.tables import shortened
 from pretrain.data.task_rows import TaskRows
@@ -117,7 +117,7 @@ class Preference(Task):
                     )
                     for m in both
                 ]
-            except Unplaced as error:
+            except SpansNotFound as error:
                 rows.drop(i, error.reason)
                 continue
             if not all((labels >= 0).any() for _, labels in sides):

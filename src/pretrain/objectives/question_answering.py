@@ -214,15 +214,17 @@ class QuestionAnswering(Task):
         if not len(held_out):
             return {}
         known = Counter(texts[0] if texts else "" for texts in find_answers(train).texts)
-        said = known.most_common(1)[0][0]
+        predicted = known.most_common(1)[0][0]
         wanted = find_answers(held_out)
         bad = set(wanted.bad)
         rows = [texts for i, texts in enumerate(wanted.texts) if i not in bad]
         if not rows:
             return {}
         return {
-            "exact_match": float(np.mean([figures_of.exact_match(said, texts) for texts in rows])),
-            "f1": float(np.mean([figures_of.token_f1(said, texts) for texts in rows])),
+            "exact_match": float(
+                np.mean([figures_of.exact_match(predicted, texts) for texts in rows])
+            ),
+            "f1": float(np.mean([figures_of.token_f1(predicted, texts) for texts in rows])),
         }
 
     def show(self, example: Example) -> list[tuple[str, bool]]:
@@ -280,8 +282,8 @@ class QuestionAnswering(Task):
         windows = []
         for k, text in enumerate(texts):
             base, context, answers = json.loads(text.tobytes())
-            said = context[begins[k] - base : ends[k] - base] if values[k] > -math.inf else ""
-            windows.append((rows[k], values[k], said, nulls[k], answers))
+            predicted = context[begins[k] - base : ends[k] - base] if values[k] > -math.inf else ""
+            windows.append((rows[k], values[k], predicted, nulls[k], answers))
         return Loss(total, self.count(batch), {"windows": windows})
 
     def summarize(
@@ -289,15 +291,17 @@ class QuestionAnswering(Task):
     ) -> dict[str, float]:
         """Exact match and word F1 of the answers by the rules of SQuAD, averaged over questions."""
         found: dict[int, tuple[float, str, float, list[str]]] = {}
-        for row, value, said, null, answers in metrics["windows"]:
+        for row, value, predicted, null, answers in metrics["windows"]:
             if row in found:
                 other = found[row]
-                value, said = max((other[0], other[1]), (value, said), key=lambda pair: pair[0])
+                value, predicted = max(
+                    (other[0], other[1]), (value, predicted), key=lambda pair: pair[0]
+                )
                 null = min(null, other[2])
-            found[row] = (value, said, null, answers)
+            found[row] = (value, predicted, null, answers)
         exact, f1 = [], []
-        for value, said, null, answers in found.values():
-            answer = "" if self._declines(value, null) else said
+        for value, predicted, null, answers in found.values():
+            answer = "" if self._declines(value, null) else predicted
             exact.append(figures_of.exact_match(answer, answers))
             f1.append(figures_of.token_f1(answer, answers))
         return {

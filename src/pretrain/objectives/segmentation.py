@@ -337,10 +337,10 @@ class Segmentation(ImageTask, ClassTask):
             if not isinstance(masks[i], Mask):
                 return None
             truth = masks[i].values
-            said = order[np.searchsorted(self.numbers, answer["mask"], sorter=order)]
+            predicted = order[np.searchsorted(self.numbers, answer["mask"], sorter=order)]
             known = truth != UNLABELLED
-            matrix = figures_of.confusion_matrix(truth[known], said[known], len(self.labels))
-            return figures_of.mean_iou(matrix), truth, said
+            matrix = figures_of.confusion_matrix(truth[known], predicted[known], len(self.labels))
+            return figures_of.mean_iou(matrix), truth, predicted
 
         return self.compared_pictures(table, count, judge, with_mask)
 

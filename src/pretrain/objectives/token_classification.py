@@ -349,8 +349,8 @@ class TokenClassification(ClassTask):
     def _scores(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
         """Metrics of sentences, each given as the true and the predicted classes of its words."""
         true = np.concatenate([tags for tags, _ in pairs])
-        said = np.concatenate([classes for _, classes in pairs])
-        matrix = figures_of.confusion_matrix(true, said, len(self.labels))
+        predicted = np.concatenate([classes for _, classes in pairs])
+        matrix = figures_of.confusion_matrix(true, predicted, len(self.labels))
         figures = {"accuracy": figures_of.accuracy(matrix)}
         if not self.bio:
             # Micro-averaged over words, F1 equals accuracy.

@@ -313,7 +313,7 @@ class SimCLR(Views):
 
 
 class MoCo(SimCLR):
-    """Tell what a slowly moving average of the model sees in the other view from other images (MoCo v3).
+    """Predict what a slowly moving average of the model computes for the other view of the image (MoCo v3).
 
     The projection of the patches stays as it was drawn, which keeps the training of ViTs stable (section 4 of the
     paper). The average is saved under ``training/``.

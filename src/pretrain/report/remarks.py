@@ -1,4 +1,4 @@
-"""Remarks on a run that only its records and a baseline are needed for, one sentence each."""
+"""Remarks on a run, one sentence each, that need only its log and a baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.report.history import History, number, on_as_many
 
-__all__ = ["beside_frequencies", "curve_of", "overfitted", "resumed_with"]
+__all__ = ["compare_with_unigram", "curve_of", "overfitted", "resumed_with"]
 
 # A run is reported as overfitted if its held-out loss ends at this multiple of its lowest value.
 _OVERFIT = 1.15
@@ -16,14 +16,14 @@ _OVERFIT = 1.15
 _NEAR_FREQUENCIES = 0.1
 
 
-def beside_frequencies(loss: float, unigram: float) -> str:
-    """Compare a held-out loss with the unigram baseline (both in nats per token) in words."""
+def compare_with_unigram(loss: float, unigram: float) -> str:
+    """Return a phrase that compares a held-out loss with the unigram baseline, both in nats per token."""
     below = 1.0 - loss / unigram
     if below <= 0:
         return f"no better than word frequencies alone, {unigram:.4g}: nothing is learned from the context"
     text = f"{below:.0%} below the {unigram:.4g} of word frequencies alone"
     near = below < _NEAR_FREQUENCIES
-    return f"{text}: the model has learned little more than those" if near else text
+    return f"{text}: the model has learned little more than these" if near else text
 
 
 def overfitted(history: History) -> str | None:
@@ -46,17 +46,17 @@ def overfitted(history: History) -> str | None:
 
 
 def resumed_with(history: History) -> str | None:
-    """Remark if the run was made longer or shorter while it went on, because its command then makes another run."""
+    """Remark if the length of the run was changed on resuming, because its command repeats a run of one length."""
     found = [
-        f"until step {record.get('step')} it was to have {record['planned']} steps"
+        f"up to step {record.get('step')} it was planned with {record['planned']} steps"
         for record in history.events
         if record.get("event") == "resumed" and isinstance(record.get("planned"), int)
     ]
     if not found:
         return None
     return (
-        f"the length of the run was changed while it went on ({'; '.join(found)}): a new run of the length that it has "
-        "now would have another learning rate in those steps, and other figures"
+        f"the length of the run was changed on resuming ({'; '.join(found)}): a new run of the present length would "
+        "have another learning rate in those steps, and other figures"
     )
 
 

@@ -23,7 +23,7 @@ from pretrain.config.check import name_change
 from pretrain.errors import ConfigError, DataError
 from pretrain.printing import clock
 from pretrain.report.history import History, loss_svg, number, read_history
-from pretrain.report.remarks import beside_frequencies, overfitted, resumed_with
+from pretrain.report.remarks import compare_with_unigram, overfitted, resumed_with
 from pretrain.utils.curves import Series, curve_svg
 from pretrain.utils.html import (
     Page,
@@ -190,7 +190,7 @@ def _remarks(history: History, folder: Path) -> list[str]:
     losses = [y for _, y in history.eval_points(alike=True) if math.isfinite(y)]
     unigram = number(_block(folder).get("unigram_nats"))
     if losses and math.isfinite(unigram) and unigram > 0:
-        found.append(f"The held-out loss is {beside_frequencies(min(losses), unigram)}.")
+        found.append(f"The held-out loss is {compare_with_unigram(min(losses), unigram)}.")
     return found
 
 

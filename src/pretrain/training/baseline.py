@@ -1,4 +1,4 @@
-"""The n-gram baseline of a next-token run: what counting the same tokens would have reached on the held-out rows."""
+"""N-gram baseline of a next-token run: the held-out loss of a count model of the tokens that the run has seen."""
 
 from __future__ import annotations
 

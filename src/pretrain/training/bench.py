@@ -1,4 +1,4 @@
-"""Speed of a configuration and what limits it: a few steps of its run are measured, and nothing of it is kept."""
+"""Benchmark of a configuration: the speed of a few steps and what limits it; nothing is kept."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Speed:
         return "\n".join([*lines, *(f"         {sentence}" for sentence in self.limits)])
 
 
-class _Measured(Exception):  # it ends a run, and is no error
+class _MeasuringDone(Exception):  # ends the run of a benchmark
     """All steps have been measured."""
 
 
@@ -124,7 +124,7 @@ def bench(
         times.append(time.perf_counter())
         clock.end_step()
         if len(times) == warm + steps:
-            raise _Measured
+            raise _MeasuringDone
 
     with tempfile.TemporaryDirectory(prefix="pretrain-bench-") as folder:
         # Whether blocks are compiled and micro-batches measured depends on the length of the run. One that is too short
@@ -143,7 +143,7 @@ def bench(
             world.on_mark = clock.mark
             try:
                 train(settings, hooks=[Hook(after)], rows=rows)
-            except _Measured:
+            except _MeasuringDone:
                 break
             finally:
                 world.on_mark = None

@@ -1,4 +1,4 @@
-"""Last words of a pre-training run: what it took, what it reached, and the commands that go on from it."""
+"""Closing lines of a pre-training run: its time and tokens, its best loss, and the commands to try next."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pretrain.errors import DataError
 from pretrain.objectives.base import Objective, TokenObjective
 from pretrain.printing import clock
 from pretrain.report.history import sort_records
-from pretrain.report.remarks import beside_frequencies, overfitted
+from pretrain.report.remarks import compare_with_unigram, overfitted
 from pretrain.report.run_report import write
 from pretrain.training.state import Run
 
-__all__ = ["last_words", "reported", "taken"]
+__all__ = ["closing_lines", "reported", "time_and_units"]
 
-# Task with a class for each row -> rows of it, in the commands that go on from a run.
+# Task with a class for each row -> example name of its rows, in the commands that are suggested.
 _LABELLED = {"image-classification": "photos", "audio-classification": "recordings"}
 
 
-def last_words(run: Run, objective: Objective, unigram: float | None) -> list[str]:
+def closing_lines(run: Run, objective: Objective, unigram: float | None) -> list[str]:
     """Write the report of a run and return the lines that are printed at its end.
 
     Args:
@@ -32,13 +32,13 @@ def last_words(run: Run, objective: Objective, unigram: float | None) -> list[st
         unigram: unigram baseline of the data in nats per token, or None.
     """
     if run.exit_code:
-        return ["the same command again goes on from here"]
+        return ["run the same command again to continue from here"]
     page = reported(lambda: write(run.path))
     return [*_reached(run, objective, unigram), *page, *_next(run.path, objective)]
 
 
-def taken(run: Run) -> str:
-    """Return the time that a run took and the tokens that it has seen, "" if it has no step."""
+def time_and_units(run: Run) -> str:
+    """Return the wall time of a run and the tokens (or other units) that it has seen; "" for a run without a step."""
     last = next((r for r in reversed(run.history) if "tokens" in r), None)
     if last is None:
         return ""
@@ -47,7 +47,7 @@ def taken(run: Run) -> str:
 
 
 def _reached(run: Run, objective: Objective, unigram: float | None) -> list[str]:
-    history, words = sort_records(run.history), [taken(run)]
+    history, words = sort_records(run.history), [time_and_units(run)]
     losses = [(y, x) for x, y in history.eval_points(alike=True) if math.isfinite(y)]
     if losses:
         loss, step = min(losses)
@@ -56,7 +56,7 @@ def _reached(run: Run, objective: Objective, unigram: float | None) -> list[str]
             f"{best}validation loss {loss:.4g} (step {int(step):,}{'' if best else ', all rows'})"
         )
         if unigram and isinstance(objective, TokenObjective):
-            words.append(beside_frequencies(loss, unigram))
+            words.append(compare_with_unigram(loss, unigram))
     remark = overfitted(history)
     return [", ".join(filter(None, words)), *([remark] if remark else [])]
 

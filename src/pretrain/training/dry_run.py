@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pretrain.objectives.base import Batch
     from pretrain.training.trainer import Trainer
 
-__all__ = ["dry_run", "nothing_kept", "run_pass"]
+__all__ = ["dry_run", "effects_undone", "run_pass"]
 
 # Tolerances: compiled kernels sum in another order and draw other dropout masks; wrong code is far off.
 _LOSS, _NORM, _DRAWS = 0.1, 0.5, 5.0
@@ -42,12 +42,12 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
     usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
     largest = trainer.feed.largest()
     trainer.objective.train()
-    with nothing_kept(trainer):
+    with effects_undone(trainer):
         # The first pass includes allocation and kernel selection; the time of the second is returned.
         tried = [usable if largest is None else largest, usable]
         try:
             if trainer.strategy.sharded:
-                _see_reached(trainer, tried)
+                _find_used_for_fsdp2(trainer, tried)
             if trainer.compiled[0]:
                 try_compiled(trainer, tried[0])
             run_pass(trainer, tried[0])
@@ -66,15 +66,15 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
             ) from error
         if not trainer.strategy.sharded:
             trained = trainer.strategy.trainable_parameters()
-            _take_reached(trainer, {name for name, p in trained.items() if p.grad is not None})
+            _set_unused(trainer, {name for name, p in trained.items() if p.grad is not None})
     if not math.isfinite(loss):
         raise TrainingError(
             f"The loss of the first batch is {loss}. Likely causes: a non-finite number in the weights or the rows, or "
             "the range of fp16 (set train.precision=fp32)."
         )
-    if untouched := sorted(trainer.strategy.untouched):
+    if unused := sorted(trainer.strategy.unused_parameters):
         trainer.say(
-            f"no gradient reaches {len(untouched)} trainable tensors, the first is {untouched[0]}"
+            f"no gradient reaches {len(unused)} trainable tensors, the first is {unused[0]}"
         )
     return loss, seconds
 
@@ -101,7 +101,7 @@ def _forward_backward(trainer: Trainer, batch: Batch, seed: int = 0) -> Loss:
 
 
 @contextlib.contextmanager
-def nothing_kept(trainer: Trainer) -> Iterator[None]:
+def effects_undone(trainer: Trainer) -> Iterator[None]:
     """Restore buffers and random state, and clear the gradients, at the end of the context."""
     state = torch.get_rng_state()
     buffers = {name: b.clone() for name, b in trainer.objective.named_buffers()}
@@ -112,20 +112,20 @@ def nothing_kept(trainer: Trainer) -> Iterator[None]:
     torch.set_rng_state(state)
 
 
-def _see_reached(trainer: Trainer, tried: Sequence[Batch]) -> None:
-    """Find the trained parameters: FSDP2 must know before its first backward pass whether all ranks have the same."""
+def _find_used_for_fsdp2(trainer: Trainer, tried: Sequence[Batch]) -> None:
+    """Find the parameters that gradients reach: FSDP2 must know before its first backward pass if ranks differ."""
     strategy: Any = trainer.strategy  # a `ParallelStrategy`
     found: set[str] = set()
     for batch in tried:
         with trainer.precision.autocast():
             found |= strategy.used_parameters(to_device(batch, trainer.device))
-    _take_reached(trainer, found)
+    _set_unused(trainer, found)
 
 
-def _take_reached(trainer: Trainer, reached: set[str]) -> None:
-    """Tell the strategy which parameters get no gradient on any rank, and whether ranks differ in this."""
-    untouched = sorted(trainer.strategy.trainable_parameters().keys() - reached)
-    everywhere = [set(names) for names in trainer.world.all_gather_object(untouched)]
+def _set_unused(trainer: Trainer, reached: set[str]) -> None:
+    """Set the parameters that get no gradient on any rank, and whether ranks differ in this, in the strategy."""
+    unused = sorted(trainer.strategy.trainable_parameters().keys() - reached)
+    everywhere = [set(names) for names in trainer.world.all_gather_object(unused)]
     nowhere = set.intersection(*everywhere)
     trainer.strategy.set_unused_parameters(nowhere, uneven=set.union(*everywhere) != nowhere)
 

@@ -1,4 +1,4 @@
-"""Checks of a run that need no data, and come before they are read: what is wrong shows before any work is done."""
+"""Checks of a run that need no data, made before the data are read, so that mistakes show early."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_early(settings: RunConfig, rows: RowSource | None = None, devices: int
     try:
         check_head(family, chosen.head_kind)
     except ModelError as error:
-        raise ModelError(f"{error}{fitting(family.architectures)}") from error
+        raise ModelError(f"{error}{objective_advice(family.architectures)}") from error
     check_overrides(model.overrides)
     if settings.data.source is None:  # rows of a function may determine further fields
         size = PLAIN_SIZE if model.size == "auto" else model.size
@@ -78,8 +78,8 @@ def check_early(settings: RunConfig, rows: RowSource | None = None, devices: int
             check_positions(settings, build(model.family, size, device="meta", **fields))
 
 
-def fitting(heads: Collection[str | None]) -> str:
-    """Return the advice to train a model, which has or can have one of these heads, with an objective that fits."""
+def objective_advice(heads: Collection[str | None]) -> str:
+    """Return the advice to train a model with an objective that fits one of ``heads``, which it has or can have."""
     names = {ours: name for name, ours in reversed(VALUES["objective.class_path"].items())}
     kinds = {name: objective_class(name).head_kind for name in OBJECTIVES}
     fit = [name for name, kind in kinds.items() if kind is not None and kind in heads]
@@ -106,7 +106,7 @@ def check_trained_head(settings: RunConfig, model: Model) -> None:
     if wanted is not None and model.head_kind != wanted:
         raise ConfigError(
             f"{settings.model.checkpoint} has the head {model.head_kind!r}, and {settings.objective.class_path} "
-            f"trains {wanted!r}.{fitting([model.head_kind])} Or choose another checkpoint."
+            f"trains {wanted!r}.{objective_advice([model.head_kind])} Or choose another checkpoint."
         )
 
 

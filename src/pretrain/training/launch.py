@@ -105,16 +105,16 @@ def _follow(words: Sequence[str], out: Path, devices: int, threads: int, quiet: 
         finally:
             screen.close()
         stopped = stop.name or group.stopped()
-        if group.failures and (stopped is None or group.broke()):
+        if group.failures and (stopped is None or group.failed_to_stop()):
             raise group.failure()
     return read_run(out, stopped if group.failures else None)
 
 
 def _pass_on(group: distributed.Launched, screen: Progress, out: Path) -> None:
     """Show what rank zero has relayed or printed since the last call."""
-    for told in group.told():
-        replay(told, screen, out)
-    for line in group.said():
+    for update in group.screen_updates():
+        replay(update, screen, out)
+    for line in group.printed_lines():
         screen.write(printable(line))
 
 

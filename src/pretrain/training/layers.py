@@ -47,7 +47,7 @@ class Layers:
         self.scales = {p: settings.layer_decay ** (self.top - d) for p, d in self._depths.items()}
         self.fresh = {p for p in self._depths if p not in named or named[p] in model.fresh}
 
-    def lowest(self, step: int, total: int) -> int:
+    def lowest_unfrozen(self, step: int, total: int) -> int:
         """Return the depth of the lowest unfrozen layer at ``step`` of ``total``; one with parameters always is."""
         span = self._unfreeze * total
         released = (
@@ -60,12 +60,12 @@ class Layers:
 
         Layers are never frozen again, even if the run becomes longer.
         """
-        lowest, before = self.lowest(state.step, state.total_steps), state.lowest
-        state.lowest = lowest if before is None else min(lowest, before)
-        self.release(state.lowest)
-        return state.lowest != before
+        lowest, before = self.lowest_unfrozen(state.step, state.total_steps), state.unfrozen_from
+        state.unfrozen_from = lowest if before is None else min(lowest, before)
+        self.unfreeze_from(state.unfrozen_from)
+        return state.unfrozen_from != before
 
-    def release(self, lowest: int) -> None:
-        """Unfreeze the layers from depth ``lowest`` upwards, and freeze the others."""
+    def unfreeze_from(self, lowest: int) -> None:
+        """Unfreeze the layers from depth ``lowest`` on, and freeze those below."""
         for p, depth in self._depths.items():
             p.requires_grad_(depth >= lowest)

@@ -64,7 +64,7 @@ class LiveView(Progress):
         self._bar: Progress | None = None
         self._train: list[tuple[float, float]] = []
         self._evals: list[dict[str, Any]] = []
-        self._said: list[str] = []
+        self._lines: list[str] = []
         self._samples: list[str] = []
         self._figures: dict[str, float] = {}
         self._step = self._total = self._best = self._first = 0
@@ -74,13 +74,13 @@ class LiveView(Progress):
         self._ended, self._starting = False, "getting ready"
         self._draw(lambda bar: None)
 
-    def starting(self, what: str, taken: Mapping[str, float]) -> None:
-        """Show the step of the start-up that begins, "" after the last one; ``taken``: seconds of those before it."""
+    def starting(self, what: str, seconds: Mapping[str, float]) -> None:
+        """Show the start-up step that begins ("" after the last one), and the ``seconds`` of the steps before."""
         self._starting = what or "ready"
         if not what:
-            seconds = ", ".join(f"{name} {value:.1f} s" for name, value in taken.items())
-            self._said = [*self._said, f"start-up: {seconds}"][-_LINES:]
-        self._draw(lambda bar: bar.starting(what, taken), force=True)
+            steps = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+            self._lines = [*self._lines, f"start-up: {steps}"][-_LINES:]
+        self._draw(lambda bar: bar.starting(what, seconds), force=True)
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Load the records of ``log.jsonl`` from before a resume."""
@@ -128,7 +128,7 @@ class LiveView(Progress):
 
     def write(self, line: str) -> None:
         """Add a line and show it at once."""
-        self._said = [*self._said, printable(line)][-_LINES:]
+        self._lines = [*self._lines, printable(line)][-_LINES:]
         self._draw(lambda bar: bar.write(line), force=True)
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class LiveView(Progress):
             rows = [self._heads(names), *(self._cells(one, names) for one in self._shown())]
             marks = ["", *(" *" * (one["step"] == self._best) for one in self._shown())]
             lines += [line + mark for line, mark in zip(aligned(rows), marks, strict=True)]
-        return "\n".join([*lines, *self._said])
+        return "\n".join([*lines, *self._lines])
 
     def html(self) -> str:
         """Return the view as HTML; every text is escaped."""
@@ -172,8 +172,8 @@ class LiveView(Progress):
             printable(text[:_SAMPLE], lines=True) + "…" * (len(text) > _SAMPLE)
             for text in self._samples
         ]
-        said = [pre("\n".join(lines)) for lines in (samples, self._said) if lines]
-        return notebook_view("live", top, bar, self._pictures(), self._table(), *said)
+        text_blocks = [pre("\n".join(lines)) for lines in (samples, self._lines) if lines]
+        return notebook_view("live", top, bar, self._pictures(), self._table(), *text_blocks)
 
     def _top(self) -> list[str]:
         """Return progress, state, metrics and times as short texts."""
@@ -188,10 +188,10 @@ class LiveView(Progress):
             for key, value in self._figures.items()
             if math.isfinite(value) and (key != "mfu" or value >= 0.01)
         ]
-        taken, done = time.monotonic() - self._began, self._step - self._first
+        passed, done = time.monotonic() - self._began, self._step - self._first
         if not self._ended and done > 0:
-            words.append(f"{clock(taken / done * (self._total - self._step))} left")
-        return [*words[:2], f"{clock(taken)} taken", *words[2:]]
+            words.append(f"{clock(passed / done * (self._total - self._step))} left")
+        return [*words[:2], f"{clock(passed)} taken", *words[2:]]
 
     def _pictures(self) -> str:
         if len(self._train) < 2:

@@ -136,11 +136,11 @@ class Progress:
         self._last_print = -_PAUSE
         self._since: tuple[float, int] | None = None
 
-    def starting(self, what: str, taken: Mapping[str, float]) -> None:
-        """Show the step of the start-up that begins, "" after the last one; ``taken``: seconds of those before it."""
+    def starting(self, what: str, seconds: Mapping[str, float]) -> None:
+        """Show the start-up step that begins ("" after the last one), and the ``seconds`` of the steps before."""
         if not what:
             self._redraw("")
-            self.write("start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in taken.items()))
+            self.write("start-up: " + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
         elif self._live:
             self._redraw(f"{what} ...")
         else:
@@ -162,7 +162,7 @@ class Progress:
             head = f"{share:4.0%}{bar} step {step:,}/{total:,}"
             self._redraw(" | ".join([head, *words[:1], *speeds, *words[1:]]))
             if step >= total:
-                self.close()  # what is said after the last step stands below it
+                self.close()  # later lines are printed below it
         elif now - self._last_print > _PAUSE:
             self._last_print = now
             head = f"step {step:,} of {total:,} ({share:.0%})"
@@ -282,7 +282,7 @@ def make_loggers(
                 f"train.loggers names {name!r}, whose package cannot be imported ({error}). "
                 f"Install it with: pip install {name}"
             ) from error
-        except Exception as error:  # no key, no network, a service that is down
+        except Exception as error:  # such as no key, no network, or a service that is down
             raise ConfigError(f"The logger {name!r} cannot start: {error}") from error
     return loggers
 
@@ -295,7 +295,7 @@ class Journal:
         loggers: names of external loggers.
         about: description of the run that is passed to the loggers.
         quiet: print and draw nothing; the log and the loggers get everything.
-        leads: whether this is rank zero; other ranks write nothing.
+        is_rank_zero: whether this is rank zero; other ranks write nothing.
         unit: what the speed counts, see ``Objective.unit_name``.
 
     Attributes:
@@ -309,38 +309,38 @@ class Journal:
         about: Mapping[str, Any],
         quiet: bool = False,
         *,
-        leads: bool = True,
+        is_rank_zero: bool = True,
         unit: str = "tokens",
         loss_unit: str = NATS,
     ) -> None:
         from pretrain.training.live import open_screen
 
-        self._out, self._leads, self._unit = out, leads, unit
+        self._out, self._is_rank_zero, self._unit = out, is_rank_zero, unit
         # What the log of nearly every run would say is left out of it.
         self._units = {} if unit == "tokens" else {"unit": unit}
         self._units |= {} if loss_unit == NATS else {"loss_unit": loss_unit}
-        self._loggers = make_loggers(loggers if leads else (), out, about)
-        self._screen = Silence() if quiet or not leads else open_screen()
+        self._loggers = make_loggers(loggers if is_rank_zero else (), out, about)
+        self._screen = Silence() if quiet or not is_rank_zero else open_screen()
         self._log: RunLog | None = None
         self.epoch_rows = 0
-        self._taken: dict[str, float] = {}
+        self._start_up_seconds: dict[str, float] = {}
         self._screen_lost = False
 
     @contextlib.contextmanager
     def starting(self, what: str) -> Iterator[None]:
         """Show a step of the start-up while it runs, and measure its seconds."""
-        self._screen.starting(what, self._taken)
+        self._screen.starting(what, self._start_up_seconds)
         began = time.monotonic()
         yield
-        self._taken[what] = time.monotonic() - began
+        self._start_up_seconds[what] = time.monotonic() - began
 
     def started(self) -> None:
         """Print the steps of the start-up with their seconds."""
-        self._screen.starting("", self._taken)
+        self._screen.starting("", self._start_up_seconds)
 
     def open_log(self, keep_until: int | None, last: str = "") -> None:
         """Start ``log.jsonl``, or continue it after step ``keep_until``; arguments as in ``RunLog``."""
-        if not self._leads:
+        if not self._is_rank_zero:
             return
         self._log = RunLog(self._out / "log.jsonl", keep_until, last)
         self._screen.restore(self._log.records)

@@ -22,9 +22,9 @@ from pretrain.data.row_source import RowSource
 from pretrain.distributed.launched import launched
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.training.early import check_early
-from pretrain.training.optim import settled_lr
+from pretrain.training.optim import resolve_lr
 from pretrain.training.run import about, make_objective, rows_of
-from pretrain.training.state import undisturbed
+from pretrain.training.state import isolated_torch_state
 from pretrain.training.trainer import Trainer
 from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.directories import temporary_name
@@ -72,7 +72,7 @@ class LrRange:
         first = self.smoothed[0]
         shown = [
             loss if loss < 2 * first else math.nan for loss in self.losses
-        ]  # a divergence hides the rest
+        ]  # the losses of a divergence would hide the rest
         lines = [
             Series("smoothed", list(zip(self.rates, self.smoothed, strict=True))),
             Series("loss", list(zip(self.rates, shown, strict=True))),
@@ -117,7 +117,7 @@ class _Rising(Trainer):
 
 
 @using(TRAIN)
-@undisturbed()
+@isolated_torch_state()
 def lr_range_test(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
@@ -158,7 +158,7 @@ def lr_range_test(
     data = rows or rows_of(settings, quiet=False)
     folder = temporary_name(Path(f"{settings.train.out}.lr-range"), "new")
     goal = make_objective(settings, data)
-    muon = _muon_beside(settled_lr(settings.optim, goal)[0])
+    muon = _muon_beside(resolve_lr(settings.optim, goal)[0])
     trainer = _Rising(
         goal,
         data.train,
@@ -181,7 +181,7 @@ def lr_range_test(
     except TrainingError:
         if (
             not trainer.losses
-        ):  # else the loss or the gradient is no number any more, which ends the test
+        ):  # otherwise the loss or the gradient is no longer finite, which ends the test
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

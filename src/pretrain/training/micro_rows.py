@@ -15,8 +15,8 @@ import torch
 from pretrain.distributed.estimates import memory
 from pretrain.distributed.mesh import USABLE
 from pretrain.errors import out_of_memory
-from pretrain.training.dry_run import nothing_kept, run_pass
-from pretrain.training.parallelize import common_ground, needs_of
+from pretrain.training.dry_run import effects_undone, run_pass
+from pretrain.training.parallelize import common_resources, needs_of
 from pretrain.training.plan import row_length
 
 if TYPE_CHECKING:
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 __all__ = ["candidates", "fastest_micro_rows", "may_measure"]
 
-# Devices whose runs are promised the same bits every time.
+# Devices on which a run must give the same bits every time.
 _EXACT = ("cpu",)
 # Share of a run that measuring may take, seconds after which no further size is tried, and speed-up for which the size
-# of the rule is given up: less than that is noise.
+# of the rule is replaced: smaller gains are noise.
 _SHARE, _SECONDS, _GAIN = 0.02, 30.0, 1.05
 
 
 def may_measure(trainer: Trainer) -> bool:
-    """Whether the size of a micro-batch is free, and not part of what the run is promised to compute."""
+    """Whether the size of a micro-batch may be chosen by measuring: neither set, nor fixed, nor part of the result."""
     return not (
         trainer.train.micro_rows
-        or trainer.state.micro_rows  # memory ran out with more
-        or trainer.state.step  # the steps before had the size of the rule
+        or trainer.state.micro_rows  # memory ran out with larger ones
+        or trainer.state.step  # earlier steps had the size of the rule
         or trainer.device.type in _EXACT
         or trainer.objective.couples_examples
         or trainer.micro_rows_matter
@@ -53,7 +53,7 @@ def candidates(trainer: Trainer) -> list[int]:
     found = [rule // k for k in (4, 2) if rule % k == 0 and share % (rule // k) == 0]
     if trainer.world.size > 1:
         return [*found, rule]
-    held, _, _ = common_ground(trainer.device, trainer.world)
+    held, _, _ = common_resources(trainer.device, trainer.world)
     more = [rows for rows in (2 * rule, 4 * rule) if share % rows == 0]
     return [*found, rule, *(rows for rows in more if held is None or _needed(trainer, rows) < held)]
 
@@ -122,7 +122,7 @@ def _measure(trainer: Trainer, rows: int) -> float | None:
     batches = trainer.feed.step_at(trainer.state.rows)[: rows // trainer.micro_rows]
     largest = trainer.feed.largest()
     try:
-        with nothing_kept(trainer), trainer.objective.model.backbone.uncompiled():
+        with effects_undone(trainer), trainer.objective.model.backbone.uncompiled():
             run_pass(trainer, batches[0] if largest is None else largest)
             return sum(run_pass(trainer, batch)[1] for batch in batches)
     except (MemoryError, RuntimeError) as error:

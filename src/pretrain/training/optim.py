@@ -28,20 +28,20 @@ from pretrain.objectives.base import Objective
 from pretrain.training.update_rules import CautiousAdamW, Muon
 
 if TYPE_CHECKING:
-    from pretrain.distributed.whole_parameters import Parts
+    from pretrain.distributed.whole_parameters import MatrixCollectives
 
 __all__ = [
     "Optimizers",
     "build_optimizers",
     "lr_of_width",
     "muon_weights",
-    "settled_lr",
+    "resolve_lr",
     "weights_of",
 ]
 
 OPTIMIZERS = ("adamw", "muon")
-# The automatic rate of AdamW: the lower of the first over the root of the width and the second over the width; and the
-# rate of what Muon leaves to it.
+# The automatic rate of AdamW is the lower of the first number over the root of the width and the second over the width;
+# the third is the rate of the parameters that Muon does not update.
 _LR_BY_ROOT, _LR_BY_WIDTH, _LR_BESIDE_MUON = 0.015, 0.4, 3e-3
 
 
@@ -173,7 +173,7 @@ def lr_of_width(width: int) -> float:
     return min(_LR_BY_ROOT / math.sqrt(width), _LR_BY_WIDTH / width)
 
 
-def settled_lr(
+def resolve_lr(
     settings: OptimConfig, objective: Objective, out: Path | None = None
 ) -> tuple[OptimConfig, str]:
     """Return the settings with a number for ``optim.lr: auto``, and its reason in words; others as they are.
@@ -229,7 +229,7 @@ def build_optimizers(
     *,
     scales: Mapping[Tensor, float] | None = None,
     fresh: AbstractSet[Tensor] = frozenset(),
-    parts: Parts | None = None,
+    collectives: MatrixCollectives | None = None,
 ) -> Optimizers:
     """Group the trainable parameters of ``module`` and create their optimizers.
 
@@ -240,7 +240,7 @@ def build_optimizers(
         device: device of the parameters; fused AdamW is used where torch has it.
         scales: factors on the learning rates of parameters; 1 if missing.
         fresh: newly initialised parameters, which get weight decay instead of ``optim.l2_sp``.
-        parts: distributes the updates of Muon over ranks.
+        collectives: distributes the updates of Muon over ranks.
 
     Raises:
         ConfigError: the optimizer is not known, or nothing is trainable.
@@ -285,7 +285,7 @@ def build_optimizers(
             Muon(
                 groups(matrices, settings.muon_lr),
                 cautious=settings.cautious,
-                parts=parts,
+                collectives=collectives,
                 names=names,
             )
         )

@@ -32,7 +32,7 @@ __all__ = ["enter_world", "parallelize", "run_lock"]
 def enter_world(trainer: Trainer) -> contextlib.AbstractContextManager[torch.device]:
     """Return a context that joins the ranks of the run, checks that they agree, and yields the device of this rank."""
     settings = trainer.parallel
-    return trainer.world.entered(
+    return trainer.world.connected(
         choose_device(settings.device),
         trainer.out,
         settings.timeout,
@@ -78,7 +78,7 @@ def parallelize(trainer: Trainer) -> Strategy:
         guess = choose_micro_rows(
             train, trainer.train_data, objective, device, even=settings.reproducible
         )
-    memory, host, local = common_ground(device, world)
+    memory, host, local = common_resources(device, world)
     # Broadcast, because choices that depend on the hardware may differ between hosts, and the mesh must not.
     needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, guess))))
     config = objective.model.backbone.config
@@ -151,7 +151,7 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
     )
 
 
-def common_ground(device: torch.device, world: World) -> tuple[float | None, float | None, int]:
+def common_resources(device: torch.device, world: World) -> tuple[float | None, float | None, int]:
     """Return the resources that every rank has, so that different hosts choose the same mesh.
 
     Returns:

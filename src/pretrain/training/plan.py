@@ -18,7 +18,7 @@ from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.base import Objective
 from pretrain.training.state import RunState
 
-__all__ = ["Plan", "choose_micro_rows", "mean_length", "row_length", "settle_amounts"]
+__all__ = ["Plan", "choose_micro_rows", "mean_length", "resolve_amounts", "row_length"]
 
 # Rows, drawn at random, whose units are counted where the data record none; the first number suffices if all are alike.
 _COUNTED = (16, 512)
@@ -28,7 +28,7 @@ _BATCHES, _EPOCH_STEPS = (32, 16, 8), 32
 _STEPS, _EPOCHS = 500, 10
 
 
-def settle_amounts(train: TrainConfig, data: Examples) -> TrainConfig:
+def resolve_amounts(train: TrainConfig, data: Examples) -> TrainConfig:
     """Return the settings with automatic rows of a step and an automatic limit replaced by those for the rows.
 
     They depend on the number of rows only, never on the machine, so that a run can be repeated and resumed anywhere.
@@ -194,9 +194,11 @@ class Plan:
         fewest = 0 if state.step else 1
         return state.step + max(fewest, int(left / max(seconds_per_step, 1e-6)))
 
-    def replan(self, state: RunState, tell: Callable[[int], int] = int) -> int:
-        """Return the steps of the whole run, estimated after a step; ``tell`` broadcasts it, because clocks differ."""
-        return state.total_steps if self.limit.kind != "minutes" else tell(self._replanned(state))
+    def replan(self, state: RunState, broadcast: Callable[[int], int] = int) -> int:
+        """Return the steps of the whole run, estimated after a step; broadcast, because clocks differ."""
+        return (
+            state.total_steps if self.limit.kind != "minutes" else broadcast(self._replanned(state))
+        )
 
     def _replanned(self, state: RunState) -> int:
         now = time.monotonic()

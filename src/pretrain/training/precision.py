@@ -163,7 +163,7 @@ class LossScale:
         if self.good >= self.interval:
             self.scale, self.good = self.scale * 2, 0
 
-    def explains(self) -> bool:
+    def may_cause_overflow(self) -> bool:
         """Whether an overflow can be caused by the scale rather than by the model."""
         return self.enabled and self.scale > 1.0
 

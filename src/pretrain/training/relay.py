@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ class Relay(Progress):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def _tell(self, what: str, **values: Any) -> None:
+    def _relay(self, what: str, **values: Any) -> None:
         line = json.dumps({"what": what, **values}) + "\n"
         # If the disk for temporary files is full, the run continues without screen output.
         with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
@@ -34,35 +33,35 @@ class Relay(Progress):
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Relay the last step of the records; the reader takes them from the log."""
-        self._tell("restore", step=max((int(r.get("step", 0)) for r in records), default=-1))
+        self._relay("restore", step=max((int(r.get("step", 0)) for r in records), default=-1))
 
-    def starting(self, what: str, taken: Mapping[str, float]) -> None:
-        self._tell("starting", name=what, taken=dict(taken))
+    def starting(self, what: str, seconds: Mapping[str, float]) -> None:
+        self._relay("starting", name=what, seconds=dict(seconds))
 
     def show(self, step: int, figures: Mapping[str, float], total: int) -> None:
-        self._tell("show", step=step, figures=dict(figures), total=total)
+        self._relay("show", step=step, figures=dict(figures), total=total)
 
     def evaluation(self, record: Mapping[str, Any], state: RunState, note: str) -> None:
-        self._tell("evaluation", record=dict(record), state=asdict(state), note=note)
+        self._relay("evaluation", record=dict(record), state=state.to_json(), note=note)
 
     def write(self, line: str) -> None:
-        self._tell("write", line=line)
+        self._relay("write", line=line)
 
     def close(self) -> None:
-        self._tell("close")
+        self._relay("close")
 
 
-def replay(told: Mapping[str, Any], screen: Progress, out: Path) -> None:
+def replay(update: Mapping[str, Any], screen: Progress, out: Path) -> None:
     """Show what a `Relay` has written of a run in the directory ``out``."""
-    what = told["what"]
+    what = update["what"]
     if what == "show":
-        screen.show(told["step"], told["figures"], told["total"])
+        screen.show(update["step"], update["figures"], update["total"])
     elif what == "evaluation":
-        screen.evaluation(told["record"], RunState.from_json(told["state"]), told["note"])
+        screen.evaluation(update["record"], RunState.from_json(update["state"]), update["note"])
     elif what == "starting":
-        screen.starting(told["name"], told["taken"])
+        screen.starting(update["name"], update["seconds"])
     elif what == "write":
-        screen.write(told["line"])
+        screen.write(update["line"])
     elif what == "restore":
-        records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= told["step"]]
+        records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= update["step"]]
         screen.restore(records)

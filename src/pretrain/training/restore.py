@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
-from pretrain.checkpoint.best import with_training
+from pretrain.checkpoint.best import training_checkpoint
 from pretrain.checkpoint.model_directory import ModelDirectory
-from pretrain.checkpoint.peers import ALONE, Peers
+from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.models.heads import labels_named_by
@@ -64,7 +64,7 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
     tokenizer = None if model.processor is None else model.processor.fingerprint
-    # Of names and weights, by which a changed teacher is noticed.
+    # Hash of names and weights, by which a changed teacher is detected.
     frozen = {
         child: hash_tensors(objective.get_submodule(child).state_dict())
         for child in objective.frozen
@@ -94,7 +94,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
 
     Args:
         trainer: with its model, optimizers and average in place.
-        checkpoint: its files have been verified by ``latest_together``.
+        checkpoint: its files have been verified by ``latest_on_all_ranks``.
 
     Raises:
         TrainingError: the checkpoint belongs to another model, objective, data set or order; see `check_same`.
@@ -102,7 +102,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
     peers = trainer.world.peers()
-    # `latest_together` has verified all bytes, each file on one rank.
+    # `latest_on_all_ranks` has verified all bytes, each file on one rank.
     training = read_training_slices(checkpoint, layout, peers, verified=True)
     check_same(trainer, checkpoint, training.state)
     # Earlier versions kept the rows of micro-batches and evaluations in the settings only.
@@ -117,7 +117,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         )
     head: Any = trainer.objective.model.head
     if hasattr(head, "unit"):
-        # What is in training/ is in the unit of the run; earlier versions had none.
+        # Tensors in training/ are in the unit of the head of that run; earlier versions had no unit.
         head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
     if given and given != size:
@@ -224,13 +224,13 @@ def _values(
     is known to be a default.
     """
     given = record.get("init_args")
-    told = {key: value for key, value in record.items() if key != "init_args"}
+    facts = {key: value for key, value in record.items() if key != "init_args"}
     defaults = {
         key: as_json(p.default)
         for key, p in arguments(type(objective))[0].items()
         if p.default is not p.empty and (given is not None or key in other)
     }
-    return defaults | dict(given or {}) | told
+    return defaults | dict(given or {}) | facts
 
 
 def _short(value: Any) -> str:
@@ -254,8 +254,10 @@ def load_others(objective: Objective, path: Path) -> None:
     wanted = other_tensors(objective)
     if not wanted:
         return
-    checkpoint = with_training(path)
-    training = read_training_slices(checkpoint, None, ALONE, quiet=True, stems=("objective",))
+    checkpoint = training_checkpoint(path)
+    training = read_training_slices(
+        checkpoint, None, SINGLE_PROCESS, quiet=True, stems=("objective",)
+    )
     found = training.tensors.get("objective", {})
     for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
@@ -274,7 +276,7 @@ def load_weights(
     others: Mapping[str, Tensor],
     *,
     layout: ShardLayout | None = None,
-    peers: Peers = ALONE,
+    peers: Peers = SINGLE_PROCESS,
     verified: bool = False,
 ) -> None:
     """Load the model's weights from a checkpoint, and those of the objective's other modules from ``others``.

@@ -47,7 +47,7 @@ from pretrain.objectives import (
     objective_class,
     objective_for,
 )
-from pretrain.training.closing import last_words
+from pretrain.training.closing import closing_lines
 from pretrain.training.early import (
     PLAIN_SIZE,
     check_checkpoint,
@@ -66,8 +66,8 @@ from pretrain.training.precision import (
     evaluation_precision,
 )
 from pretrain.training.restore import load_others
-from pretrain.training.starting_model import hash_weights, open_source, origin, settled_source
-from pretrain.training.state import Changed, Run, undisturbed
+from pretrain.training.starting_model import hash_weights, open_source, origin, resolve_source
+from pretrain.training.state import Changed, Run, isolated_torch_state
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
 from pretrain.utils.hub_files import pinned
@@ -86,7 +86,7 @@ _ROWS = 16  # rows in one forward pass of an evaluation
 
 
 @using(TRAIN)
-@undisturbed()
+@isolated_torch_state()
 def train(
     config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig | None = None,
     *,
@@ -118,21 +118,21 @@ def train(
     check_early(settings, rows, devices)
     if devices != 1:
         if not settings.train.out:
-            settle_by_data(settings, rows_of(settings, quiet=False))
+            resolve_by_data(settings, rows_of(settings, quiet=False))
         if (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
             return run
     world = current_world()
     with muted(not world.is_rank_zero):
-        settings.model.checkpoint = settle_checkpoint(settings)
+        settings.model.checkpoint = resolve_checkpoint(settings)
         check_checkpoint(settings, rows)
-        settings.data.tokenizer = settle_tokenizer(settings)
+        settings.data.tokenizer = resolve_tokenizer(settings)
         if settings.train.out:
             check_same_run(settings, Path(settings.train.out))
         data = world.main_process_first(
             lambda: rows or rows_of(settings, quiet=not world.is_rank_zero),
             "prepare the data",
         )
-        settle_by_data(settings, data)
+        resolve_by_data(settings, data)
         objective = make_objective(settings, data)
         trainer = Trainer(
             objective,
@@ -152,7 +152,7 @@ def train(
 
         def end(run: Run) -> None:
             if world.is_rank_zero:
-                for line in last_words(run, objective, trainer.about.get("unigram_nats")):
+                for line in closing_lines(run, objective, trainer.about.get("unigram_nats")):
                     trainer.say(line)
 
         return trainer.fit(
@@ -162,15 +162,15 @@ def train(
         )
 
 
-def settle_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
+def resolve_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
     """Choose by the data what the settings leave open: the size of the model, and the directory of the run."""
-    settings.model.size = settle_size(settings.model, data)
+    settings.model.size = resolve_size(settings.model, data)
     if not settings.train.out:
         settings.train.out = run_name(settings, data)
         keep_automatic(settings)
 
 
-def settle_size(model: ModelConfig, data: Prepared | RowSource) -> str:
+def resolve_size(model: ModelConfig, data: Prepared | RowSource) -> str:
     """Return the model size of the settings; an automatic one by the tokens of the training text.
 
     It depends on the text only, never on the machine, so that a run can be repeated and resumed anywhere.
@@ -204,7 +204,7 @@ def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
     """Return the directory of a run that names none: by model, settings that cannot change on resuming, and data."""
     model, free = settings.model, resumable(settings)
     plain = {k: v for k, v in flat(settings.to_dict()).items() if k not in free}
-    # Could not change in earlier versions, whose runs keep their names.
+    # Settings that could not change on resuming in earlier versions, so that their runs keep their names.
     plain["train.micro_rows"] = 0
     start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(start))).lower()
@@ -330,7 +330,7 @@ def record_resume(trainer: Trainer, settings: Sections) -> None:
     settings.save(out / "run.yaml")
 
 
-def settle_checkpoint(settings: Any) -> Any:
+def resolve_checkpoint(settings: Any) -> Any:
     """Return the checkpoint of the settings of a run; a model of the Hub is fetched, and named with its commit.
 
     A run that is resumed keeps the commit with which it began.
@@ -341,11 +341,11 @@ def settle_checkpoint(settings: Any) -> Any:
     if family is not None and ":" in family:
         own_family(family)
     before = settings_before(settings)
-    return settled_source(checkpoint, None if before is None else before.model.checkpoint)
+    return resolve_source(checkpoint, None if before is None else before.model.checkpoint)
 
 
-def settle_tokenizer(settings: RunConfig) -> str:
-    """Return ``data.tokenizer``; one of the Hub is fetched, and named with its commit as ``settle_checkpoint`` does."""
+def resolve_tokenizer(settings: RunConfig) -> str:
+    """Return ``data.tokenizer``; one of the Hub is fetched, and named with its commit as by ``resolve_checkpoint``."""
     tokenizer, before = settings.data.tokenizer, settings_before(settings)
     if hub_name(tokenizer) is None:
         return tokenizer
@@ -433,7 +433,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     if settings.model.checkpoint is not None:
         if (
             ":" in settings.model.family
-        ):  # of the user's own; which of ours it is, the checkpoint says
+        ):  # an objective of the user; one of ours is recorded in the checkpoint
             own_family(settings.model.family)
         model = open_source(settings.model.checkpoint)
         _say_unused(settings.model, model)
@@ -473,7 +473,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             overrides = vocabulary_of(words, overrides)
     model = build(
         settings.model.family,
-        settle_size(settings.model, data),
+        resolve_size(settings.model, data),
         head=wanted,
         seed=settings.train.seed,
         # With several ranks, memory is allocated after sharding only.
@@ -632,7 +632,9 @@ def evaluate(
     recorded = model.extra_config.get("pretrain", {}).get("objective")
     recorded = recorded if isinstance(recorded, Mapping) else {}
     name = objective or objective_for(model.head_kind)
-    if name is None and recorded.get("name") in OBJECTIVES:  # it trains models without a head
+    if (
+        name is None and recorded.get("name") in OBJECTIVES
+    ):  # such an objective trains models without a head
         name = recorded["name"]
     if name is None:
         raise ConfigError(
@@ -644,9 +646,9 @@ def evaluate(
             f"{path} was trained with {recorded['name']}, and is measured with {objective_class(name).__name__}; "
             f"name another with {option('objective')}"
         )
-    home = run_of(path)
-    before = _settings_of(home)
-    rows = _held_out(path, home, data, model, reading)
+    run_dir = run_of(path)
+    before = _settings_of(run_dir)
+    rows = _held_out(path, run_dir, data, model, reading)
     if len(rows) == 0:
         raise DataError(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
@@ -666,8 +668,8 @@ def evaluate(
     built.to(where)
     if batch_rows is None:
         batch_rows = _ROWS
-        if built.couples_examples and home is not None:
-            batch_rows = RunConfig.of_run(home).train.batch_rows or _ROWS
+        if built.couples_examples and run_dir is not None:
+            batch_rows = RunConfig.of_run(run_dir).train.batch_rows or _ROWS
     return evaluate_rows(built, rows, chosen, batch_rows=batch_rows, limit=limit)
 
 
@@ -709,46 +711,46 @@ def _objective_of(
     return build_objective(name, options, model)
 
 
-def _settings_of(home: Path | None) -> RunConfig:
+def _settings_of(run_dir: Path | None) -> RunConfig:
     """Return the settings of a run; the defaults if there is none, or it is one of fine-tuning, with other sections."""
-    if home is not None:
+    if run_dir is not None:
         with contextlib.suppress(ConfigError):
-            return RunConfig.of_run(home)
+            return RunConfig.of_run(run_dir)
     return RunConfig()
 
 
 def _held_out(
-    path: Path, home: Path | None, data: Any, model: Model, reading: Mapping[str, str]
+    path: Path, run_dir: Path | None, data: Any, model: Model, reading: Mapping[str, str]
 ) -> Examples:
     """Return the held-out rows for ``evaluate``, checked against the checkpoint's tokenizer; text is read so."""
     if data is None:
-        if home is None:
+        if run_dir is None:
             raise DataError(no_run(path))
-        settings = RunConfig.of_run(home)
+        settings = RunConfig.of_run(run_dir)
         if settings.data.source in SOURCES:
-            with naming_paths(home, settings):
+            with naming_paths(run_dir, settings):
                 found = open_rows(settings.data.source, settings.data.source_args)
-            return _held_out_rows(home, found, model)
+            return _held_out_rows(run_dir, found, model)
         if settings.data.source is not None:
             raise DataError(
-                f"The rows of {home} come from the function {settings.data.source}. pretrain calls no function that "
+                f"The rows of {run_dir} come from the function {settings.data.source}. pretrain calls no function that "
                 f"only a file names: name it yourself, {option('data', settings.data.source)}."
             )
-        with naming_paths(home, settings):
+        with naming_paths(run_dir, settings):
             prepared = open_data(settings)
         if _changed(model, prepared.fingerprint):
             raise DataError(
-                f"The text of {home} has changed since the run, so its held-out rows are not those of before, and may "
-                f"be among those that it was trained on. Restore it, or name the text to measure on: {option('data')}."
+                f"The text of {run_dir} has changed since the run, so its held-out rows are not the same, and may "
+                f"be rows that it was trained on. Restore it, or name the text to measure on: {option('data')}."
             )
         rows: Examples = prepared.valid
     elif isinstance(data, RowSource):
         return _held_out_rows(None, data, model)
     elif names_function(data):
-        named = DataConfig() if home is None else RunConfig.of_run(home).data
+        named = DataConfig() if run_dir is None else RunConfig.of_run(run_dir).data
         same = named.source == data
         found = open_rows(data, named.source_args if same else {})
-        return _held_out_rows(home if same else None, found, model)
+        return _held_out_rows(run_dir if same else None, found, model)
     elif (there := prepared_in(data)) is not None:
         for key, value in reading.items():
             role = "names a column of a table" if key == "text" else "says how text is read"
@@ -758,7 +760,7 @@ def _held_out(
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
-        prepared = _read_as_training(path, home, data, model, reading)
+        prepared = _read_as_training(path, run_dir, data, model, reading)
         rows = prepared.train
     remedy = "Prepare them with that one: pretrain prepare ... --tokenizer "
     check_tokenizer(prepared.tokenizer, model, path, remedy)
@@ -766,10 +768,10 @@ def _held_out(
 
 
 def _read_as_training(
-    path: Path, home: Path | None, data: Any, model: Model, reading: Mapping[str, str]
+    path: Path, run_dir: Path | None, data: Any, model: Model, reading: Mapping[str, str]
 ) -> Prepared:
     """Return all of a text as training rows, read as ``reading`` says and else as the text of the run was."""
-    before = _reading_of(home, model)
+    before = _reading_of(run_dir, model)
     text, encoding = reading.get("text", "text"), reading.get("encoding")
     separator = reading.get("separator", before.get("separator"))
     legacy = check_encoding(before.get("encoding")) if encoding is None else None
@@ -813,11 +815,11 @@ def _read_as_training(
 
 
 @contextlib.contextmanager
-def naming_paths(home: Path, settings: Sections) -> Iterator[None]:
+def naming_paths(run_dir: Path, settings: Sections) -> Iterator[None]:
     """Say of an error inside the block that a path of a run does not lead from here, where that is the cause.
 
     Args:
-        home: the run.
+        run_dir: directory of the run.
         settings: its settings, as ``of_run`` read them.
 
     Raises:
@@ -830,7 +832,7 @@ def naming_paths(home: Path, settings: Sections) -> Iterator[None]:
         if not lost:
             raise
         raise DataError(
-            f"{lost[0]!r}, which {home / 'run.yaml'} names, is not there. It is relative to the directory in which "
+            f"{lost[0]!r}, which {run_dir / 'run.yaml'} names, is not there. It is relative to the directory in which "
             f"the run was started, and the command runs in {Path.cwd()}: run it there, or put the file back."
         ) from error
 
@@ -840,12 +842,12 @@ def names_function(data: Any) -> bool:
     return isinstance(data, str) and _FUNCTION.fullmatch(data) is not None
 
 
-def _held_out_rows(home: Path | None, data: RowSource, model: Model) -> Examples:
+def _held_out_rows(run_dir: Path | None, data: RowSource, model: Model) -> Examples:
     """Return the held-out rows of a source; if they are those of a run, say whether they have changed since."""
     check_labels(model, data)
-    if home is not None and _changed(model, data.fingerprint):
+    if run_dir is not None and _changed(model, data.fingerprint):
         note(
-            f"the rows of {home} have changed since the model was trained; a held-out share is drawn anew, so rows "
+            f"the rows of {run_dir} have changed since the model was trained; a held-out share is drawn anew, so rows "
             "that it was trained on may be among the held-out ones"
         )
     return data.valid
@@ -865,26 +867,26 @@ def run_of(path: Path) -> Path | None:
 
 def no_run(path: Path) -> str:
     """Return the error message for a checkpoint that is in no run, or one without settings, when no data are named."""
-    home = next((p for p in (path, path.parent) if (p / "log.jsonl").is_file()), None)
+    run_dir = next((p for p in (path, path.parent) if (p / "log.jsonl").is_file()), None)
     why = "is not in a run directory of pretrain"
-    if home is not None:
-        why = f"is of a run whose settings are gone (run.yaml is missing in {home})"
+    if run_dir is not None:
+        why = f"is of a run whose settings are gone (run.yaml is missing in {run_dir})"
     return (
         f"{path} {why}, so its held-out rows are not known. Name the data: "
         f"pretrain evaluate {path} --data FILE, in Python pretrain.evaluate({str(path)!r}, data)."
     )
 
 
-def _reading_of(home: Path | None, model: Model) -> dict[str, Any]:
+def _reading_of(run_dir: Path | None, model: Model) -> dict[str, Any]:
     """Return how the text was read that a model was trained on.
 
     Returns:
         ``row_length`` (tokens), by its config.json or the settings of its run, and by the latter ``separator`` and
         ``encoding`` where they were set; ``lost`` is an error, if the prepared text that may say so cannot be read.
     """
-    data, block = _settings_of(home).data, model.extra_config.get("pretrain")
+    data, block = _settings_of(run_dir).data, model.extra_config.get("pretrain")
     options, lost = vars(data), {}
-    if home is not None and isinstance(data.train, str):
+    if run_dir is not None and isinstance(data.train, str):
         try:
             if manifest := read_manifest(Path(data.train)):
                 options = manifest["options"]

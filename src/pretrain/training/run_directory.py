@@ -1,6 +1,7 @@
-"""The directory of a run: a new one is removed if the run fails before it begins, and one that is lost is left.
+"""Run directory: removal of a new one after a failed start, and fallback for one that is deleted or renamed.
 
-A run whose directory is deleted or renamed while it goes on saves beside it.
+A new directory is removed if the run fails before its first step. A run whose directory disappears saves its last
+checkpoint in a fallback directory beside it.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from pretrain.utils import runlock
 from pretrain.utils.directories import make_directories, unused
 from pretrain.utils.files import note, replace_file, writing
 
-__all__ = ["Home", "Unbegun"]
+__all__ = ["NewRunDirectory", "RunDirectory"]
 
 _WRITTEN = ("run.yaml", SWEEP, "log.jsonl")  # what a run writes before it begins
 _INTERVAL = 1.0  # seconds between two checks
 
 
-class Unbegun:
-    """The directory of a run that is about to begin; nothing is done for one that existed before.
+class NewRunDirectory:
+    """A run directory that is not expected to exist yet, for clean-up; one that exists already is left as it is.
 
     Args:
-        path: directory of the run, before anything makes it.
-        leads: whether this is rank zero, which writes there.
+        path: directory of the run, before it is created.
+        is_rank_zero: whether this is rank zero, which writes there.
     """
 
-    def __init__(self, path: Path, leads: bool) -> None:
-        self.path, self._new = path, leads and not os.path.lexists(path)
+    def __init__(self, path: Path, is_rank_zero: bool) -> None:
+        self.path, self._new = path, is_rank_zero and not os.path.lexists(path)
 
     @contextlib.contextmanager
-    def emptied(self) -> Iterator[None]:
-        """Remove what the run has written if it fails inside; the caller holds the lock, so no other run writes."""
+    def emptied_on_failure(self) -> Iterator[None]:
+        """Remove the files of the run if it fails inside the block; the caller holds the lock, against other runs."""
         try:
             yield
         except BaseException:
@@ -52,15 +53,13 @@ class Unbegun:
             raise
 
     @contextlib.contextmanager
-    def removed(self) -> Iterator[None]:
-        """Remove the directory if the run fails inside and left it empty; the lock has been released by then."""
+    def removed_on_failure(self) -> Iterator[None]:
+        """Remove the directory if the run fails inside the block and left it empty; the lock is released by then."""
         try:
             yield
         except BaseException:
             if self._new:
-                with contextlib.suppress(
-                    OSError
-                ):  # it holds something, or another run has locked it
+                with contextlib.suppress(OSError):  # it is not empty, or another run has locked it
                     os.rmdir(self.path)
             raise
 
@@ -69,12 +68,14 @@ class Unbegun:
             return bool(candidates(self.path)) or (self.path / "log.jsonl").stat().st_size > 0
         except FileNotFoundError:
             return False
-        except OSError:  # too many open files, a disk that is gone: what cannot be seen is kept
+        except (
+            OSError
+        ):  # such as too many open files, or a lost disk: a directory that cannot be read is kept
             return True
 
 
-class Home:
-    """The run directory, held open so that it can be identified after it was renamed or deleted.
+class RunDirectory:
+    """The run directory, held open so that a rename or deletion can be detected and named.
 
     Args:
         path: the run directory, which contains the lock.
@@ -97,20 +98,20 @@ class Home:
         # By its files: some network file systems change inodes, and a saver may have created an empty directory.
         return not any(os.path.lexists(self.path / name) for name in (runlock.NAME, "log.jsonl"))
 
-    def fate(self) -> str:
-        """Return what happened to the directory, as far as the system tells."""
+    def what_happened(self) -> str:
+        """Return "renamed to PATH", or "deleted or renamed" where the system does not say which."""
         with contextlib.suppress(OSError):
             now = os.readlink(f"/proc/self/fd/{self._descriptor}")
             if os.fstat(self._descriptor).st_nlink and os.path.isdir(now):
                 return f"renamed to {now}"
         return "deleted or renamed"
 
-    def refuge(self) -> Path:
-        """Return an unused path for a directory beside it."""
+    def fallback_path(self) -> Path:
+        """Return an unused path beside the run directory, for the checkpoint of a run that has lost it."""
         return unused(self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
 
     def restore(self) -> None:
-        """Write the settings again, and say so, where their file was removed or replaced while the run was going on."""
+        """Write the settings files that were removed or replaced during the run again, and print a note for each."""
         for name, data in self._kept.items():
             path = self.path / name
             if path.is_file():
@@ -124,13 +125,13 @@ class Home:
             kept = f" What stood there is kept as {aside.name}." if moved else ""
             note(f"{path} was removed while the run was going on, and is written again.{kept}")
 
-    def furnish(self, refuge: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write what a run needs besides its checkpoints to the new directory: settings and log."""
-        with writing(refuge):
-            make_directories(refuge)
+    def write_settings_and_log(self, fallback: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write settings and log, which a run needs besides its checkpoints, to the fallback directory."""
+        with writing(fallback):
+            make_directories(fallback)
             for name, data in self._kept.items():
-                replace_file(refuge / name, data)
-        log = RunLog(refuge / "log.jsonl", None)
+                replace_file(fallback / name, data)
+        log = RunLog(fallback / "log.jsonl", None)
         for record in records:
             log.write(record)
         log.sync()

@@ -1,4 +1,4 @@
-"""The sizes of a model family with what they cost and reach: parameters, memory, and what was measured.
+"""Sizes of a model family: parameters, estimated memory, and measured time and loss.
 
 ``sizes.json`` is written by docs/sizes.py, which trains the small sizes on one CPU thread; a size that was not trained
 there has no figures for time and loss.

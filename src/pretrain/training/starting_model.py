@@ -10,11 +10,11 @@ from pretrain.checkpoint.best import RESULT, best_first, opened, run_around, sta
 from pretrain.checkpoint.download import described, located, pinned
 from pretrain.checkpoint.manifest import candidates, read_manifest
 from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
-from pretrain.checkpoint.sharded_loading import load_slices, open_empty
+from pretrain.checkpoint.sharded_loading import load_slices, open_on_meta
 from pretrain.distributed.world import current_world
 from pretrain.errors import AdapterFound, CheckpointError, PretrainError
 from pretrain.models.base import Model
-from pretrain.models.state import make_fresh
+from pretrain.models.state import init_missing
 from pretrain.nn.buffers import stored_tensors
 from pretrain.utils.files import muted, note
 from pretrain.utils.hub_names import hub_name
@@ -27,11 +27,11 @@ __all__ = [
     "origin",
     "outline",
     "parent_step",
-    "settled_source",
+    "resolve_source",
 ]
 
 
-def settled_source(name: str, before: str | None) -> str:
+def resolve_source(name: str, before: str | None) -> str:
     """Fetch a model of the Hub for all ranks, and return its name with its commit.
 
     Args:
@@ -42,9 +42,9 @@ def settled_source(name: str, before: str | None) -> str:
         CheckpointError: see ``pretrain.checkpoint.download.located``. On all ranks.
     """
     world = current_world()
-    settled = world.broadcast_result(lambda: pinned(name, before))
-    world.main_process_first(lambda: located(settled), f"fetch {settled}")
-    return settled
+    resolved = world.broadcast_result(lambda: pinned(name, before))
+    world.main_process_first(lambda: located(resolved), f"fetch {resolved}")
+    return resolved
 
 
 def began_with(checkpoint: str, out: Path) -> str:
@@ -142,10 +142,10 @@ def open_source(
     if world.size == 1 or whole:
         return load(path, head=head, quiet=quiet)
     try:
-        model, directory = open_empty(path, world.callers(), head=head)
+        model, directory = open_on_meta(path, world.store_peers(), head=head)
     except AdapterFound:
         return load(path, head=head, quiet=quiet)
-    make_fresh(model, 0)
+    init_missing(model, 0)
 
     def start(cut: Model) -> None:
         load_slices(

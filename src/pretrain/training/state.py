@@ -33,9 +33,9 @@ __all__ = [
     "RunState",
     "StopRequest",
     "catch_signals",
-    "heap_at_rest",
+    "garbage_collection_paused",
+    "isolated_torch_state",
     "last_metrics",
-    "undisturbed",
 ]
 
 
@@ -44,8 +44,11 @@ SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(sign
 _SAME_REQUEST = 2.0  # seconds within which a second signal counts as the same request
 # Seconds after a run was stopped or failed in which a launcher may repeat its signal, before it kills.
 _LINGER = 30.0
-# Setting -> its value before and now, of those with which a run is resumed.
+# Setting that changed on resuming -> its value before and now.
 Changed = dict[str, tuple[Any, Any]]
+# Attribute of `RunState` -> its key in state.json, where they differ.
+_KEYS = {"eval_pending": "owed", "unfrozen_from": "lowest"}
+_ABSENT = object()
 
 
 @dataclass
@@ -58,11 +61,11 @@ class RunState:
         tokens: tokens seen, without padding.
         total_steps: steps of the whole run; changes during training only under a limit in minutes.
         skipped: steps without an update because of non-finite numbers; ``skipped_in_row`` of them in a row just now.
-        owed: an evaluation was interrupted by a stop request, and must be repeated.
+        eval_pending: an evaluation was interrupted by a stop request, and must be repeated.
         eval_rows: held-out rows on which ``best_score`` was measured; None if unknown.
         best_score: best value of the metric ``monitor``, negated if higher is better.
         loss_at_best: loss of that evaluation, which resolves ties; None if unknown.
-        lowest: depth of the lowest layer unfrozen by gradual unfreezing; None before the first step.
+        unfrozen_from: depth of the lowest layer unfrozen by gradual unfreezing; None before the first step.
         window_total, window_count, window_tokens, window_seconds: sums since the last logged line.
         seconds: wall time of training, over all resumes, without the start-ups.
         lr: peak learning rate of the run.
@@ -81,7 +84,7 @@ class RunState:
     skipped: int = 0
     skipped_in_row: int = 0
     last_eval: int = 0
-    owed: bool = False
+    eval_pending: bool = False
     last_save: int = 0
     monitor: str = "loss"
     eval_rows: int | None = None
@@ -89,7 +92,7 @@ class RunState:
     loss_at_best: float | None = None
     best_step: int = 0
     evals_since_best: int = 0
-    lowest: int | None = None
+    unfrozen_from: int | None = None
     window_total: float = 0.0
     window_count: float = 0.0
     window_tokens: int = 0
@@ -106,7 +109,7 @@ class RunState:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; an infinite best score becomes null."""
-        plain = asdict(self)
+        plain = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
         plain["best_score"] = None if math.isinf(self.best_score) else self.best_score
         return plain
 
@@ -114,7 +117,10 @@ class RunState:
     def from_json(cls, plain: dict[str, Any]) -> RunState:
         """Inverse of ``to_json``; also reads older states, which have ``best_loss`` and no monitor."""
         plain = {"best_score": plain.get("best_loss"), **plain}
-        known = {key: value for key, value in plain.items() if key in cls.__dataclass_fields__}
+        values = {
+            name: plain.get(_KEYS.get(name, name), _ABSENT) for name in cls.__dataclass_fields__
+        }
+        known = {name: value for name, value in values.items() if value is not _ABSENT}
         if known["best_score"] is None:
             known["best_score"] = math.inf
         return cls(**known)
@@ -198,37 +204,37 @@ class StopRequest:
 
     Attributes:
         name: the signal that this process received; may be set at any moment.
-        agreed: the signal that all ranks agreed to stop for; changes in ``settle`` only.
-        said: while it is not None a signal raises Interrupted with this text at once, see ``at_once``.
+        agreed: the signal that all ranks agreed to stop for; changes in ``agree`` only.
+        interrupt_text: while it is not None a signal raises Interrupted with this text at once, see ``at_once``.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.agreed: str | None = None
-        self.said: str | None = None
+        self.interrupt_text: str | None = None
 
     @contextlib.contextmanager
-    def at_once(self, said: str) -> Iterator[None]:
-        """Let a signal raise Interrupted with the text ``said``, as long as there is nothing to save."""
-        self.said = said
+    def at_once(self, interrupt_text: str) -> Iterator[None]:
+        """Let a signal raise Interrupted with the text ``interrupt_text``, as long as there is nothing to save."""
+        self.interrupt_text = interrupt_text
         try:
             if self.name is not None:  # it came before
                 raise self.interrupted()
             yield
         finally:
-            self.said = None
+            self.interrupt_text = None
 
     def interrupted(self) -> Interrupted:
         """Return the exception that ends the run for the signal that was received."""
         assert self.name is not None
-        return Interrupted(128 + getattr(signal, self.name), self.said or "")
+        return Interrupted(128 + getattr(signal, self.name), self.interrupt_text or "")
 
     def flags(self) -> list[float]:
         """Return one flag for each of `SIGNALS`, 1.0 for the received one; to be summed over all ranks."""
         return [float(self.name == name) for name in SIGNALS]
 
-    def settle(self, asked: Sequence[float]) -> None:
-        """Take the flags summed over all ranks, so that all stop at the same step for the same reason."""
+    def agree(self, asked: Sequence[float]) -> None:
+        """Set ``agreed`` from the flags summed over all ranks, so that all stop at the same step for one signal."""
         if self.agreed is None:
             self.agreed = next((n for n, count in zip(SIGNALS, asked, strict=True) if count), None)
 
@@ -264,7 +270,7 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
         if request.name is None:
             request.name = signal.Signals(number).name
-            if request.said is not None:
+            if request.interrupt_text is not None:
                 raise request.interrupted()
 
     for name in SIGNALS:
@@ -280,13 +286,13 @@ def catch_signals() -> Iterator[StopRequest]:
         for number, handler in before.items():
             if several and not ended and number != signal.SIGINT:
                 # A failing process must still print its error.
-                _turn_deaf(number, handler)
+                _ignore_for_a_while(number, handler)
             else:
                 signal.signal(number, handler)
 
 
-def _turn_deaf(number: int, then: Any) -> None:
-    """Ignore a signal for `_LINGER` seconds, in a process that was stopped or failed and is about to end."""
+def _ignore_for_a_while(number: int, then: Any) -> None:
+    """Ignore a signal for `_LINGER` seconds, in a process that was stopped or has failed and is about to end."""
     end = time.monotonic() + _LINGER
 
     def handle(number: int, frame: Any) -> None:
@@ -303,7 +309,7 @@ def _turn_deaf(number: int, then: Any) -> None:
 
 
 @contextlib.contextmanager
-def heap_at_rest() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """Disable garbage collection: one in the middle of a step takes up to half a second on large heaps.
 
     A heap that the caller has frozen stays frozen.
@@ -322,13 +328,13 @@ def heap_at_rest() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(device: torch.device | None = None) -> Iterator[None]:
-    """Train with gradients, whatever the caller has switched off, and restore the random state of the caller.
+def isolated_torch_state(device: torch.device | None = None) -> Iterator[None]:
+    """Enable gradients inside the block, even in the caller's no_grad or inference mode, and restore the random state.
 
     Args:
         device: where the model runs; None if that is not known yet. The state of GPUs is restored if they are in use.
     """
-    import torch  # the results of runs are read without it
+    import torch  # reading the results of runs does not need torch
 
     begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # not annotated in torch
     in_use = begun or (device is not None and device.type == "cuda")

@@ -125,7 +125,7 @@ def _report_skipped(trainer: Trainer, nll: float, grad_norm: float) -> None:
     """
     state, step = trainer.state, trainer.state.step + 1
     # The loss is never scaled, so only a non-finite gradient can be caused by the scale.
-    if math.isfinite(nll) and trainer.scaler.explains():
+    if math.isfinite(nll) and trainer.scaler.may_cause_overflow():
         trainer.say(f"step {step}: fp16 overflow at scale {trainer.scaler.scale:g}, skipped")
         return
     state.skipped += 1

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
-from pretrain.checkpoint.sharded_loading import latest_together
+from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples, Loader
 from pretrain.data.row_source import hash_rows
@@ -37,9 +37,9 @@ from pretrain.training.evaluate import probe_loss
 from pretrain.training.feed import Feed
 from pretrain.training.layers import Layers
 from pretrain.training.logging import Journal
-from pretrain.training.optim import Optimizers, build_optimizers, settled_lr
+from pretrain.training.optim import Optimizers, build_optimizers, resolve_lr
 from pretrain.training.parallelize import enter_world, parallelize, run_lock
-from pretrain.training.plan import Plan, choose_micro_rows, mean_length, settle_amounts
+from pretrain.training.plan import Plan, choose_micro_rows, mean_length, resolve_amounts
 from pretrain.training.precision import (
     LossScale,
     Precision,
@@ -49,7 +49,7 @@ from pretrain.training.precision import (
 )
 from pretrain.training.preflight import check_rows, check_trainable, frozen_beside, numel, preflight
 from pretrain.training.restore import origin, restore, training_state
-from pretrain.training.run_directory import Home, Unbegun
+from pretrain.training.run_directory import NewRunDirectory, RunDirectory
 from pretrain.training.schedule import lr_factor
 from pretrain.training.state import (
     Changed,
@@ -57,18 +57,18 @@ from pretrain.training.state import (
     RunState,
     StopRequest,
     catch_signals,
-    heap_at_rest,
+    garbage_collection_paused,
+    isolated_torch_state,
     last_metrics,
-    undisturbed,
 )
 from pretrain.training.step import take_step
-from pretrain.training.validation import Cost, run_validation
+from pretrain.training.validation import EvaluationTime, run_validation
 from pretrain.utils.memory_info import hardware, peak_memory
 from pretrain.utils.run_log import read_log
 
 __all__ = ["Hook", "Trainer"]
 
-# Rows at a time that batch normalisation needs, as in the usual code of detectors.
+# Rows per micro-batch from which batch statistics are estimated, as in published code of detectors.
 _ROWS_OF_STATISTICS = 16
 # Work of a row in a step, in forward passes: a backward pass is about two.
 _STEP_WORK = 3
@@ -146,7 +146,7 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.objective, self.train_data = objective, train_data
-        self.train = settle_amounts(train or TrainConfig(), train_data)
+        self.train = resolve_amounts(train or TrainConfig(), train_data)
         self.parallel = parallel or ParallelConfig()
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
         listed = [hooks] if callable(hooks) or isinstance(hooks, Hook) else hooks
@@ -155,13 +155,15 @@ class Trainer:
         if not self.train.out:
             raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
-        self.optim, self.lr_reason = settled_lr(optim or OptimConfig(), objective, self.out)
+        self.optim, self.lr_reason = resolve_lr(optim or OptimConfig(), objective, self.out)
         self.state = RunState()
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
         self.changed: Changed = {}
-        self.home: Home | None = None  # on rank zero only, which writes the log
-        objective.train(objective.training)  # freezes what the objective says is frozen
+        self.run_directory: RunDirectory | None = None  # on rank zero only, which writes the log
+        objective.train(
+            objective.training
+        )  # puts the frozen modules of the objective into evaluation mode
         objective.train_rows = train_data
         self.origin = origin(objective, base)
         if objective.unit_name != "tokens":
@@ -213,15 +215,15 @@ class Trainer:
                 Later such a signal ends the run as its limit does, with a checkpoint.
         """
         world = self.world
-        unbegun = Unbegun(self.out, world.is_rank_zero)
+        new_directory = NewRunDirectory(self.out, world.is_rank_zero)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(unbegun.removed())
+            stack.enter_context(new_directory.removed_on_failure())
             self.device = stack.enter_context(enter_world(self))
-            stack.enter_context(undisturbed(self.device))
+            stack.enter_context(isolated_torch_state(self.device))
             self.stop = stack.enter_context(catch_signals())
             if not locked:
                 stack.enter_context(run_lock(self.out, world))
-            stack.enter_context(unbegun.emptied())
+            stack.enter_context(new_directory.emptied_on_failure())
             if begin is not None:
                 self.changed = world.broadcast_object(world.on_rank_zero(begin)) or {}
             self.journal = Journal(
@@ -229,7 +231,7 @@ class Trainer:
                 self.train.loggers,
                 self.about,
                 self.quiet,
-                leads=world.is_rank_zero,
+                is_rank_zero=world.is_rank_zero,
                 unit=self.objective.unit_name,
                 loss_unit=self.objective.loss_unit,
             )
@@ -240,7 +242,9 @@ class Trainer:
                 if resumed and resume is not None:
                     world.on_rank_zero(resume)
                 if world.is_rank_zero:
-                    self.home = stack.enter_context(contextlib.closing(Home(self.out)))
+                    self.run_directory = stack.enter_context(
+                        contextlib.closing(RunDirectory(self.out))
+                    )
                 self.metrics = last_metrics(self._history())
                 run = self._loop()
                 if end is not None:
@@ -263,7 +267,7 @@ class Trainer:
         if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
-        checkpoint = latest_together(self.out, world.peers())
+        checkpoint = latest_on_all_ranks(self.out, world.peers())
         loader = Loader(self.train_data, seed=train.seed)
         self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         self.journal.epoch_rows = self.plan.epoch_rows
@@ -279,7 +283,7 @@ class Trainer:
             self.device,
             scales=self.layers.scales,
             fresh=self.layers.fresh,
-            parts=self.strategy.parts(),
+            collectives=self.strategy.matrix_collectives(),
         )
         self.average = WeightAverage(self.objective.model, self.optim.ema)
         self.saver = Saver(
@@ -335,13 +339,13 @@ class Trainer:
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )
         self.strategy.fill(initialise=checkpoint is None)
-        self.strategy.align()
+        self.strategy.broadcast_initial_values()
         self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
     def _keep_micro_rows(self) -> None:
         """Keep the micro-batches of the steps before, if they were measured or memory ran out with larger ones."""
         kept, alone, free = self.state.micro_rows, self.world.size == 1, not self.train.micro_rows
-        # A larger size than that of the rule may not fit here; only a process that is alone can take it back.
+        # A larger size than that of the rule may not fit here; only a single process can reduce it again.
         usable = (alone and free) if kept > self.micro_rows else (alone or free)
         if kept and usable and self.feed.share_rows % kept == 0:
             self.split(kept)
@@ -390,17 +394,15 @@ class Trainer:
 
     def _loop(self) -> Run:
         state, stop, stopped = self.state, self.stop, "limit"
-        self._began = (
-            time.monotonic() - state.seconds
-        )  # here, because the start-up is no time of training
-        self._cost = Cost()
+        self._began = time.monotonic() - state.seconds  # the start-up does not count as training
+        self._evaluation_time = EvaluationTime()
         steps = self.feed.steps(state.rows)
         self.objective.train()
-        with heap_at_rest(), self.saver:
+        with garbage_collection_paused(), self.saver:
             try:
-                # A run may have been shortened to a step before its own.
-                owed = state.owed or state.last_eval < state.step >= state.total_steps
-                if owed and self.eval_data is not None:
+                # A resumed run may have been shortened to a step that it has passed.
+                pending = state.eval_pending or state.last_eval < state.step >= state.total_steps
+                if pending and self.eval_data is not None:
                     self._evaluate(last=state.step >= state.total_steps)
                     state.last_save = -1  # the next checkpoint must record this evaluation
                 while state.step < state.total_steps:
@@ -413,7 +415,7 @@ class Trainer:
                     self._after_step(record)
             finally:
                 steps.close()
-                self.layers.release(0)  # undo gradual unfreezing for the caller
+                self.layers.unfreeze_from(0)  # undo gradual unfreezing for the caller
                 self.strategy.release()
             return self._finish(stopped)
 
@@ -423,31 +425,31 @@ class Trainer:
         The same all-reduce tells all ranks about failures, a lost run directory and stop requests.
         """
         self.world.mark("data", self.state.step)
-        failure, batches, mine = None, [], [0.0, 0.0]
+        failure, batches, counts = None, [], [0.0, 0.0]
         try:
             batches = next(steps)
             if self.world.tp_rank == 0:
-                mine[0] = sum(float(self.objective.count(batch)) for batch in batches)
-                mine[1] = float(sum(self.objective.units(batch) for batch in batches))
+                counts[0] = sum(float(self.objective.count(batch)) for batch in batches)
+                counts[1] = float(sum(self.objective.units(batch) for batch in batches))
         except PretrainError as error:
             failure = error
         failing = self.saver.failed
-        lost = self.home is not None and self.home.lost(now=failing)
+        lost = self.run_directory is not None and self.run_directory.lost(now=failing)
         flags = [float(failure is not None), float(failing), float(lost), float(self.saver.written)]
-        count, tokens, failed, unsaved, homeless, written, *asked = self.world.all_reduce_sum(
-            [*mine, *flags, *self.stop.flags()]
+        count, tokens, failed, save_failed, directory_lost, written, *asked = (
+            self.world.all_reduce_sum([*counts, *flags, *self.stop.flags()])
         )
         if failed:
             self.world.raise_on_all_ranks(failure)
-        if homeless:
-            self._rescue()
-        if unsaved or written == self.world.size:
+        if directory_lost:
+            self._save_to_fallback()
+        if save_failed or written == self.world.size:
             self.world.mark("save", self.state.step)
-        if unsaved:
+        if save_failed:
             self.saver.wait()  # raises on all ranks, some of which may still be writing
         if written == self.world.size:
             self.saver.publish()
-        self.stop.settle(asked)
+        self.stop.agree(asked)
         return batches, count, int(tokens)
 
     @property
@@ -486,7 +488,7 @@ class Trainer:
         return True
 
     def run_eagerly(self, why: str) -> None:
-        """Go on without the compiler."""
+        """Replace the compiled blocks by eager ones."""
         self.objective.model.backbone.eager_blocks()
         self.compiled = False, why
 
@@ -547,7 +549,7 @@ class Trainer:
         self.plan.reserve = 1.0 + 1.2 * found.seconds
         self._restore_files()
         self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
-        if remark := self._cost.add(time.monotonic() - began, self):
+        if remark := self._evaluation_time.add(time.monotonic() - began, self):
             self.say(remark)
         if last:
             self.about |= ngram_baseline(self)
@@ -557,7 +559,7 @@ class Trainer:
         """Return the work of one evaluation in steps; 0 where each is worth its cost, as of figures that scatter."""
         if (
             self.train.monitor != "loss" or self.eval_data is None
-        ):  # the last loss is the best as a rule
+        ):  # usually the last loss is the best
             return 0.0
         rows = len(self.eval_data)
         return min(self.train.eval_rows or rows, rows) / (_STEP_WORK * self.train.batch_rows)
@@ -581,7 +583,7 @@ class Trainer:
         Raises:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
         """
-        self._check_home()
+        self._check_run_directory()
         return self._save(self.saver)
 
     def _save(self, saver: Saver) -> Path:
@@ -597,7 +599,7 @@ class Trainer:
         )
         with self.average.applied():
             state.probe_loss = self.probe()
-            measured = {} if state.owed or state.last_eval != state.step else self.metrics
+            measured = {} if state.eval_pending or state.last_eval != state.step else self.metrics
             about = {"objective": self.objective.record(), "metrics": measured}
             self.checkpoint = saver.save(
                 self.objective.model,
@@ -608,47 +610,49 @@ class Trainer:
                 keep=self.train.keep,
                 protect={state.best_step} if self.train.best and state.best_step else set(),
             )
-        gc.collect()  # cheap because the heap is frozen; automatic collection is off
+        gc.collect()  # cheap, because the heap is frozen; automatic collection is off
         return self.checkpoint
 
-    def _check_home(self) -> None:
-        """Save the run beside its directory, and end it, if that is gone; a collective."""
-        lost = float(self.home is not None and self.home.lost(now=True))
+    def _check_run_directory(self) -> None:
+        """Save the run to a fallback directory and end it if its own one is lost; a collective."""
+        lost = float(self.run_directory is not None and self.run_directory.lost(now=True))
         if any(self.world.all_reduce_sum([lost])):
-            self._rescue()
+            self._save_to_fallback()
         self._restore_files()
 
     def _restore_files(self) -> None:
-        """Write log and settings again if another program removed them from the run directory, which is there."""
-        if self.home is not None and not self.home.lost(now=True):
-            self.home.restore()
+        """Write log and settings again if another program removed them from the run directory."""
+        if self.run_directory is not None and not self.run_directory.lost(now=True):
+            self.run_directory.restore()
             self.journal.restore_log()
 
-    def _rescue(self) -> None:
-        """Save the run beside its directory, which is gone, and end it.
+    def _save_to_fallback(self) -> None:
+        """Save the run to a fallback directory, because its own one was deleted or renamed, and end it.
 
         Raises:
             TrainingError: always; the message names both directories.
         """
-        fate, refuge = self.world.broadcast_object(
-            ["", ""] if self.home is None else [self.home.fate(), str(self.home.refuge())]
+        happened, fallback = self.world.broadcast_object(
+            ["", ""]
+            if self.run_directory is None
+            else [self.run_directory.what_happened(), str(self.run_directory.fallback_path())]
         )
         self.world.mark("save", self.state.step)
         with contextlib.suppress(PretrainError):
             self.saver.wait()  # it may have failed to write to the lost directory
         layout = self.strategy.layout if self.world.size > 1 else None
-        self._save(Saver(refuge, layout=layout, peers=self.world.peers()))
-        if self.home is not None:
-            self.home.furnish(Path(refuge), self.journal.records)
+        self._save(Saver(fallback, layout=layout, peers=self.world.peers()))
+        if self.run_directory is not None:
+            self.run_directory.write_settings_and_log(Path(fallback), self.journal.records)
         raise TrainingError(
-            f"The run directory {self.out} was {fate} while the run was going on, so it ends here. Step "
-            f"{self.state.step:,} is saved with settings and log in {refuge}. To go on, give it the old name and start "
-            f"the same command again: mv {refuge} {self.out}"
+            f"The run directory {self.out} was {happened} while the run was going on, so it ends here. Step "
+            f"{self.state.step:,} is saved with settings and log in {fallback}. To go on, give it the old name and "
+            f"start the same command again: mv {fallback} {self.out}"
         )
 
     def asked_to_stop(self) -> bool:
         """Whether any rank has been asked to stop; must be called by all ranks, which get the same answer."""
-        self.stop.settle(self.world.all_reduce_sum(self.stop.flags()))
+        self.stop.agree(self.world.all_reduce_sum(self.stop.flags()))
         return self.stop.agreed is not None
 
     def _finish(self, stopped: str) -> Run:
@@ -658,7 +662,7 @@ class Trainer:
             self.save()
         self.world.mark("save", state.step)
         self.saver.wait()
-        self._check_home()
+        self._check_run_directory()
         if self.asked_to_stop():  # a signal may have arrived during the save
             stopped = self.stop.agreed or stopped
         best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint

@@ -19,7 +19,7 @@ from pretrain.nn.device import multiplies_bf16_fast
 from pretrain.nn.layout import local
 
 if TYPE_CHECKING:
-    from pretrain.distributed.whole_parameters import Parts
+    from pretrain.distributed.whole_parameters import MatrixCollectives
 
 __all__ = ["CautiousAdamW", "Muon", "orthogonalize"]
 
@@ -61,9 +61,9 @@ class Muon(torch.optim.Optimizer):
         momentum: coefficient of the Nesterov momentum.
         weight_decay: decoupled weight decay.
         cautious: weights decay only where the update has their sign.
-        parts: distributes the updates over ranks; None computes all of them here. Updates are of full matrices,
+        collectives: distributes the updates over ranks; None computes all of them here. Updates are of full matrices,
             even if parameters are sharded.
-        names: names of the parameters, for ``parts``.
+        names: names of the parameters, for ``collectives``.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         cautious: bool = False,
-        parts: Parts | None = None,
+        collectives: MatrixCollectives | None = None,
         names: Mapping[Tensor, str] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._parts, self._names, self._cautious = parts, dict(names or {}), cautious
+        self._collectives, self._names, self._cautious = collectives, dict(names or {}), cautious
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -111,18 +111,26 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(held, updates, alpha=-group["lr"] * scale)
 
     def _shape(self, p: Tensor) -> tuple[int, ...]:
-        return tuple(p.shape) if self._parts is None else self._parts.full_shape(self._names[p])
+        return (
+            tuple(p.shape)
+            if self._collectives is None
+            else self._collectives.full_shape(self._names[p])
+        )
 
     def _orthogonal(
         self, params: Sequence[Tensor], shards: Sequence[Tensor], first: int
     ) -> list[Tensor]:
         """Orthogonalise matrices of which this rank holds shards; return its shards of the results."""
-        if self._parts is None:
+        if self._collectives is None:
             return list(orthogonalize(torch.stack(list(shards))).unbind(0))
         names = [self._names[p] for p in params]
-        wholes = list(map(self._parts.assemble, names, shards))
+        wholes = list(map(self._collectives.assemble, names, shards))
         return list(
-            map(self._parts.cut_out, names, self._parts.shared_out(wholes, orthogonalize, first))
+            map(
+                self._collectives.own_shard,
+                names,
+                self._collectives.compute_distributed(wholes, orthogonalize, first),
+            )
         )
 
 

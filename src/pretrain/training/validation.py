@@ -15,7 +15,7 @@ from pretrain.training.state import RunState
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer
 
-__all__ = ["LOWER_IS_BETTER", "Cost", "Evaluation", "improves", "run_validation", "score"]
+__all__ = ["LOWER_IS_BETTER", "Evaluation", "EvaluationTime", "improves", "run_validation", "score"]
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae"})
 """Figures of which less is better; of all others more is."""
@@ -24,7 +24,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "mse", "rmse
 _DEAR, _SEEN = 0.1, 3
 
 
-class Cost:
+class EvaluationTime:
     """Time that evaluations take, beside that of the whole run since this process started it.
 
     Evaluations are never moved by it: which checkpoint is the best must not depend on the speed of the machine.
@@ -76,7 +76,7 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     limit = min(trainer.train.eval_rows or rows, rows)
     try:
         figures, seconds = _figures(trainer, limit)
-        state.last_eval, state.owed = state.step, False
+        state.last_eval, state.eval_pending = state.step, False
         before = state.best_score if state.monitor == trainer.train.monitor else math.inf
         improved = improves(state, figures, trainer.train.monitor, rows=limit, last=last)
         note = " (best)" if improved else ""
@@ -85,12 +85,12 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
         if last and limit < rows:
             (figures, seconds), note = _figures(trainer, rows), " on all rows"
     except EvaluationStopped:
-        state.owed = True  # repeated on resume, before the next step
+        state.eval_pending = True  # repeated on resume, before the next step
         trainer.say(f"asked to stop: the evaluation after step {state.step:,} is broken off")
         return None
     samples: list[str] = []
     trainer.world.mark("evaluate", state.step)
-    if strategy.speaks:
+    if strategy.generates_samples:
         plain = trainer.objective.model.backbone.uncompiled()
         with trainer.average.applied(), strategy.whole(), plain:
             samples = trainer.objective.preview(

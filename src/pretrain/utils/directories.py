@@ -32,9 +32,9 @@ __all__ = [
     "make_directories",
     "moved_aside",
     "publish",
+    "removal_errors_reported",
     "remove_tree",
     "replace",
-    "spared",
     "sweep",
     "temporary_directory",
     "temporary_name",
@@ -45,11 +45,11 @@ __all__ = [
 _TEMPORARY = re.compile(r"^\.pretrain-(new|old|gone)-(\d{1,10})-[0-9a-f]{8}-(.+)$")
 GRACE = 8.0  # seconds to wait until a network file system shows a directory created by another host
 _active: set[str] = set()  # temporary directories that threads of this process are writing
-_told: set[str] = set()  # paths that could not be removed and have been reported
+_reported: set[str] = set()  # paths that could not be removed and have been reported
 
 
 @contextlib.contextmanager
-def spared(path: Path) -> Iterator[None]:
+def removal_errors_reported(path: Path) -> Iterator[None]:
     """Report an OSError of a removal inside the block on stderr, once per path, instead of raising it.
 
     The next save tries again. Such an error must not end a run: the checkpoints to keep are durable by then, or not
@@ -60,8 +60,8 @@ def spared(path: Path) -> Iterator[None]:
     except FileNotFoundError:  # another process has removed it
         pass
     except OSError as error:
-        if str(path) not in _told:
-            _told.add(str(path))
+        if str(path) not in _reported:
+            _reported.add(str(path))
             where = "" if error.filename in (None, str(path)) else f" ({error.filename})"
             note(
                 f"{path} cannot be removed: {error.strerror or error}{where}. The next saves try again; on a network "
@@ -137,7 +137,7 @@ def publish(temporary: Path, target: Path) -> None:
         files.IO.rename(aside, target)
         raise
     fsync_directory(target.parent)
-    with spared(aside):
+    with removal_errors_reported(aside):
         remove_tree(aside)
 
 
@@ -151,16 +151,16 @@ def replace(temporary: Path, target: Path) -> None:
         publish(temporary, target)
         return
     fsync_directory(target.parent)
-    with spared(temporary):
+    with removal_errors_reported(temporary):
         remove_tree(temporary)
 
 
 def discard(path: Path) -> None:
-    """Delete a directory, renaming it first so that it is never seen half deleted; errors are handled by `spared`."""
+    """Delete a directory, renaming it first so that it is never seen half deleted; errors are only reported."""
     gone = temporary_name(path, "gone")
-    with spared(path):
+    with removal_errors_reported(path):
         files.IO.rename(path, gone)
-        with spared(gone):
+        with removal_errors_reported(gone):
             remove_tree(gone)
 
 
@@ -177,7 +177,7 @@ def moved_aside(directory: Path) -> dict[str, Path]:
 def sweep(directory: Path, *, name: str | None = None, exclusive: bool = False) -> list[str]:
     """Remove the leftovers of interrupted saves from `directory`; only names of the temporary pattern are touched.
 
-    A directory whose replacement was interrupted gets its name back. Errors are handled by `spared`.
+    A directory whose replacement was interrupted gets its name back. Errors are handled by `removal_errors_reported`.
 
     Args:
         directory: directory in which checkpoints are written.
@@ -197,7 +197,7 @@ def sweep(directory: Path, *, name: str | None = None, exclusive: bool = False) 
         pid = int(match[2])
         if not exclusive and pid != os.getpid() and _alive(pid):
             continue
-        with spared(path):
+        with removal_errors_reported(path):
             mode = os.lstat(path).st_mode
             if stat.S_ISREG(mode):
                 files.IO.unlink(path)

@@ -113,7 +113,7 @@ IO = FileIO()
 _MUTED: ContextVar[bool] = ContextVar("muted", default=False)
 
 
-_TOLD: set[str] = set()  # lines that were printed once
+_PRINTED: set[str] = set()  # lines that were printed once
 
 
 def note(text: str, *, once: bool = False) -> None:
@@ -123,10 +123,10 @@ def note(text: str, *, once: bool = False) -> None:
         text: the line.
         once: print it only the first time in this process, as it holds for every call.
     """
-    if not is_muted() and not (once and text in _TOLD):
+    if not is_muted() and not (once and text in _PRINTED):
         show(printable(text))
         if once:
-            _TOLD.add(text)
+            _PRINTED.add(text)
 
 
 @contextlib.contextmanager

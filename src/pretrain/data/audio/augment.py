@@ -42,7 +42,7 @@ class StoredClip:
         self._kept: tuple[str, NDArray[np.float32]] | None = None
 
     def seconds(self, rate: int) -> float:
-        """Return the length of the recording, whose rate is ``rate`` if it has none of its own."""
+        """Return the length of the recording in seconds; ``rate`` is used if the recording names none."""
         return self.count / (self.rate or rate)
 
     def values(self, processor: AudioProcessor) -> NDArray[np.float32]:

@@ -43,7 +43,7 @@ _ADVICE = "convert it to PCM of 16 bits (ffmpeg -i in.wav -c:a pcm_s16le out.wav
 
 
 class Sound(NamedTuple):
-    """Decoded audio: mono samples (n,) in float32, and samples per second; None for that of the model."""
+    """Decoded audio: mono samples (n,) in float32, and samples per second (None: the rate of the model)."""
 
     samples: NDArray[np.float32]
     rate: int | None

@@ -174,7 +174,7 @@ class Augmentation:
 
 
 def _pixels(given: Any) -> int:
-    """Return the number of pixels of an image; that of a large one if it has not been decoded."""
+    """Return the number of pixels of an image; one that has not been decoded counts as large."""
     array = given.pixels if isinstance(given, Stored) else given
     return math.prod(array.shape[:2]) if isinstance(array, np.ndarray) else _LARGE
 

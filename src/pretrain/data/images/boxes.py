@@ -59,9 +59,9 @@ _EXTENT = ("width", "height")  # of the image, beside columns of sides
 _OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "category": [...]}
 # Columns that hold places in pixels.
 PLACES = frozenset((_OBJECTS, *BOXES.known, *(name for names in _SIDES for name in names)))
-_KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # in such a mapping
+_KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # keys in such a mapping
 _FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
-_MOST_BYTES = 1 << 30  # of a file of annotations
+_MOST_BYTES = 1 << 30  # bytes of a file of annotations
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -369,7 +369,7 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 @cache
 def _pool(process: int, count: int) -> ThreadPoolExecutor:
-    """Return the threads of a process: one that was forked has none of those of its parent."""
+    """Return the thread pool of a process; a forked child cannot use the threads of its parent."""
     return ThreadPoolExecutor(count, thread_name_prefix=f"pretrain-images-{process}")
 
 

@@ -156,7 +156,7 @@ def _check_replaceable(target: Path) -> None:
         except (OSError, CheckpointCorrupt):
             ok = any(
                 image_file_names(part)[0] in held for part in IMAGE_PARTS
-            )  # damaged, among our files
+            )  # a damaged file among our own
         else:
             kind = manifest.get("kind") if isinstance(manifest, dict) else None
             ok = kind == KIND and len(held) > 1
@@ -188,7 +188,7 @@ def _existing(target: Path, fingerprint: str, say: Callable[[str], None]) -> Pre
 
 def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, list[Any]]]:
     """Return the rows of a part with their images under ``image``, and their other columns, ready for JSON."""
-    with muted():  # reading says the same again
+    with muted():  # reading would print the same notes again
         folders = mask_folders(source, name=_USES[part]) is not None
         boxes = not folders and _has_boxes(source, _USES[part])
     if folders or boxes:

@@ -69,7 +69,7 @@ _TRAIN = ("train", "training")
 _PARTS = dict.fromkeys(_TRAIN, "train") | {
     name: use for use, names in HELD_OUT.items() for name in names
 }
-# Which part of a source with several is read for which use; the first that it has.
+# Use of rows -> the names of parts that are read for it; the first one that a source has is taken.
 _FOR = {
     "train": ("train",),
     "validation": ("valid",),
@@ -91,7 +91,7 @@ _IDX = re.compile(r"(.*)images(.idx3)(.ubyte)(\.gz)?$")
 
 
 class ImageTable(Table):
-    """A table whose rows are called by their image or other file, such as its path."""
+    """A table whose rows are named in messages by the path of their image or other file."""
 
     def where(self, i: int) -> str:
         """Return the name of the file of row `i`."""
@@ -144,7 +144,7 @@ class Medium:
         return self.item(content, f"{path} ({name})" if path else name) if content else path
 
     def completed(self, item: FileItem, cell: Any, row: Mapping[str, Any]) -> FileItem:
-        """Return an item with what its cell, and the columns ``beside`` it in its row, say of how it is read."""
+        """Return an item with the reading options that its cell and the columns ``beside`` it give."""
         return item
 
     def column_of(
@@ -307,15 +307,15 @@ def check_exists(table: Table, i: int, item: FileItem, error: BrokenFile) -> Non
         ) from error
 
 
-def note_rows(table: Table, told: Mapping[str, list[int]], what: str) -> None:
-    """Print what is said of rows, text -> their numbers, in a line for each text; ``what`` calls the rows."""
-    for text, places in told.items():
+def note_rows(table: Table, remarks: Mapping[str, list[int]], what: str) -> None:
+    """Print one line for each remark (text -> the numbers of its rows); ``what`` names the rows."""
+    for text, places in remarks.items():
         first = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
         note(f"{len(places):,} {what} {text}: {first}")
 
 
 def note_names(place: Any, names: Sequence[str], what: str) -> None:
-    """Print how many files, if any, something is said of, and the first of their names."""
+    """Print the number and the first names of the files that a remark ``what`` is about, if there are any."""
     if names:
         note(f"{place}: {len(names):,} {what}: {shown(names, 4)}")
 

@@ -183,13 +183,13 @@ def file_examples(
         others: returns the other fields of a row by its index.
         medium: what the files hold.
     """
-    rows, told = [], dict[str, list[int]]()
+    rows, remarks = [], dict[str, list[int]]()
     for i, image, text in decoded(table, required=True, medium=medium):
         if text is not None:
-            told.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
+            remarks.setdefault(f"{'left out, ' * (image is None)}{text}", []).append(i)
         if image is not None:
             rows.append({medium.column: image, **others(i)})
-    note_rows(table, told, f"{what} rows")
+    note_rows(table, remarks, f"{what} rows")
     return rows
 
 
