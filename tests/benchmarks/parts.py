@@ -47,7 +47,7 @@ def packed(length: int) -> tuple[Run, Run]:
         ).sum().backward()
 
     def stock() -> None:
-        with mock.patch.object(attention, "pays", return_value=False):
+        with mock.patch.object(attention, "is_worthwhile", return_value=False):
             ours()
 
     return ours, stock

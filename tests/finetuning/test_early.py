@@ -107,7 +107,7 @@ def test_the_device_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) ->
         with using(interface), pytest.raises(ConfigError) as caught:
             choose_device("mps")
         said = str(caught.value)
-        assert said.startswith(f"{name} is 'mps'") and f"Use {fix}, or" in said
+        assert said.startswith(f"{name} is 'mps'") and f"Use {fix}." in said
 
 
 def test_every_figure_of_the_golden_runs_may_be_monitored() -> None:
