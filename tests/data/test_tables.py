@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.readers import Reading
 from pretrain.data.table_readers import delimited_texts
-from pretrain.data.tables import Table, read_table, splits, stream_chunks
+from pretrain.data.tables import Table, parts_of_file, read_table, splits, stream_chunks
 from pretrain.errors import DataError
 
 ROWS = [
@@ -418,7 +418,7 @@ def test_json_of_other_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr().err
     assert "'b' (1 of 3 rows" in told and f"'a' (1 of 3 rows, first: {path}:3)" in told
     refused(write(tmp_path, "b.json", '{"a": [1], "b": [1, 2]}'), "b.json: the columns differ")
-    refused(write(tmp_path, "c.json", '{"a": {"0": "x"}}'), "no table", "records")
+    refused(write(tmp_path, "c.json", '{"a": {"b": 1}, "c": 2}'), "no table", "records")
     refused(write(tmp_path, "d.json", '["x"]'), "row 1", "str")
     refused(write(tmp_path, "e.json", '[{"a": 1},\n {"a" 2}]'), "e.json:2:7")
     refused(write(tmp_path, "f.jsonl", '{"a": 1}\n{"a": NaN}\n'), "f.jsonl:2", "NaN")
@@ -430,6 +430,61 @@ def test_json_of_other_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(read_table(torn)) == 1 and "torn" in capsys.readouterr().err
     half = write(tmp_path, "l.jsonl", '{"a": ["\\ud83d"]}\n')
     assert read_table(half).row(0) == {"a": ["?"]}
+
+
+@pytest.mark.parametrize(
+    "orient", [None, "columns", "index", "split", "records", "table", "one row"]
+)
+def test_json_of_pandas(tmp_path: Path, orient: str | None) -> None:
+    """Rows stand in the order of the file, as pandas itself reads them."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"text": ["a", "b", "c"], "label": [2, 0, 1], "data": ["x", None, "z"]}, index=[5, 11, 2]
+    )
+    if orient == "one row":
+        frame, orient = frame[:1], None
+    path = tmp_path / "a.json"
+    frame.to_json(path, **({"orient": orient} if orient else {}))
+    told = pandas.read_json(path, **({"orient": orient} if orient else {}))
+    table = read_table(path)
+    assert [row["text"] for row in table.rows()] == list(told["text"])
+    for name in ("text", "label", "data"):
+        assert table.columns[name] == read_table(told).columns[name]
+    assert set(table.names) - {"index"} == {"text", "label", "data"}
+
+
+def test_json_of_pandas_that_is_ambiguous(tmp_path: Path) -> None:
+    cure = "orient='records'"
+    refused(write(tmp_path, "a.json", '[["a", 1], ["b", 0]]'), "without the names", cure)
+    refused(write(tmp_path, "b.json", '{"data": [["a", 1]]}'), "without the names", cure)
+    refused(write(tmp_path, "c.json", '{"0": {"0": "a"}}'), "rows or columns", cure)
+    refused(write(tmp_path, "d.json", '{"a": {"b": "c"}}'), "rows or columns", cure)
+    split = '{"columns": ["a", "b"], "data": [["x", 1], ["y"]]}'
+    refused(write(tmp_path, "e.json", split), "row 2 of", "1 values")
+    # An index by date, and rows of which one lacks a column.
+    path = write(tmp_path, "f.json", '{"2024-01-01": {"a": 1, "b": 2}, "2024-01-02": {"a": 3}}')
+    assert read_table(path).columns == {"a": [1, 3], "b": [2, None]}
+
+
+def test_json_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"train": ROWS, "dev": ROWS[:1], "test": ROWS[1:]}
+    path = write(tmp_path, "a.json", json.dumps(parts))
+    assert list(read_table(path, name="train").rows()) == ROWS
+    assert not capsys.readouterr().err
+    assert list(read_table(path, name="validation").rows()) == ROWS[:1]
+    assert list(read_table(path, name="test").rows()) == ROWS[1:]
+    assert list(read_table(path).rows()) == ROWS == list(read_table(parts).rows())
+    assert capsys.readouterr().err.count("'train' is used of 3 splits (not used: dev, test)") == 2
+    assert parts_of_file(path) == ["train", "valid", "test"] and parts_of_file(ROWS) == []
+    columns = write(tmp_path, "b.json", json.dumps({"train": {"text": ["a"]}, "test": []}))
+    assert read_table(columns).columns == {"text": ["a"]} and parts_of_file(columns) == ["train"]
+    one = write(tmp_path, "c.json", json.dumps({"test": ROWS}))
+    assert list(read_table(one).rows()) == ROWS
+    refused(
+        write(tmp_path, "d.json", json.dumps({"dev": ROWS, "test": ROWS})), "none called 'train'"
+    )
+    words = write(tmp_path, "e.json", '{"train": ["steam", "diesel"], "test": ["x", "y"]}')
+    assert read_table(words).names == ["train", "test"] and parts_of_file(words) == []
 
 
 def test_squad(tmp_path: Path) -> None:

@@ -224,6 +224,17 @@ def test_the_splits_of_one_object_are_used(form: str, held: str | None) -> None:
     assert opened(SPLITS[form](parts), test=rows[:3], valid=0.5).counts["test"] == 3
 
 
+def test_the_splits_of_a_json_file_are_used(tmp_path: Path) -> None:
+    rows, path = rows_of(60), tmp_path / "a.json"
+    parts = {"train": rows[:40], "dev": rows[40:50], "test": rows[50:]}
+    path.write_text(json.dumps(parts))
+    found, plain = opened(str(path)), opened(parts)
+    assert found.counts == plain.counts == {"train": 40, "valid": 10, "test": 10}
+    for name in found.counts:
+        assert getattr(found, name).columns == getattr(plain, name).columns
+    assert opened(path, test=rows[:3], valid=0.5).counts["test"] == 3
+
+
 def test_the_matched_parts_of_mnli_are_used() -> None:
     rows = rows_of(60)
     parts = {

@@ -15,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.spelling import option, option_name, reads_with
+from pretrain.data.json_shapes import (
+    HELD_OUT,
+    TRAIN,
+    may_hold_splits,
+    split_for,
+    splits_of,
+    unoriented,
+)
 from pretrain.data.paths import find_files
 from pretrain.data.readers import (
     COMPRESSIONS,
@@ -36,19 +44,15 @@ from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note
 
 __all__ = [
-    "Chunk", "Table", "held_out_splits", "in_chunks", "read_table", "shortened", "shown", "splits", "stream_chunks",
+    "Chunk", "Table", "held_out_splits", "in_chunks", "parts_of_file", "read_table", "shortened", "shown", "splits",
+    "stream_chunks",
 ]  # fmt: skip
 
 _EXAMPLE = '{"text": "...", "label": "..."}'
 _TRANSPOSED = 1024  # rows of a delimited file that are turned into columns at once
 _ENTRY = {"bytes", "path"}  # keys of an entry of the datasets library: an image, a recording
-_TRAIN = ("train", "training")
 _NAME = re.compile(r"[^\W\d][\w .#/-]{0,40}")  # a cell that may be the name of a column
 _NUMBER = re.compile(r"[+-]?\d[\d.,]*([eE][+-]?\d+)?")
-HELD_OUT = {
-    "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
-    "test": ("test", "testing", "test_matched"),
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -184,8 +188,10 @@ def read_table(
         encoding: encoding of a text file, such as ``cp1252``; None: UTF-8, or the encoding of the byte order mark.
 
     Returns:
-        A table of at least one row. JSON in the layout of SQuAD has the columns ``id, context, question, answers``,
-        ``.conll`` has ``tokens, ner_tags`` and ``.conllu`` has ``tokens, pos_tags``. Values are not converted, except
+        A table of at least one row. JSON is a list of objects, an object of columns, what ``to_json`` of pandas
+        writes (but ``orient="values"``, which has no names), or an object of splits, of which `name` chooses one; in
+        the layout of SQuAD it has the columns ``id, context, question, answers``. ``.conll`` has ``tokens, ner_tags``
+        and ``.conllu`` has ``tokens, pos_tags``. Values are not converted, except
         that NumPy values become Python values and missing values of pandas become None.
 
     Raises:
@@ -210,7 +216,7 @@ def splits(source: Any) -> dict[str, Any]:
     if not isinstance(source, Mapping) or not source:
         return {}
     # Strings are taken for paths only if a training split is named: the value of {"text": "a.b"} is no path.
-    named = any(part in _TRAIN for part in source)
+    named = any(part in TRAIN for part in source)
     kinds = (str, Path, Table) if named else (Path, Table)
     if all(
         isinstance(value, kinds) or _is_data(value) or (named and _is_rows(value))
@@ -223,7 +229,7 @@ def splits(source: Any) -> dict[str, Any]:
 def held_out_splits(source: Any) -> dict[str, tuple[str, Any]]:
     """Return the name and source of the splits for ``valid`` and ``test``, if a dict of splits has them."""
     parts, found = splits(source), {}
-    if not any(part in _TRAIN for part in parts):
+    if not any(part in TRAIN for part in parts):
         return {}
     for use, names in HELD_OUT.items():
         name = next((name for name in names if name in parts), None)
@@ -250,7 +256,7 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     parts = splits(source)
     if parts:
         part = next(
-            (p for p in (*_TRAIN, *parts) if p in parts and (p in _TRAIN or len(parts) == 1)), None
+            (p for p in (*TRAIN, *parts) if p in parts and (p in TRAIN or len(parts) == 1)), None
         )
         if part is None:
             raise DataError(
@@ -268,7 +274,7 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
             )
         return _resolve(parts[part], name, options)
     if isinstance(source, str | Path):
-        return _read_file(_one_file(source), **options)
+        return _read_file(_one_file(source), name, **options)
     extra = [key for key, value in options.items() if value is not None and key != "columns"]
     tuples = isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple)
     if extra or (options["columns"] is not None and not tuples):
@@ -430,7 +436,9 @@ def _one_file(source: str | Path) -> Path:
     return found[0]
 
 
-def _read_file(path: Path, format: str | None, encoding: str | None, **form: Any) -> Table:
+def _read_file(
+    path: Path, name: str, format: str | None, encoding: str | None, **form: Any
+) -> Table:
     """Read a file; ``form`` are the arguments of :func:`read_table` for CSV and TSV."""
     kind = _kind(path, format)
     if kind in ("csv", "tsv"):
@@ -443,7 +451,7 @@ def _read_file(path: Path, format: str | None, encoding: str | None, **form: Any
     if kind == "jsonl":
         return _json_lines(path, encoding)
     if kind == "json":
-        return _json(path, encoding)
+        return _json(path, name, encoding)
     if kind == "parquet":
         return _parquet(path)
     sentences = conll_sentences if kind == "conll" else conllu_sentences
@@ -676,7 +684,7 @@ def _json_lines(path: Path, encoding: str | None = None) -> Table:
     return _of_file(path, columns, lines)
 
 
-def _json(path: Path, encoding: str | None) -> Table:
+def _json(path: Path, name: str, encoding: str | None) -> Table:
     try:
         value = json_value(path, encoding)
     except DataError as error:
@@ -684,18 +692,53 @@ def _json(path: Path, encoding: str | None) -> Table:
             return _json_lines(path, encoding)
         raise
     if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-        if value and isinstance(value[0], dict) and "paragraphs" in value[0]:
-            return _squad(path, value)
+        rows = value["data"]
+        if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
+            return _squad(path, rows)
+    if parts := splits_of(value):
+        return _json_split(path, parts, name)
+    rows = unoriented(value, path)
+    if rows is value and isinstance(value, dict) and isinstance(value.get("data"), list):
+        rows = unoriented(value["data"], path)
+    return _json_table(path, rows)
+
+
+def parts_of_file(source: Any) -> list[str]:
+    """Return which of ``train``, ``valid`` and ``test`` a JSON file of splits has; of other sources none."""
+    if not may_hold_splits(source):
+        return []
+    try:
+        parts = splits_of(json_value(Path(source).expanduser(), None))
+    except DataError:  # it is raised again where the rows are read
+        return []
+    return [use for use in ("train", *HELD_OUT) if split_for(parts, use)]
+
+
+def _json_split(path: Path, parts: dict[str, Any], name: str) -> Table:
+    """Return the rows of a file of splits that are wanted as ``name``: its own split, else that of training."""
+    wanted = split_for(parts, name)
+    if name in ("validation", "test") and wanted is not None:
+        return _json_table(path, parts[wanted], f", split {wanted!r}")
+    if len(parts) > 1 and not set(parts) & set(TRAIN):
+        raise DataError(
+            f"{path} has the splits {', '.join(parts)} and none called 'train'. Write the one that is meant to a file "
+            "of its own."
+        )
+    tables = {split: _json_table(path, rows, f", split {split!r}") for split, rows in parts.items()}
+    return _resolve(tables, name, {})
+
+
+def _json_table(path: Path, value: Any, part: str = "") -> Table:
     if isinstance(value, list):
-        named = ((f"row {k} of {path}", row) for k, row in enumerate(value, start=1))
-        return _of_file(path, columns_of_rows(named, str(path)))
+        named = ((f"row {k} of {path}{part}", row) for k, row in enumerate(value, start=1))
+        return _of_file(path, columns_of_rows(named, f"{path}{part}"))
     if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         return _of_file(path, value)
     keys = f" with the keys {shown(list(value))}" if isinstance(value, dict) else ""
     raise DataError(
         f"{path} holds {type(value).__name__}{keys}, which is no table. Write a list of objects, an object of columns "
-        "of equal length, or questions in the layout of SQuAD (pandas: to_json(path, orient='records'))."
+        "of equal length, an object of splits, or questions in the layout of SQuAD (pandas: to_json(path, "
+        "orient='records'))."
     )
 
 

@@ -114,7 +114,7 @@ class ImageTask(Task):
 
     @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source, cls.medium)
+        return parts_of(source, cls.medium) or super().parts(source)
 
     def encode_inputs(
         self,

@@ -25,7 +25,7 @@ import torch
 
 from pretrain.data.labelled import Role, is_missing
 from pretrain.data.labels import LabelMap, spelled
-from pretrain.data.tables import read_table
+from pretrain.data.tables import parts_of_file, read_table
 from pretrain.data.task_rows import TaskEncoder, TaskRows, batches_by_length
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.nn.device import tokens_at_once
@@ -385,7 +385,7 @@ class Task(Objective):
     @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
         """Return which of ``train``, ``valid`` and ``test`` a file or folder has beside each other; none of most."""
-        return ()
+        return parts_of_file(source)
 
     def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
         """Return inputs of ``predict`` that only this task knows as a table by role, and whether they are one input.

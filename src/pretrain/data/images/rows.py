@@ -32,8 +32,9 @@ from pretrain.data.images.decode import (
     in_threads,
 )
 from pretrain.data.images.stored import Pixels, PreparedImages
+from pretrain.data.json_shapes import HELD_OUT
 from pretrain.data.paths import hidden, tar_files, walk
-from pretrain.data.tables import HELD_OUT, Table, read_table, shown
+from pretrain.data.tables import Table, read_table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.printing import console
 from pretrain.utils.files import is_muted, note

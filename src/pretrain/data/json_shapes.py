@@ -1,0 +1,106 @@
+"""Shapes in which a JSON file holds rows: the orientations of pandas, and an object of splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.encodings import open_text
+from pretrain.data.readers import table_kind
+from pretrain.errors import DataError
+
+__all__ = ["HELD_OUT", "TRAIN", "may_hold_splits", "split_for", "splits_of", "unoriented"]
+
+TRAIN = ("train", "training")
+HELD_OUT = {
+    "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
+    "test": ("test", "testing", "test_matched"),
+}
+_USES = {"train": TRAIN, **HELD_OUT}
+_SPLITS = [split for splits in _USES.values() for split in splits]
+_HEAD = 4096  # bytes, in which the first key of a file stands
+_FIRST_SPLIT = re.compile(rf'(?:\ufeff)?\s*{{\s*"(?:{"|".join(_SPLITS)})\w*"\s*:\s*[\[{{]')
+_INDEX = re.compile(r"-?\d[\d.:TZ+\- ]*")  # a key of an index of pandas: a number or a date
+_CURE = "Write a list of objects (pandas: to_json(path, orient='records'))."
+
+
+def may_hold_splits(source: Any) -> bool:
+    """Whether a source is a JSON file that may hold splits, by its first key; the file is not read further."""
+    if not isinstance(source, str | Path) or table_kind(Path(source)) != "json":
+        return False
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return False
+    try:
+        with open_text(path) as stream:
+            head = stream.read(_HEAD)
+    except DataError:  # it is reported when the rows are read
+        return False
+    return bool(_FIRST_SPLIT.match(head.decode("utf-8", "replace")))
+
+
+def splits_of(value: Any) -> dict[str, Any]:
+    """Return the splits, each with rows or columns, of an object with ``train`` or with usual names only; else {}."""
+    if not isinstance(value, dict) or not (set(value) & set(TRAIN) or set(value) <= set(_SPLITS)):
+        return {}
+    full = {split: rows for split, rows in value.items() if rows != []}
+    return full if full and all(map(_is_rows, full.values())) else {}
+
+
+def _is_rows(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(column, list) for column in value.values())
+    return isinstance(value, list) and isinstance(value[0], dict)
+
+
+def split_for(splits: Mapping[str, Any], name: str) -> str | None:
+    """Return the split for the rows ``name``, which are ``train``, ``validation``, ``test`` or others."""
+    use = {"validation": "valid"}.get(name, name)
+    return next((split for split in _USES.get(use, ()) if split in splits), None)
+
+
+def unoriented(value: Any, path: Path) -> Any:
+    """Return what pandas wrote by columns, by index or split as a list of rows or an object of columns.
+
+    Any other value is returned as it is.
+
+    Raises:
+        DataError: the rows are ambiguous, have no names, or differ in length.
+    """
+    if isinstance(value, list) and value and all(isinstance(row, list) for row in value):
+        raise DataError(f"{path} holds lists without the names of their columns. {_CURE}")
+    if not isinstance(value, dict) or not value:
+        return value
+    if {"columns", "data"} <= set(value) <= {"columns", "index", "data"}:
+        return _split(value, path)
+    if not all(isinstance(inner, dict) and inner for inner in value.values()):
+        return value
+    first = next(iter(value.values()))
+    outer, inner = (all(map(_INDEX.fullmatch, keys)) for keys in (value, first))
+    if outer and not inner:
+        return list(value.values())
+    columnar = all(column.keys() == first.keys() for column in value.values())
+    if inner and not outer and columnar:
+        return {name: [column[key] for key in first] for name, column in value.items()}
+    raise DataError(
+        f"{path} holds an object of objects, {next(iter(value))!r} and then {next(iter(first))!r}, of which the keys "
+        f"do not show whether they are rows or columns. {_CURE}"
+    )
+
+
+def _split(value: dict[str, Any], path: Path) -> Any:
+    names, rows = value["columns"], value["data"]
+    held = isinstance(names, list) and isinstance(rows, list)
+    if not held or not all(isinstance(row, list) for row in rows):
+        return value
+    names = list(map(str, names))
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{path} names the column {twice!r} twice. Rename one of them.")
+    for k, row in enumerate(rows, start=1):
+        if len(row) != len(names):
+            raise DataError(
+                f"row {k} of {path} has {len(row)} values, but 'columns' names {len(names)}. Correct this row."
+            )
+    return {name: [row[k] for row in rows] for k, name in enumerate(names)}
