@@ -20,7 +20,7 @@ import pretrain
 import tiny
 from pretrain.cli import main as cli
 from pretrain.data.row_writer import RowWriter
-from pretrain.data.tables import stream_chunks
+from pretrain.data.tables import read_table, stream_chunks
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.inference.predict import predict, predict_file, predict_with, task_of
@@ -399,6 +399,21 @@ def test_files_keep_order_and_columns(
         assert row["predicted_label"] == wanted["label"]
         assert float(row["score"]) == pytest.approx(wanted["score"], abs=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, target.name])
+
+
+@pytest.mark.parametrize("out", [".parquet", ".csv.gz", ".jsonl.gz"])
+def test_files_of_packed_answers(model: Model, tmp_path: Path, out: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    source = tmp_path / "rows.parquet"
+    pandas.DataFrame(ROWS).to_parquet(source)
+    plain = predict_file(model, source, tmp_path / "answers.jsonl", top_k=None, progress=False)
+    target = predict_file(model, source, tmp_path / f"answers{out}", top_k=None, progress=False)
+    found, wanted = read_table(target), read_table(plain)
+    assert found.names == wanted.names
+    if ".csv" not in out:
+        assert found.columns == wanted.columns
+    with pytest.raises(ConfigError, match=r"must end in .*\.parquet, \.jsonl\.gz"):
+        predict_file(model, source, tmp_path / "answers.xlsx.gz", progress=False)
 
 
 def test_other_formats_and_default_places(saved: Path, model: Model, tmp_path: Path) -> None:

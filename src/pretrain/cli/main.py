@@ -398,7 +398,7 @@ def _slurm(args: Any) -> None:
 _PREDICT: tuple[Option, ...] = (
     *checkpoint(text="run or model directory"),
     ("file", str, "rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)"),
-    ("--out", str | None, ".jsonl, .csv or .tsv; not given, beside FILE"),
+    ("--out", str | None, ".jsonl, .csv or .tsv (also .gz, .zst), or .parquet; not given, beside FILE"),
     ("--columns", dict[str, str], "column of each role, e.g. --columns.text review", {}),
     ("--task", str | None, "package.module:Class of the task, if it is your own"),
     ("--batch_rows", int, "examples in one forward pass", 64),

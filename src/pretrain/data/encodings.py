@@ -16,8 +16,8 @@ from pretrain.config.spelling import option, reads_with
 from pretrain.errors import DataError
 
 __all__ = [
-    "COMPRESSIONS", "check_encoding", "encoding_of_pages", "likely_encoding", "not_decodable", "open_packed",
-    "open_text",
+    "COMPRESSIONS", "check_encoding", "compressing", "encoding_of_pages", "likely_encoding", "not_decodable",
+    "open_packed", "open_text",
 ]  # fmt: skip
 
 COMPRESSIONS = (".gz", ".zst")
@@ -118,6 +118,30 @@ def open_packed(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
         raise
+
+
+@contextmanager
+def compressing(path: Path, stream: io.RawIOBase) -> Iterator[io.IOBase]:
+    """Yield what compresses into a stream according to the suffix of a path; the stream itself if by none.
+
+    Raises:
+        DataError: the library for the compression is missing.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        with gzip.GzipFile("", "wb", fileobj=cast(Any, stream), mtime=0) as packed:
+            yield packed
+    elif suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(
+                "writing .zst files needs the zstandard package: pip install zstandard"
+            ) from error
+        with zstandard.ZstdCompressor().stream_writer(cast(Any, stream), closefd=False) as frames:
+            yield cast(Any, frames)
+    else:
+        yield stream
 
 
 def check_encoding(name: str | None) -> str | None:

@@ -13,13 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+from pretrain.data.encodings import COMPRESSIONS, compressing
+from pretrain.data.parquet_rows import ParquetRows
+from pretrain.data.readers import table_kind
 from pretrain.errors import DataError
-from pretrain.utils.files import replacing, temporary_name
+from pretrain.utils.files import Sink, replacing, temporary_name
 from pretrain.utils.strict_json import without_nan
 
 __all__ = ["WRITABLE", "RowWriter"]
 
-WRITABLE = (".jsonl", ".csv", ".tsv")
+_TEXT = (".jsonl", ".csv", ".tsv")
+WRITABLE = (*_TEXT, ".parquet", *(f"{kind}{suffix}" for suffix in COMPRESSIONS for kind in _TEXT))
 _BUFFER = 64 << 10  # bytes
 # Most rows that are held back until the first answer, whose keys determine the columns.
 _MOST_WAITING = 100_000
@@ -27,7 +31,7 @@ _MASK = re.compile(r"\d{6,}\.png")
 
 
 class RowWriter:
-    """Write rows with their predictions to a .jsonl, .csv or .tsv file, which is created atomically at the end.
+    """Write rows with their predictions to a file of `WRITABLE`, which is created atomically at the end.
 
     The columns of the answers follow those of the rows; ``label`` is written as ``predicted_label``, and any other name
     that the rows already have gets the same prefix. A row without an answer has empty cells, or nulls. Masks are files
@@ -51,15 +55,22 @@ class RowWriter:
         self._stack = contextlib.ExitStack()
         self._lines: Any = None
         self._csv: Any = None
+        self._parquet: ParquetRows | None = None
 
     def __enter__(self) -> RowWriter:
-        self._stack.push(self._finish_masks)  # runs last, when the table is complete or removed
-        with self._saying():
-            file = self._stack.enter_context(replacing(self.path, buffer=_BUFFER))
-        self._lines = codecs.getwriter("utf-8")(cast(Any, file))
-        if self.path.suffix.lower() != ".jsonl":
-            mark = "," if self.path.suffix.lower() == ".csv" else "\t"
-            self._csv = csv.writer(self._lines, delimiter=mark, lineterminator="\n")
+        with self._saying(), contextlib.ExitStack() as stack:
+            stack.push(self._finish_masks)  # runs last, when the table is complete or removed
+            file = stack.enter_context(replacing(self.path, buffer=_BUFFER))
+            kind = table_kind(self.path)
+            if kind == "parquet":
+                self._parquet = stack.enter_context(ParquetRows(self.path, file))
+            else:
+                stream = stack.enter_context(compressing(self.path, Sink(file)))
+                self._lines = codecs.getwriter("utf-8")(cast(Any, stream))
+            if kind in ("csv", "tsv"):
+                mark = "," if kind == "csv" else "\t"
+                self._csv = csv.writer(self._lines, delimiter=mark, lineterminator="\n")
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -122,6 +133,9 @@ class RowWriter:
 
     def _put(self, row: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         added = {column: self._plain(answer.get(key)) for key, column in self.answers.items()}
+        if self._parquet is not None:
+            self._parquet.write(row, added)
+            return
         if self._csv is None:
             self._lines.write(_json({**row, **added}) + "\n")
             return

@@ -462,7 +462,9 @@ def predict_file(
         checkpoint: a run (its best checkpoint is used), a model directory, or a ``Model``.
         file: .csv .tsv .jsonl (read row by row), .json .parquet .conll (read whole), plain or compressed; for a model
             of images or audio also a folder of them, an image or a recording, or arrays (.npz).
-        out: .jsonl, .csv or .tsv; next to the input when None. The file appears once it is complete.
+        out: .jsonl, .csv or .tsv, plain, ``.gz`` or ``.zst``, or .parquet; next to the input when None. The file
+            appears once it is complete. The first 4,096 rows fix the columns and types of a .parquet file; lists and
+            objects are lists and structs, or JSON where their keys or types differ.
         columns: role -> column, for columns without a conventional name.
         batch_rows: examples in one forward pass.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"mps"``.
@@ -607,7 +609,7 @@ def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:
             if suffix.lower() in (*COMPRESSIONS, *TABLE_FORMATS):
                 stem = stem.removesuffix(suffix)
         target = source.with_name(
-            f"{stem}.predicted.{ending if f'.{ending}' in WRITABLE else 'jsonl'}"
+            f"{stem}.predicted.{ending if ending in ('csv', 'tsv') else 'jsonl'}"
         )
     else:
         target = Path(out)

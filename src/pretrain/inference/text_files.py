@@ -29,7 +29,7 @@ from pretrain.inference.predict import check_target, opened_model, row_bar, smal
 from pretrain.inference.vectors import Hit, search
 from pretrain.objectives.classification import TEXT
 from pretrain.objectives.tasks import read_texts
-from pretrain.utils.files import HashingFile, note, replacing
+from pretrain.utils.files import Sink, note, replacing
 
 __all__ = ["embed_file", "search_file", "texts_of_file"]
 
@@ -293,7 +293,7 @@ def _write_parquet(path: Path, count: int, parts: _Embedded) -> None:
             )
             table = table.append_column(_COLUMN, column)
             if output is None:
-                output = stack.enter_context(parquet.ParquetWriter(_Sink(file), table.schema))
+                output = stack.enter_context(parquet.ParquetWriter(Sink(file), table.schema))
             output.write_table(table)
 
 
@@ -302,21 +302,6 @@ def _taken(path: Path) -> str:
         f"The rows already have a column {_COLUMN!r}, so their vectors cannot be written to {path.name}. Rename it, or "
         "write .npy."
     )
-
-
-class _Sink(io.RawIOBase):
-    """Adapter of a ``HashingFile`` for pyarrow."""
-
-    def __init__(self, file: HashingFile) -> None:
-        self._target = file
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        """Append bytes."""
-        self._target.write(data)
-        return len(data)
 
 
 _WRITERS = {".npy": _write_array, ".jsonl": _write_json_lines, ".parquet": _write_parquet}

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import secrets
 import stat
@@ -20,7 +21,7 @@ from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, DataError
 from pretrain.printing import printable, show
@@ -29,6 +30,7 @@ __all__ = [
     "FileIO",
     "HashingFile",
     "Record",
+    "Sink",
     "check_output",
     "fsync_directory",
     "hash_file",
@@ -297,6 +299,22 @@ class HashingFile:
         self.close()
 
 
+class Sink(io.RawIOBase):
+    """A stream of Python that appends to a `HashingFile`, for libraries that write to one."""
+
+    def __init__(self, file: HashingFile) -> None:
+        self._target = file
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Append bytes and return their number."""
+        self._target.write(data)
+        return len(data)
+
+
 def write_file(path: Path, data: bytes) -> Record:
     """Write a new file durably and return its record."""
     with HashingFile(path) as file:
@@ -405,7 +423,7 @@ def check_output(target: Path, endings: Collection[str]) -> None:
         raise ConfigError(
             f"The output is no name of a file. Name one that ends in {', '.join(endings)}."
         )
-    if target.suffix.lower() not in endings:
+    if not target.suffix or not target.name.lower().endswith(tuple(endings)):
         raise ConfigError(f"The output {target} must end in {', '.join(endings)}.")
     if target.is_dir() or not target.parent.is_dir():
         what = "is a directory" if target.is_dir() else "lies in a directory that does not exist"
