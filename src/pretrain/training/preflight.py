@@ -377,9 +377,12 @@ def suggest(trainer: Trainer, epochs: float) -> str | None:
         and FEW_EPOCHS <= epochs <= MANY_EPOCHS
     ):
         return None
+    # Narrower models do not learn a text by heart in so few epochs; there these two cost more than they gain.
+    wide = trainer.objective.model.backbone.config.hidden_size >= 128
+    more = ", optim.weight_decay=1, dropout=0.1 in model.overrides" if wide else ""
     return (
-        f"hint: of text that is seen {epochs:.1f} times Muon learnt more in trials (optim.name=muon, optim.min_lr=0, "
-        "optim.weight_decay=1, dropout=0.1 in model.overrides)"
+        f"hint: of text that is seen {epochs:.1f} times Muon learnt more in trials (optim.name=muon, optim.min_lr=0"
+        f"{more})"
     )
 
 
