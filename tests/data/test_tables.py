@@ -318,6 +318,9 @@ def test_quotes_of_tsv_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ('text;"a, b, c"\n"x;\n;y";1\nz, z, z, z;2\n', {"text": "x;\n;y", "a, b, c": "1"}),
         ("text,a|b|c\nx,1\ny,2\n", {"text": "x", "a|b|c": "1"}),
         ("sep=;\ntext;a, b\nx;1\n", {"text": "x", "a, b": "1"}),
+        # A comma that divides all rows alike is the delimiter, whatever else texts hold.
+        ("text,joy;anger;fear\nx,1;0;0\ny,0;1;0\n", {"text": "x", "joy;anger;fear": "1;0;0"}),
+        ('text,b\n"x |y| z",1|0\n"x |y| z",0|1\n', {"text": "x |y| z", "b": "1|0"}),
         ("sep=-\r\ntext-label\r\nx-1\r\n", {"text": "x", "label": "1"}),
     ],
 )

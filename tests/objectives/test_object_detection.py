@@ -415,6 +415,11 @@ def test_a_category_of_coco_without_a_box_is_a_class(place: Path, tmp_path: Path
     known = ObjectDetection.learn(table, {})
     assert known.labels == ("bright", "cat", "dark") and known.strata is not None
     assert len(known.strata) == 2
+    # They may be many, beside which the boxes are few.
+    content["categories"] += [{"id": 100 + k, "name": f"class {k}"} for k in range(1200)]
+    (tmp_path / "many.json").write_text(json.dumps(content))
+    many = ObjectDetection.gathered(ObjectDetection.read(tmp_path / "many.json"), {})
+    assert len(ObjectDetection.learn(many, {}).labels or ()) == 1203
     # A run that an earlier version began without it keeps its classes.
     for chosen in ({"labels": list(NAMES)}, {"begun_labels": NAMES}):
         assert ObjectDetection.learn(table, chosen).labels == NAMES

@@ -313,6 +313,35 @@ def test_targets_that_single_precision_does_not_tell_apart_are_learned(
     assert np.mean(np.abs(said - truth)) < 0.7 * spread
 
 
+def test_a_trained_head_goes_on_in_its_own_unit(tmp_path: Path) -> None:
+    """Whether its answers are standardised is a matter of its targets, not of those that follow."""
+    near = [{"text": r["text"], "label": float(len(r["text"]))} for r in rows_of(40)]
+    far = [{**r, "label": 1.7e9 + 300 * r["label"]} for r in near]
+    for first, then in ((near, far), (far, near)):
+        base = tmp_path / f"base-{first is far}"
+        pretrain.finetune(model_of(), first, "regression", out=base, **QUICK)
+        told = pretrain.load(base, quiet=True).predict("a cat")["score"]
+        result = pretrain.finetune(
+            base, then, "regression", out=tmp_path / f"next-{first is far}",
+            **{**QUICK, "limit": "1 steps", "lr": 1e-12},
+        )  # fmt: skip
+        assert result.task.standard == (first is far)
+        answer = result.predict("a cat")["score"]
+        assert answer == pytest.approx(told, rel=1e-6)
+
+
+def test_a_class_of_the_caller_need_not_know_what_its_base_learns_now() -> None:
+    class Own(Regression):
+        def __init__(self, model: Any, *, center: float = 0.0, scale: float = 1.0) -> None:
+            super().__init__(model, center=center, scale=scale)
+
+    rows = read_table([{"text": "a", "label": 1.7e9}, {"text": "b", "label": 1.7e9 + 300}])
+    assert "standard" not in Own.learn(rows, {}).options
+    assert Regression.learn(rows, {}).options["standard"]
+    # Nor does a run that began without it.
+    assert "standard" not in Regression.learn(rows, {"begun_objective": {}}).options
+
+
 def test_a_tiny_difference_is_no_constant() -> None:
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1e-300}]
     found = Regression.learn(read_table(rows), {}).options

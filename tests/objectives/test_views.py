@@ -241,6 +241,20 @@ def test_the_last_norm_takes_over_mean_and_scale_of_the_features(kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_began_without_it_keeps_its_norm(kind: str) -> None:
+    goal = objective(kind).train()
+    record = goal.describe()
+    assert record["centred"]
+    goal.continue_from({key: value for key, value in record.items() if key != "centred"})
+    before = goal.model.backbone.final_norm.weight.detach().clone()
+    goal(batch_of(goal))
+    with torch.no_grad():
+        goal.after_step()
+    assert torch.equal(goal.model.backbone.final_norm.weight, before)
+    assert not goal.describe()["centred"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_views_of_images_depend_on_the_row_alone(kind: str) -> None:
     goal = objective(kind, crop=0.4, flip=True)
     images = [

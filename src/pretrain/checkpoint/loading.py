@@ -53,6 +53,7 @@ __all__ = [
     "load",
     "named_classes",
     "open_described",
+    "recorded_objective",
     "report_line",
 ]
 
@@ -267,6 +268,15 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
     except (PretrainError, OSError, ValueError, TypeError, LookupError):
         return None, ()
     return kind, () if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels
+
+
+def recorded_objective(path: str | Path) -> Mapping[str, Any]:
+    """Return the record of the objective of a checkpoint as ``named_classes`` does; empty if there is none."""
+    try:
+        record = _configuration(path)["pretrain"]["objective"]
+    except (PretrainError, OSError, ValueError, TypeError, LookupError):
+        return {}
+    return record if isinstance(record, Mapping) else {}
 
 
 def kind_and_family(path: str | Path) -> tuple[str | None, type[Backbone] | None]:

@@ -249,7 +249,8 @@ def delimiter_of(
             widths = widths[:1] + widths[1:-1]
         if widths[:1] <= [1]:
             continue
-        if mark == "\t" == usual:
+        # The usual mark is right where it divides all rows alike, whatever other marks texts hold.
+        if mark == usual and (mark == "\t" or len({*widths}) == 1 < len(widths)):
             return usual
         fit = (widths.count(widths[0]), widths[0])
         if fit > most:

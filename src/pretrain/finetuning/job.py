@@ -35,6 +35,7 @@ from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import TuneConfig, rate_of_muon
 from pretrain.finetuning.start import (
     automatic_lr,
+    begun_as,
     check_fits,
     classes_of,
     earlier_lr,
@@ -72,6 +73,7 @@ from pretrain.utils.imports import call_named
 if TYPE_CHECKING:
     from pretrain.data.tables import Table
     from pretrain.data.task_rows import TaskRows
+    from pretrain.objectives.tasks import Learned
     from pretrain.training.state import Changed, Run
 
 __all__ = ["Job"]
@@ -144,8 +146,9 @@ class Job:
                 source = began_with(source, Path(settings.train.out))
         check_fits(source, task)
         out = Path(settings.train.out) if settings.train.out else None
-        begun = classes_of(out, task) if out is not None and has_begun(out) else None
-        data = open_data(settings, objects, task, classes_of(source, task), begun)
+        data = open_data(
+            settings, objects, task, classes_of(source, task), begun_as(out, task, source)
+        )
         job = cls(source, settings, data, task, quiet)
         if isinstance(source, Model):  # all of its kind have one name in the settings
             job.weights = current_world().broadcast_result(
@@ -162,8 +165,7 @@ class Job:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
                 job.source = began_with(source, out)
-            begun = classes_of(out, task) if has_begun(out) else None
-            if begun and tuple(begun) != tuple(data.learned.labels or begun):
+            if (begun := begun_as(out, task)) and not _as_begun(data.learned, begun):
                 return cls.open(model, settings, objects, quiet=quiet)
         return job
 
@@ -199,7 +201,12 @@ class Job:
         if not scratch:
             self.weights = self.weights or hash_weights(model, opened=True)
         before = write_counts(model)
-        options = {**learned.options, **settings.task.options}
+        learnt = {
+            key: value
+            for key, value in learned.options.items()
+            if key != "label_form" or self.task.takes(key)
+        }
+        options = {**learnt, **settings.task.options}
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         options["max_length"] = settings.data.max_length
         task: Task = call_named(self.task, options, settings.spell, model)
@@ -567,7 +574,7 @@ class Job:
             task.prepare_reference(part)
         # In the directory that this job has locked, where the next one that locks it removes what a kill leaves.
         world, name = current_world(), temporary_name(Path(self.settings.train.out, "trial"), "new")
-        out = Path(world.broadcast_object(os.fspath(name)))
+        out = Path(world.broadcast_result(lambda: os.fspath(name)))
         try:
             run = self.trainer(
                 task, rows, None, out=out, rates=rates, limit=limit, seed=seed, save=False
@@ -604,3 +611,12 @@ def _measured(table: Table, rows: TaskRows | None) -> Table:
     if rows is None or not rows.dropped:
         return table
     return table.take(sorted(set(rows.owners)))
+
+
+def _as_begun(learned: Learned, begun: Mapping[str, Any]) -> bool:
+    """Whether the rows give what a run has begun with; an earlier version may have read them otherwise."""
+    labels = begun.get("begun_labels")
+    same = labels is None or tuple(labels) == tuple(learned.labels or labels)
+    return same and bool(begun["begun_objective"].get("standard")) == bool(
+        learned.options.get("standard")
+    )

@@ -77,7 +77,7 @@ def open_data(
     objects: Mapping[str, Any],
     task: type[Task],
     labels: Sequence[str] | None = None,
-    begun: Sequence[str] | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> Data:
     """Read the sources that the settings name, or the objects that were given instead.
 
@@ -86,7 +86,7 @@ def open_data(
         objects: ``train``, ``valid`` and ``test`` if they are not paths: lists, frames, data sets.
         task: task class, which defines the required columns and derives the labels.
         labels: classes of the checkpoint, if it already has the head of the task.
-        begun: classes of the run, if it has begun.
+        begun: what ``begun_as`` returns for the run.
 
     Raises:
         DataError: nothing to read, a missing column, or invalid labels; the message names the row.
@@ -102,8 +102,7 @@ def open_data(
     options = dict(settings.task.options)
     if labels is not None and "labels" not in options:
         options["checkpoint_labels"] = labels
-    if begun is not None:
-        options["begun_labels"] = begun
+    options |= begun or {}
     learned = task.learn(train, options)
     every = train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}

@@ -6,15 +6,17 @@ import copy
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.loading import kind_and_family, named_classes
+from pretrain.checkpoint.loading import kind_and_family, named_classes, recorded_objective
 from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
 from pretrain.models.heads import LABELLED
 from pretrain.nn.buffers import stored_tensors
+from pretrain.training.run import has_begun
 from pretrain.training.starting_model import open_source
 from pretrain.utils.files import note
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "automatic_lr",
+    "begun_as",
     "classes_of",
     "earlier_lr",
     "freeze",
@@ -121,6 +124,21 @@ def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
     else:
         return None
     return labels if kind == task.head_kind and len(labels) > 1 else None
+
+
+def begun_as(out: Path | None, task: type[Task], source: Any = None) -> dict[str, Any]:
+    """Return what ``Task.learn`` is told of a run that has begun: ``begun_labels`` and ``begun_objective``.
+
+    A run that begins with a directory ``source`` whose head was trained for the same task goes on with its objective.
+    """
+    if out is None or not has_begun(out):
+        record = (
+            recorded_objective(os.fspath(source)) if isinstance(source, str | os.PathLike) else {}
+        )
+        return {"begun_objective": record} if record.get("name") == task.__name__ else {}
+    kind, labels = named_classes(out)
+    found: dict[str, Any] = {"begun_objective": recorded_objective(out)}
+    return found | ({"begun_labels": labels} if labels and kind == task.head_kind else {})
 
 
 def write_counts(model: Model) -> dict[int, int]:

@@ -293,6 +293,9 @@ class Objective(nn.Module):
         """
         return {"name": type(self).__name__}
 
+    def continue_from(self, record: Mapping[str, Any]) -> None:
+        """Take over what no argument says from the ``record`` of a checkpoint with which training goes on."""
+
     def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
         """Whether an argument that ``record`` gave for a checkpoint means what it gives now.
 

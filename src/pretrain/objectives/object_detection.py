@@ -37,7 +37,7 @@ from pretrain.data.images.draw import colour, with_boxes
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata, make_tag_map
-from pretrain.data.labels import LabelMap, flattened
+from pretrain.data.labels import LabelMap, exact_number, flattened
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
@@ -141,13 +141,13 @@ class ObjectDetection(ImageTask):
         different = list(dict.fromkeys(str(label).strip() for row in rows for label in row))
         if not different:
             raise DataError(f"{table.name}: none of the {len(table):,} rows has a box.")
-        listed = list[list[Any]]()
+        unused: list[str] = []
         if isinstance(table, BoxTable) and not (given or checkpoint):
             # Classes without a box are learned too, but not by a run that an earlier version began without them.
             begun = options.get("begun_labels")
-            classes = [name for name in table.categories if begun is None or name.strip() in begun]
-            listed = [classes]
-            different = list(dict.fromkeys([*different, *map(str.strip, classes)]))
+            classes = dict.fromkeys(map(str.strip, table.categories))
+            unused = [c for c in classes if c not in different and (begun is None or c in begun)]
+            different += unused
         one = given or different
         if len(one) == 1 and not isinstance(one, str) and not checkpoint and not names:
             # One class is enough here, because a place may also be no object. A list names the class or its number;
@@ -156,14 +156,14 @@ class ObjectDetection(ImageTask):
             if not isinstance(one, Mapping) and len(different) == 1 and different[0].isdigit():
                 key = different[0]
             known = LabelMap((str(name).strip(),), {str(key).strip(): 0})
+        elif unused:
+            numbers = {name: exact_number(name) for name in different}
+            by_size = None not in numbers.values()
+            labels = tuple(sorted(different, key=lambda c: (numbers[c] if by_size else 0, c)))
+            known = LabelMap(labels, {label: k for k, label in enumerate(labels)})
         else:
             known, _ = make_tag_map(
-                [*rows, *listed],
-                given,
-                names=names,
-                checkpoint=checkpoint,
-                where=table.where,
-                column="label",
+                rows, given, names=names, checkpoint=checkpoint, where=table.where, column="label"
             )
         strata = label_strata([[str(label) for label in row] for row in rows])
         boxes = sum(map(len, rows))

@@ -84,13 +84,19 @@ class Regression(Task):
             raise ConfigError(
                 f"center is {center} and scale is {scale}; both must be finite, and scale above 0."
             )
+        head = model.head
+        new = "head.classifier.weight" in model.fresh and getattr(head, "unit", 1.0) == 1.0
+        before = model.provenance.get("objective")
+        if not new and isinstance(before, Mapping) and before.get("name") == type(self).__name__:
+            # A head that has been trained goes on answering in the unit in which it was.
+            standard = bool(before.get("standard"))
+            if standard:
+                center, scale = before["center"], before["scale"]
         self.center, self.scale, self.standard = center, scale, standard
         # An answer is origin + unit * output, so that the outputs have a mean and a standard deviation.
         self.origin, self.unit = (center, scale) if standard else (0.0, 1.0)
         middle, spread = (center - self.origin) / self.unit, scale / self.unit
         model.extra_config["problem_type"] = "regression"
-        head = model.head
-        new = "head.classifier.weight" in model.fresh and getattr(head, "unit", 1.0) == 1.0
         if isinstance(head, SequenceHead):
             head.set_unit(spread, rescale=not new)
         bias = dict(model.named_parameters()).get("head.classifier.bias")
@@ -113,7 +119,14 @@ class Regression(Task):
         learned = Learned(("LABEL_0",), options={"center": middle, "scale": spread})
         single = np.float32(np.abs(values).max())
         step = max(float(np.spacing(single)), float(np.finfo(np.float32).tiny))
-        if step > _COARSE * spread:
+        begun = options.get("begun_objective")  # an earlier version began without this option
+        asked = cls.takes("standard") and (begun is None or bool(begun.get("standard")))
+        if step > _COARSE * spread and not asked:
+            learned.notes.append(
+                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), but answers there "
+                f"are in single precision, in steps of {step:.3g}: subtract {middle:.10g} from the targets"
+            )
+        elif step > _COARSE * spread:
             learned.options["standard"] = True
             learned.notes.append(
                 f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), which single "

@@ -399,6 +399,12 @@ class Task(Objective):
         return False
 
     @classmethod
+    def takes(cls, option: str) -> bool:
+        """Whether the class has an argument; a class of the caller need not have those that its base got later."""
+        known = inspect.signature(cls.__init__).parameters
+        return option in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+    @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         """Derive from the training rows what must be known before the model is built.
 
@@ -406,7 +412,7 @@ class Task(Objective):
             table: the training rows, columns named by role.
             options: task arguments that the caller gave, including those of ``row_options``; ``labels`` is the class
                 order, ``checkpoint_labels`` that of a checkpoint with the head of this task, ``begun_labels`` that of
-                the run if it has begun.
+                the run if it has begun, and ``begun_objective`` the record of its objective.
 
         Raises:
             DataError: the targets are not valid for this task; the message names rows.

@@ -91,6 +91,7 @@ class Views(Objective):
         self.augmentation = Augmentation(crop, flip, randaugment)
         self.projector = _perceptron(model.backbone.config.hidden_size, projection)
         self._seen: tuple[Tensor, Tensor] | None = None  # mean and variance of the features
+        self.centred = True  # not in runs that an earlier version began
         # Counted now, because sharded parameters have fewer.
         self._weights = sum(p.numel() for p in self.projector.parameters())
 
@@ -132,7 +133,7 @@ class Views(Objective):
 
     def after_step(self) -> None:
         """Move the last norm of the backbone towards features of mean 0 and variance 1; the loss stays as it is."""
-        norm: Any = self.model.backbone.output_norm
+        norm: Any = self.model.backbone.output_norm if self.centred else None
         if norm is None or self._seen is None or not norm.weight.requires_grad:
             return
         mean, variance = self._seen
@@ -149,9 +150,12 @@ class Views(Objective):
         return [f"{self.views} random views of every image are compared"]
 
     def describe(self) -> dict[str, Any]:
-        """Name, changes that make the views, and the arguments that ``described`` names."""
-        own = {name: getattr(self, name) for name in self.described}
+        """Name, changes that make the views, arguments that ``described`` names, whether features are centred."""
+        own = {name: getattr(self, name) for name in (*self.described, "centred")}
         return {**super().describe(), **vars(self.augmentation), **own}
+
+    def continue_from(self, record: Mapping[str, Any]) -> None:
+        self.centred = bool(record.get("centred"))
 
 
 class LeJEPA(Views):

@@ -213,6 +213,7 @@ def check_objective(objective: Objective, checkpoint: Path) -> None:
                 f"{_short(now[key])}, so it would go on with another loss. Restore the objective, or use a new "
                 "train.out."
             )
+    objective.continue_from(before)
 
 
 def _values(
