@@ -129,7 +129,7 @@ TASKS: dict[str, tuple[str, int, str, Callable[[], Parts], dict[str, Any]]] = {
     "ag_news 2000": ("classification", 2000, "accuracy", lambda: _plain("ag_news"), {}),
     "pros_cons 200": ("classification", 200, "accuracy", lambda: _plain("pros_cons"), {}),
     "pros_cons 6000": ("classification", 6000, "accuracy", lambda: _plain("pros_cons"), {}),
-    "movie_reviews": ("classification", 1600, "accuracy", _movies, {"max_length": 192}),
+    "movie_reviews": ("classification", 1600, "accuracy", _movies, {"max_length": 512}),
     "sms_spam 500": ("classification", 500, "macro_f1", lambda: _plain("sms_spam"), {}),
     "banking77 1000": ("classification", 1000, "accuracy", lambda: _plain("banking77"), {}),
     "sick entailment": (
