@@ -21,6 +21,7 @@ from pretrain.checkpoint.best import (
     SWEEP,
     best_first,
     rates_of_run,
+    run_around,
     training_checkpoint,
     write_choice,
 )
@@ -132,6 +133,20 @@ def test_a_result_without_a_manifest_is_not_used_and_named(
     capfd.readouterr()
     assert Path(str(load(run, quiet=True).source)).name == "checkpoint-5"
     assert "model has no manifest.json" in capfd.readouterr().err
+
+
+def test_only_opening_a_run_speaks_of_its_files(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "plain" / "model"  # a directory of other software with the name of a result
+    load(run / "checkpoint-5", quiet=True).save(plain)
+    (plain / "manifest.json").unlink()
+    capfd.readouterr()
+    assert run_around(plain) is None and best_first(plain.parent) == []
+    (run / BEST).write_text("{")
+    for path in (run, run / "checkpoint-5", run / "checkpoint-7", run / "model"):
+        assert run_around(path) == run
+    assert capfd.readouterr().err == ""
 
 
 def test_a_run_that_goes_on_may_have_a_better_checkpoint(run: Path) -> None:

@@ -89,12 +89,12 @@ def best_first(run_dir: Path) -> list[Path]:
     """
     found, result = manifest.candidates(run_dir), _result(run_dir)
     model = run_dir / RESULT
-    if not result and any(
-        os.path.lexists(model / name) for name in ("config.json", manifest.ADAPTER_CONFIG)
-    ):
+    names = ("config.json", manifest.ADAPTER_CONFIG)
+    # Without checkpoints the directory is no run, and a folder with this name may be anything.
+    if found and not result and any(os.path.lexists(model / name) for name in names):
         note(
             f"{model} has no {manifest.NAME}, which the result of a run has. It is not used; a checkpoint of the run "
-            "is, if there is one."
+            "is."
         )
     path, known = run_dir / BEST, {checkpoint.name for checkpoint in found}
     known |= {f"checkpoint-{step}" for step in result.values()}
@@ -132,7 +132,7 @@ def run_around(path: Path) -> Path | None:
     """Return the run that ``path`` is or is a checkpoint or the result of, whether that exists or not; else None."""
     inside = path.name == RESULT or manifest.step_of(path.name) is not None
     run = path.parent if inside else path
-    return run if run.is_dir() and best_first(run) else None
+    return run if run.is_dir() and (manifest.candidates(run) or _result(run)) else None
 
 
 def training_checkpoint(path: Path) -> Path:
