@@ -27,7 +27,7 @@ def fails(made: Trainer, kind: type[BaseException] = PretrainError) -> None:
         made.fit(begin)
 
 
-def stop(*_: Any) -> None:
+def stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -39,6 +39,11 @@ def test_failures_before_the_run_begins(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr("pretrain.training.trainer.preflight", stop)
         fails(trainer(out), KeyboardInterrupt)
     assert not out.exists()
+    for part in ("write_tensors", "Record", "manifest.write_manifest", "directories.publish"):
+        with monkeypatch.context() as patch:  # while the model is saved and loaded again
+            patch.setattr(f"pretrain.checkpoint.saving.{part}", stop)
+            fails(trainer(out), KeyboardInterrupt)
+        assert not out.exists(), part
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "trackio", None)  # found, and cannot be imported
         fails(trainer(out, loggers=["trackio"]))

@@ -116,10 +116,13 @@ def save_model(
             repository=repository,
         )
     unfinished = _Unfinished(target, draft, peers)
-    unfinished.write()
-    unfinished.agree()
-    with errors_on_all_ranks(peers):
-        unfinished.publish()
+    try:
+        unfinished.write()
+        unfinished.agree()
+        with errors_on_all_ranks(peers):
+            unfinished.publish()
+    finally:
+        unfinished.discard()  # after an interrupt, too
     return target
 
 
