@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -185,18 +186,25 @@ def test_who_asks_again_after_a_while_is_heard(
         ("deleted", True, "1 steps"),
         ("renamed", True, "0 steps"),
         ("replaced", False, "1 steps"),
+        ("emptied", False, "0 steps"),
+        ("half emptied", True, "1 steps"),
     ],
 )
 def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
     tmp_path: Path, how: str, background: bool, save_every: str
 ) -> None:
-    out, away = tmp_path / "run", tmp_path / "away"
+    out, away = tmp_path / "a run", tmp_path / "away"
     whole = trainer(tmp_path / "whole", objective(), Rows(8)).fit()
 
     def take_away(record: Any) -> None:
         if record["step"] == 5:
             if how == "deleted":
                 shutil.rmtree(out, ignore_errors=True)  # a save may be going on in it
+            elif "emptied" in how:
+                for name in ("run.lock", "log.jsonl", "run.yaml"):
+                    (out / name).unlink()
+                if how == "half emptied":
+                    (out / "mine").write_text("kept")
             else:
                 out.rename(away)
             if how == "replaced":
@@ -204,16 +212,17 @@ def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
 
     train = {"save_every": save_every, "async_save": background}
     task = trainer(out, objective(), Rows(8), hooks=[take_away], **train)
-    with pytest.raises(TrainingError, match="was deleted|was renamed") as caught:
+    with pytest.raises(TrainingError, match=r"was (deleted|renamed|emptied) ") as caught:
         task.fit(lambda: (out / "run.yaml").write_text("settings"))
-    fallback = tmp_path / "run.rescued-1"
-    assert str(fallback) in str(caught.value)
-    assert (str(away) in str(caught.value)) == (how != "deleted")
+    fallback, said = tmp_path / "a run.rescued-1", str(caught.value)
+    assert str(fallback) in said and (str(away) in said) == (how in ("renamed", "replaced"))
+    assert ("was emptied" in said) == ("emptied" in how)
     assert (fallback / "run.yaml").read_text() == "settings"
-    shutil.rmtree(out, ignore_errors=True)
-    fallback.rename(out)
-    assert trainer(out, objective(), Rows(8)).fit().step == 12
-    assert losses(out) == losses(whole.path)
+    subprocess.run(said.rpartition("again: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert how != "half emptied" or (tmp_path / "a run.other" / "mine").read_text() == "kept"
+    began: list[Any] = []
+    assert trainer(out, objective(), Rows(8), hooks=[began.append]).fit().step == 12
+    assert all(r["step"] > 5 for r in began) and losses(out) == losses(whole.path)
 
 
 @pytest.mark.parametrize("kind", ["removed", "folder", "cut"])

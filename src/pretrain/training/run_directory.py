@@ -1,4 +1,4 @@
-"""Run directory: removal of a new one after a failed start, and fallback for one that is deleted or renamed.
+"""Run directory: removal of a new one after a failed start, and fallback for one that is deleted, emptied or renamed.
 
 A new directory is removed if the run fails before its first step. A run whose directory disappears saves its last
 checkpoint in a fallback directory beside it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,7 +100,10 @@ class RunDirectory:
         return not any(os.path.lexists(self.path / name) for name in (runlock.NAME, "log.jsonl"))
 
     def what_happened(self) -> str:
-        """Return "renamed to PATH", or "deleted or renamed" where the system does not say which."""
+        """Return "emptied", "renamed to PATH", or "deleted or renamed" where the system does not say which."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(self.path)):
+                return "emptied (run.lock and log.jsonl are gone)"
         with contextlib.suppress(OSError):
             now = os.readlink(f"/proc/self/fd/{self._descriptor}")
             if os.fstat(self._descriptor).st_nlink and os.path.isdir(now):
@@ -109,6 +113,19 @@ class RunDirectory:
     def fallback_path(self) -> Path:
         """Return an unused path beside the run directory, for the checkpoint of a run that has lost it."""
         return unused(self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
+
+    def way_back(self, fallback: Path) -> str:
+        """Return the command that gives the fallback directory the name of the run; what is in its place stays whole.
+
+        A directory that is empty is removed here, because `mv` would move the fallback directory into it.
+        """
+        with contextlib.suppress(OSError):
+            os.rmdir(self.path)
+        moves = [(fallback, self.path)]
+        if os.path.lexists(self.path):
+            names = (f"{self.path.name}.other{k or ''}" for k in count())
+            moves.insert(0, (self.path, unused(map(self.path.with_name, names))))
+        return " && ".join(f"mv {shlex.quote(str(a))} {shlex.quote(str(b))}" for a, b in moves)
 
     def restore(self) -> None:
         """Write the settings files that were removed or replaced during the run again, and print a note for each."""

@@ -627,7 +627,7 @@ class Trainer:
             self.journal.restore_log()
 
     def _save_to_fallback(self) -> None:
-        """Save the run to a fallback directory, because its own one was deleted or renamed, and end it.
+        """Save the run to a fallback directory, because its own one was deleted, emptied or renamed, and end it.
 
         Raises:
             TrainingError: always; the message names both directories.
@@ -642,12 +642,16 @@ class Trainer:
             self.saver.wait()  # it may have failed to write to the lost directory
         layout = self.strategy.layout if self.world.size > 1 else None
         self._save(Saver(fallback, layout=layout, peers=self.world.peers()))
-        if self.run_directory is not None:
+
+        def keep() -> str:
+            assert self.run_directory is not None
             self.run_directory.write_settings_and_log(Path(fallback), self.journal.records)
+            return self.run_directory.way_back(Path(fallback))
+
         raise TrainingError(
             f"The run directory {self.out} was {happened} while the run was going on, so it ends here. Step "
             f"{self.state.step:,} is saved with settings and log in {fallback}. To go on, give it the old name and "
-            f"start the same command again: mv {fallback} {self.out}"
+            f"start the same command again: {self.world.broadcast_result(keep)}"
         )
 
     def asked_to_stop(self) -> bool:
