@@ -225,7 +225,7 @@ def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
     assert all(r["step"] > 5 for r in began) and losses(out) == losses(whole.path)
 
 
-@pytest.mark.parametrize("kind", ["removed", "folder", "cut"])
+@pytest.mark.parametrize("kind", ["removed", "folder", "cut", "larger", "appended", "edited"])
 def test_log_and_settings_that_are_taken_away_are_written_again(
     tmp_path: Path, kind: str, capfd: Any
 ) -> None:
@@ -236,7 +236,15 @@ def test_log_and_settings_that_are_taken_away_are_written_again(
             if kind == "cut" and name == "log.jsonl":
                 os.truncate(out / name, 40)
                 continue
+            text = (out / name).read_text()
+            if kind == "appended":
+                (out / name).write_text(f"{text}{{}}\n")
+                continue
             (out / name).unlink()
+            if kind == "edited":  # as by sed -i
+                (out / name).write_text(text.replace("e", "x"))
+            if kind == "larger":
+                (out / name).write_text('{"step": 1}\n' * 999)
             if kind == "folder":
                 (out / name).mkdir()
 

@@ -65,6 +65,25 @@ def test_non_finite_numbers_are_written_as_text(tmp_path: Path) -> None:
     assert strict == {"step": 1, "loss": "nan", "eval": {"loss": "inf"}}
 
 
+def test_a_log_with_other_bytes_is_written_again(tmp_path: Path) -> None:
+    path, other = tmp_path / "log.jsonl", tmp_path / "other"
+    log = RunLog(path, None)
+    log.write({"step": 1})
+    text = path.read_bytes()
+    for data in (text, text.replace(b"1", b"2"), text + b"\n", text[:-1], text * 99):
+        other.write_bytes(data)
+        other.rename(path)
+        log.restore()
+        kept = tmp_path / "log.damaged-1.jsonl"
+        assert (kept.read_bytes() if kept.exists() else text) == data
+        kept.unlink(missing_ok=True)
+        assert path.read_bytes() == text
+        log.write({"step": 1})
+        text = path.read_bytes()
+        assert len(read_log(path)) == len(log.records)
+    log.close()
+
+
 def test_unknown_and_missing_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="tensorboard"):
         make_loggers(["tensorbord"], tmp_path, {})

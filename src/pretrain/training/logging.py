@@ -56,25 +56,38 @@ class RunLog:
             self._write_anew(kept)
 
     def _write_anew(self, records: Sequence[dict[str, Any]]) -> None:
-        self.records, self.last = [], ""
-        lines = b"".join(self._line(record) for record in records)
+        lines = self._lines(records)
         replace_file(self.path, lines)
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
         self._file, self._size = os.fdopen(files.IO.open(self.path, flags), "ab"), len(lines)
 
+    def _lines(self, records: Sequence[dict[str, Any]]) -> bytes:
+        """Start the log again with some records, and return their lines."""
+        self.records, self.last = [], ""
+        return b"".join(map(self._line, records))
+
     def restore(self) -> None:
-        """Write the log again, and say so, if the file was removed, replaced or cut since it was written."""
+        """Write the log again, and say so, if the file was removed, replaced, extended or cut since it was written.
+
+        Another file with the same lines is only opened: some network file systems change inodes.
+        """
         with writing(self.path):
             there = os.lstat(self.path) if os.path.lexists(self.path) else None
-            if there is not None and stat.S_ISREG(there.st_mode) and there.st_size >= self._size:
-                return
+            same = False
+            if there and stat.S_ISREG(there.st_mode) and there.st_size == self._size:
+                if os.path.samestat(there, os.fstat(self._file.fileno())):
+                    return
+                same = self.path.read_bytes() == self._lines(self.records)
             self._file.close()
-            aside = "" if there is None else f" What stood there is kept as {self._move_aside()}."
-            self._write_anew(self.records)
-            note(
-                f"{self.path} was removed or changed by another program while the run was going on. All of its lines "
-                f"are written again.{aside}"
+            aside = (
+                "" if same or not there else f" What stood there is kept as {self._move_aside()}."
             )
+            self._write_anew(self.records)
+            if not same:
+                note(
+                    f"{self.path} was removed or changed by another program while the run was going on. All of its "
+                    f"lines are written again.{aside}"
+                )
 
     def _move_aside(self) -> str:
         aside = next(
@@ -430,7 +443,7 @@ class Journal:
                 self.say(f"a logger failed and is not used any more: {error}")
 
     def restore_log(self) -> None:
-        """Write the log again if it was removed since it was written; see ``RunLog.restore``."""
+        """Write the log again if it was removed or changed since it was written; see ``RunLog.restore``."""
         if self._log is not None:
             self._log.restore()
 

@@ -128,10 +128,10 @@ class RunDirectory:
         return " && ".join(f"mv {shlex.quote(str(a))} {shlex.quote(str(b))}" for a, b in moves)
 
     def restore(self) -> None:
-        """Write the settings files that were removed or replaced during the run again, and print a note for each."""
+        """Write the settings files that were removed or changed during the run again, and print a note for each."""
         for name, data in self._kept.items():
             path = self.path / name
-            if path.is_file():
+            if _holds(path, data):
                 continue
             with writing(path):
                 aside = unused(path.with_name(f"{name}.other{k or ''}") for k in count())
@@ -140,7 +140,10 @@ class RunDirectory:
                     os.rename(path, aside)
                 replace_file(path, data)
             kept = f" What stood there is kept as {aside.name}." if moved else ""
-            note(f"{path} was removed while the run was going on, and is written again.{kept}")
+            note(
+                f"{path} was removed or changed by another program while the run was going on, and is written again."
+                f"{kept}"
+            )
 
     def write_settings_and_log(self, fallback: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Write settings and log, which a run needs besides its checkpoints, to the fallback directory."""
@@ -157,3 +160,10 @@ class RunDirectory:
     def close(self) -> None:
         """Close the directory."""
         os.close(self._descriptor)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether there is a file with just these bytes."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+    return False
