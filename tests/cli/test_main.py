@@ -628,7 +628,7 @@ def test_a_signal_during_the_start_up_of_a_run_says_that_nothing_was_trained(
     monkeypatch.setattr(Trainer, "probe", lambda run: signal.raise_signal(signal.SIGTERM))
     assert cli.main(long_run(tmp_path)) == 143
     said = capsys.readouterr().err
-    assert "interrupted. No step of" in said and "step 1 " not in said
+    assert "interrupted. No step was" in said and "step 1 " not in said
     assert not (tmp_path / "run").exists()
 
 

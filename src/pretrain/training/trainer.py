@@ -372,8 +372,7 @@ class Trainer:
         if self.world.size > 1:
             return contextlib.nullcontext()
         return self.stop.at_once(
-            f"No step of {self.out} was made since the start, so there was nothing to save. The same command starts "
-            "again."
+            "No step was made since the start, so there is nothing to save. The same command starts again."
         )
 
     @contextlib.contextmanager
