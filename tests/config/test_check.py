@@ -41,7 +41,7 @@ def test_a_count_is_a_whole_number_in_all_functions(value: Any, tmp_path: Path) 
 
 def test_a_count_has_a_least_value_and_may_be_of_numpy() -> None:
     for least, good, bad in ((1, 1, 0), (0, 0, -1), (2, np.int64(2), np.int64(1))):
-        check_count("n", good, least)
+        assert type(check_count("n", good, least)) is int
         with pytest.raises(ConfigError, match=f"n is .*a whole number of at least {least}"):
             check_count("n", bad, least)
     check_count("n", -5, None)

@@ -260,6 +260,10 @@ def test_second_call_is_free_and_changes_are_noticed(
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     again, said = go()
     assert "nothing to do" in said and again.fingerprint == first.fingerprint
+    same = {"vocab_size": 300, "row_length": 64, "seed": 0, "workers": 1}
+    numpy: Any = {name: np.int64(value) for name, value in same.items()}
+    assert pretrain.prepare(source, out, **numpy).fingerprint == first.fingerprint
+    assert "nothing to do" in capsys.readouterr().err
     assert times == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     os.utime(source, ns=(1, 1))
     _, said = go()

@@ -484,12 +484,17 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     return _Checker({}).value(key, value, hint)
 
 
-def check_count(name: str, value: Any, least: int | None = 1) -> None:
-    """Raise a ConfigError unless a value is a whole number, also one of numpy, of at least ``least`` (None: any)."""
+def check_count(name: str, value: Any, least: int | None = 1) -> int:
+    """Return a value that is a whole number of at least ``least`` (None: any); one of numpy becomes one of Python.
+
+    Raises:
+        ConfigError: the value is anything else.
+    """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
         raise ConfigError(f"{name} is {value!r}; it must be a whole number{bound}.")
+    return int(value)
 
 
 def _is_number(value: Any) -> bool:

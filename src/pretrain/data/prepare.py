@@ -209,10 +209,10 @@ def _understand(
     encoding: str | None = None, keep_duplicates: bool = False,
 ) -> _Job:  # fmt: skip
     """Check the arguments, find the sources and compute the fingerprint."""
-    for name, value in (("row_length", row_length), ("vocab_size", vocab_size)):
-        check_count(name, value, None)
+    row_length = check_count("row_length", row_length, None)
+    vocab_size, seed = check_count("vocab_size", vocab_size, None), check_count("seed", seed, None)
     if workers is not None:
-        check_count("workers", workers, 0)
+        workers = check_count("workers", workers, 0)
     if row_length < 2:
         raise DataError(f"row_length must be at least 2, found {row_length}.")
     spool = cache / "hub"

@@ -84,7 +84,9 @@ def test_the_rows_and_values_are_those_of_the_files(photos: Path, tmp_path: Path
 def test_scaled_images_are_those_that_a_run_reads(photos: Path, tmp_path: Path) -> None:
     """Without random crops, which are taken before scaling."""
     for channels in (3, 1):
-        kept = pretrain.prepare(photos, tmp_path / "k", size=16, channels=channels, quiet=True)
+        kept = pretrain.prepare(
+            photos, tmp_path / "k", size=np.int64(16), channels=channels, quiet=True
+        )
         runs = [labelled_images(str(p), size=16, channels=channels) for p in (photos, kept.path)]
         for part in ("train", "valid"):
             one, two = ([row["image"] for row in getattr(run, part)] for run in runs)

@@ -98,6 +98,7 @@ def prepare_images(
         DataError: no image can be read, a path does not exist, or there is something else in the directory.
         ConfigError: an option is wrong.
     """
+    size, channels = (int(n) if isinstance(n, np.integer) else n for n in (size, channels))
     whole = size is None or (type(size) is int and 0 < size <= math.isqrt(MOST_PIXELS))
     if not whole or channels not in (None, 1, 3):
         raise ConfigError(
