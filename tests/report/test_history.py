@@ -35,7 +35,7 @@ def test_a_plot_is_a_picture_that_can_be_saved(tmp_path: Path) -> None:
     plot = plot_history(HISTORY)
     assert plot._repr_svg_() == plot.svg and "save" in repr(plot)
     assert ET.parse(plot.save(tmp_path / "a.svg")).getroot().tag.endswith("svg")
-    with pytest.raises(ConfigError, match=r"no name of a file.*ends in .svg"):
+    with pytest.raises(ConfigError, match=r"is empty or names a directory.*ends in .svg"):
         plot.save("")
     with pytest.raises(ConfigError, match=r"a.png must end in .svg"):
         plot.save(tmp_path / "a.png")

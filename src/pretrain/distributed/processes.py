@@ -364,7 +364,7 @@ class GroupPeers:
     def gather(
         self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
     ) -> list[list[Tensor]]:
-        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.GroupPeers`."""
+        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.Peers`."""
         found, works = [], []
         for shard, owner in zip(shards, owners, strict=True):
             group = self._group if shard.device.type == "cpu" else dist.group.WORLD

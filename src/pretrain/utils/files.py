@@ -421,7 +421,8 @@ def check_output(target: Path, endings: Collection[str]) -> None:
     """
     if not target.name:  # an empty path, or a directory such as "." or "/"
         raise ConfigError(
-            f"The output is no name of a file. Name one that ends in {', '.join(endings)}."
+            "The name of the output is empty or names a directory. Name a file that ends in "
+            f"{', '.join(endings)}."
         )
     if not target.suffix or not target.name.lower().endswith(tuple(endings)):
         raise ConfigError(f"The output {target} must end in {', '.join(endings)}.")
