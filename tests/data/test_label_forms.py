@@ -266,10 +266,55 @@ def test_texts_that_are_vectors_with_a_single_one_are_a_choice(mark: str | None)
     one_hot = [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
     found, tidied = read(one_hot, labels=["a", "b", "c"])
     assert found.strata == [0, 2, 1] and tidied == ["a", "c", "b"]
-    with pytest.raises(DataError, match="row 1 .*has 2 labels"):
-        read([[1, 0, 1], [0, 1, 0]])
-    if mark is not None:
+    several = [[1, 0, 1], [0, 1, 0]]
+    if mark is None:
+        with pytest.raises(DataError, match="row 1 .*has 2 labels"):
+            read(several)
+    else:
+        assert read(several)[0].labels == tuple(sorted(mark.join(map(str, r)) for r in several))
         assert read(one_hot, label_separator="")[1] == [mark.join(map(str, r)) for r in one_hot]
+
+
+@pytest.mark.parametrize("mark", [*JOINED, "[%s, %s]"])
+def test_a_single_label_is_the_text_of_a_pair(mark: str) -> None:
+    def read(rows: list[Any], **options: Any) -> Any:
+        cells = [mark % row if "%" in mark else mark.join(row) for row in rows]
+        source = read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])
+        found = Classification.learn(source, {"problem": "single_label", **options})
+        tidied = Classification.tidy(source, found, options).columns["label"]
+        return found.labels, tidied, cells
+
+    for rows in ([("1", "0"), ("0", "1")], [("1", "0"), ("0", "1"), ("1", "1"), ("0", "0")]):
+        labels, tidied, cells = read(rows)
+        assert labels == tuple(sorted(cells)) and tidied == cells
+    assert read([("1", "0"), ("0", "1")], labels=["a", "b"])[:2] == (("a", "b"), ["a", "b"])
+
+
+def test_pairs_with_a_blank_are_names_unless_a_row_has_two_zeros() -> None:
+    def read(cells: list[str], **options: Any) -> Any:
+        rows = [{"text": str(i), "label": cell} for i, cell in enumerate(cells)]
+        found = Classification.learn(read_table(rows), options)
+        return found.labels, Classification.tidy(read_table(rows), found, options).columns["label"]
+
+    pairs = ["1 0", "0 1", "1 1"]
+    assert read(pairs) == (("0 1", "1 0", "1 1"), pairs)
+    assert read(["1 1 0", "1 0"]) == (("1 0", "1 1 0"), ["1 1 0", "1 0"])
+    assert read(["1 0", "0 0"])[1] == [["0"], []]
+    assert read(pairs, labels=["a", "b"])[1] == [["a"], ["b"], ["a", "b"]]
+    assert read(pairs, problem="multi_label")[1] == [["0"], ["1"], ["0", "1"]]
+
+
+@pytest.mark.parametrize("cells", [["1 0", "0 0"], ["1 0 1", "0 1 0"], ["1;0;0", "0;1;0"]])
+@pytest.mark.parametrize("problem", ["single_label", "multi_label", None])
+def test_a_run_that_began_with_a_class_for_each_text_goes_on(
+    cells: list[str], problem: str | None
+) -> None:
+    source = read_table([{"text": str(i), "label": f" {c}"} for i, c in enumerate(cells)])
+    options = {"begun_labels": tuple(sorted(cells)), "problem": problem}
+    found = Classification.learn(source, options)
+    lone = [[c] for c in cells] if problem == "multi_label" else cells
+    assert found.labels == tuple(sorted(cells))
+    assert Classification.tidy(source, found, options).columns["label"] == lone
 
 
 def test_pairs_of_zeros_and_ones() -> None:

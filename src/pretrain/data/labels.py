@@ -758,7 +758,8 @@ def read_several(
         spellings: values that a cell may contain besides the names.
         separator: text between names in one cell; "" if names are never joined; None detects it from the column.
         always: treat the column as multi-label in any form; a single name is a list of one label.
-        single: treat texts as one class each, unless all are vectors.
+        single: treat texts as one class each, unless all are vectors with a single 1, of three places or more or of
+            the labels.
         form: what lists of zeros and ones are, ``"vectors"`` or class ``"numbers"``; None decides by the column.
 
     Raises:
@@ -807,7 +808,7 @@ def _read(
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
         if separator != "" and (
-            hot := _written_vectors(texts, vectors, separator, always or single)
+            hot := _written_vectors(texts, vectors, separator, always=always, single=single)
         ):
             return hot
         if separator is None and not single:
@@ -1072,17 +1073,22 @@ def _from_printed(
 
 
 def _written_vectors(
-    texts: Sequence[str], vectors: _Vectors, separator: str | None, decided: bool
+    texts: Sequence[str],
+    vectors: _Vectors,
+    separator: str | None,
+    *,
+    always: bool,
+    single: bool,
 ) -> MultiLabelColumn | None:
-    """Read texts that are all vectors of zeros and ones, printed or with a mark between the places; None if not.
-
-    Pairs of digits with a comma can be decimals too, so they are vectors only if the caller has ``decided`` on classes,
-    or the two labels.
-    """
+    """Read texts that are all vectors of zeros and ones, printed or with a mark between the places; None if not."""
     cells = {text.strip() for text in texts}
     if vectors.known is not None and cells <= {*vectors.known}:
         return None
     parsed = [printed_list(cell) for cell in texts]
+    undecided = separator is vectors.form is None
+    if undecided and single and all(items is not None for items in parsed):
+        if not _one_hot([items or [] for items in parsed], vectors.labels):
+            return None
     if all(items is not None for items in parsed):
         found = _from_printed(texts, parsed, vectors)
         return found if separator or found.form == "vectors" else None
@@ -1093,20 +1099,55 @@ def _written_vectors(
         if any(is_on(part) is None for row in split.values() for part in row if part):
             continue
         widest = max(map(len, split.values()))
-        pairs = mark == "," and widest == 2 and separator is vectors.form is None
-        if widest < 2 or (pairs and not decided and len(vectors.labels or ()) != 2):
+        if widest < 2:
             continue
+        if any(len(row) > 1 and cell in (vectors.known or ()) for cell, row in split.items()):
+            return None
         rows = [list(split[text.strip()]) for text in texts]
+        if undecided and not _told_as_vectors(rows, mark, vectors.labels, always, single):
+            return None
         if (hot := vectors.read(rows)) is None:
             return None
         hot.notes.insert(
             0,
-            f"label: texts such as {shortened(texts[0])} are read as vectors of zeros and ones "
+            f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones "
             f"({option('label_form', 'numbers')} reads class numbers, {option('label_separator', '')} one class for "
             "each text)",
         )
         return hot
     return None
+
+
+def _one_hot(rows: Sequence[Sequence[Any]], labels: Collection[str] | None) -> bool:
+    """Whether rows are vectors with a single 1, of three places or more or of the labels that are known."""
+    if len({len(row) for row in rows}) > 1 or (len(rows[0]) < 3 and labels is None):
+        return False
+    return all(
+        [is_on(x) for x in row].count(True) == 1 and None not in map(is_on, row) for row in rows
+    )
+
+
+def _told_as_vectors(
+    rows: Sequence[Sequence[str]],
+    mark: str | None,
+    labels: Collection[str] | None,
+    always: bool,
+    single: bool,
+) -> bool:
+    """Whether texts of zeros and ones are vectors where the caller gave neither a form nor a separator.
+
+    A pair with a comma can be a decimal, and one with a blank a name: they are vectors if the caller has decided on
+    sets of classes or on the labels, and those with a blank also if a row has two zeros.
+    """
+    if single:
+        return _one_hot(rows, labels)
+    widths = {len(row) for row in rows if row}
+    if mark == "," and widths <= {1, 2}:
+        return always or len(labels or ()) == 2
+    if mark is None and not always and labels is None:
+        nothing = any(row and not any(map(is_on, row)) for row in rows)
+        return len(widths) == 1 and (widths != {2} or nothing)
+    return True
 
 
 def _parts(text: str, mark: str) -> list[str]:
@@ -1145,8 +1186,8 @@ def _separator(
         parts = {part for cell in joined for part in split[cell]}
         share = sum(holders[part] > 1 for part in parts) / len(parts)
         either = (
-            f"{option('label_separator', mark)} reads several labels, "
-            f"{option('problem', 'single_label')} one class for each text"
+            f"{option('label_separator', mark)} reads several labels, {option('label_separator', '')} one class for "
+            "each text" + f", as does {option('problem', 'single_label')}" * trains()
         )
         decimals = all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells)
         if mark == "," and form is None and decimals and cells <= _PAIRS:

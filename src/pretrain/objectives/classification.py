@@ -164,13 +164,17 @@ class Classification(ClassTask):
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         values, names = table.columns["label"], table.label_names.get("label")
         given, checkpoint = options.get("labels"), options.get("checkpoint_labels")
-        problem = options.get("problem")
+        problem, separator = options.get("problem"), options.get("label_separator")
+        begun = options.get("begun_labels")
+        texts = [value.strip() for value in values if isinstance(value, str)]
+        if begun is not None and len(texts) == len(values) and {*texts} <= {*begun}:
+            separator = ""  # the run has begun with a class for each text, which an earlier version may have chosen
         form = read_several(
             values,
             table.where,
             names=names,
             labels=checkpoint if given is None else list(given),
-            separator=options.get("label_separator"),
+            separator=separator,
             always=problem == _MULTI,
             single=problem == _SINGLE,
             form=options.get("label_form"),
@@ -182,7 +186,6 @@ class Classification(ClassTask):
             found = LabelMap.learn(
                 lone, given, where=table.where, order=table.orders.get("label"), **known
             )
-            begun = options.get("begun_labels")
             if begun is not None and tuple(begun) != found.labels:
                 # An earlier version may have begun the run without the order that a column of pandas declares.
                 found = LabelMap.learn(lone, given, where=table.where, **known)
