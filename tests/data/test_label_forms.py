@@ -322,8 +322,12 @@ def test_pairs_of_zeros_and_ones() -> None:
         return learned([{"text": str(i), "label": c} for i, c in enumerate(cells)], **options)[1]
 
     pairs = ["1,0", "0,1"]
-    with pytest.raises(DataError, match="label_form='vectors' or label_form='numbers'"):
-        read(pairs)
+    for cells in (pairs, ["1, 0", "0, 1"], ["1, 0", "0 ,1", "0, 0"]):
+        with pytest.raises(DataError, match="label_form='vectors' or label_form='numbers'"):
+            read(cells)
+    with pytest.raises(DataError, match="label_separator='' for one class for each text.$"):
+        read(["1, 0", "0, 1"])
+    assert read(["0, 1", "1", "0"]) == [{"0", "1"}, {"1"}, {"0"}]
     vectors, numbers = [{"0"}, {"1"}], [{"0", "1"}] * 2
     for cells in (pairs, ["1|0", "0|1"], [["1", "0"], ["0", "1"]], [[1, 0], [0, 1]]):
         assert read(cells, labels=["a", "b"]) == [{"a"}, {"b"}]
@@ -332,6 +336,61 @@ def test_pairs_of_zeros_and_ones() -> None:
     assert read(pairs, label_separator=",") == read(pairs, problem="multi_label") == vectors
     # Where the labels are called so, lists of texts are their names.
     assert read([["1", "0"], ["0", "1"]], labels=["0", "1"]) == numbers
+
+
+@pytest.mark.parametrize(
+    ("cells", "fault"),
+    [
+        (["1;0;0", "0;1;0"], "row 1 .*'1;0;0'.* 0 stands there twice.*label_form='vectors'"),
+        (["2 1", "1 0 1"], "row 2 .*'1 0 1'.* 1 stands there twice"),
+        ([[1, 0, 0], [0, 1, 0]], r"row 1 .*\[1, 0, 0\].* 0 stands there twice"),
+        (["[1, 0, 0]", "[0, 1, 0]"], r"row 1 .*'\[1, 0, 0\]'.* 0 stands there twice"),
+        ([["1", "0", "0"], ["2"]], "row 1 .* 0 stands there twice"),
+        ([[True, False], [False, True]], "row 1 .*'True' is none"),
+        (["yes", "no"], "row 1 .*'yes' is none.*leave the option out"),
+        ([["a"], ["b"]], "row 1 .*'a' is none"),
+    ],
+)
+def test_class_numbers_that_were_asked_for_and_are_none(cells: list[Any], fault: str) -> None:
+    source = read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])
+    with pytest.raises(DataError, match=fault):
+        Classification.learn(source, {"label_form": "numbers"})
+
+
+@pytest.mark.parametrize("mark", [",", "|", ";", " ", "; "])
+def test_class_numbers_that_were_asked_for(mark: str) -> None:
+    def table(rows: list[list[str]]) -> Table:
+        return read_table([{"text": str(i), "label": mark.join(r)} for i, r in enumerate(rows)])
+
+    source = table([["1", "0"], ["0", "2"], ["1"]])
+    options = {"label_form": "numbers"}
+    found = Classification.learn(source, options)
+    assert found.strata == [("0", "1"), ("0", "2"), ("1",)]
+    assert found.options["label_form"] == "numbers" and "between class numbers" in found.notes[0]
+    with pytest.raises(DataError, match="row 2 .* 1 stands there twice"):
+        Classification.tidy(table([["1", "0"], ["1", "0", "1"]]), found, options)
+    single = {**options, "problem": "single_label"}
+    assert Classification.learn(table([["1"], ["0"]]), single).labels == ("0", "1")
+
+
+@pytest.mark.parametrize("mark", [";", "|", None])
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_a_row_with_nothing_beside_pairs(mark: str | None, nothing: Any) -> None:
+    pairs: list[Any] = [["1", "0"], ["0", "1"]]
+    if mark is None:
+        nothing = []
+    cells = [nothing, *(pairs if mark is None else map(mark.join, pairs))]
+    source = read_table([{"text": str(i), "label": cell} for i, cell in enumerate(cells)])
+    for options in ({}, {"labels": ["a", "b"]}):
+        with pytest.raises(DataError, match="row 1 .*label_form='numbers'") as told:
+            Classification.learn(source, options)
+        assert f"label is {nothing!r}, and" in str(told.value)
+    numbers = Classification.learn(source, {"label_form": "numbers"})
+    assert numbers.strata == [(), ("0", "1"), ("0", "1")]
+    texts = [{"text": "x", "label": cell} for cell in ("", "1;0;0", "0;1;0")]
+    with pytest.raises(DataError, match="row 1 .*label is '', and.* vector of 3") as told:
+        Classification.learn(read_table(texts), {})
+    assert "label_form" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -747,6 +747,7 @@ def read_several(
     always: bool = False,
     single: bool = False,
     form: str | None = None,
+    strict: bool = False,
 ) -> MultiLabelColumn:
     """Read a column in which rows may have any number of labels.
 
@@ -761,6 +762,8 @@ def read_several(
         single: treat texts as one class each, unless all are vectors with a single 1, of three places or more or of
             the labels.
         form: what lists of zeros and ones are, ``"vectors"`` or class ``"numbers"``; None decides by the column.
+        strict: the caller gave the form, so that vectors are refused where it is ``"numbers"``; else a row that can
+            only be a vector is read as one.
 
     Raises:
         DataError: the column mixes forms, is ambiguous, or has an invalid vector; names the row.
@@ -768,7 +771,7 @@ def read_several(
     if values and all(isinstance(value, NameList) for value in values):
         return MultiLabelColumn([list(value) for value in values])
     known = None if labels is None else {str(label).strip() for label in (*labels, *spellings)}
-    vectors = _Vectors(where, names, labels, known, form)
+    vectors = _Vectors(values, where, names, labels, known, form, strict)
     found = _read(values, vectors, separator, always=always, single=single)
     items = [item for row in found.rows or () for item in row]
     if (
@@ -807,7 +810,11 @@ def _read(
     texts = ["" if is_missing(value) else value for value in values]
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
-        if separator != "" and (
+        told = vectors.form == "numbers" and vectors.strict and separator != ""
+        if told and all(printed_list(text) is None for text in texts):
+            if (found := vectors.numbers([text.strip() for text in texts], separator)) is not None:
+                return found
+        elif separator != "" and (
             hot := _written_vectors(texts, vectors, separator, always=always, single=single)
         ):
             return hot
@@ -860,14 +867,17 @@ class _Vectors:
     """What tells vectors of zeros and ones from lists; the arguments are those of `read_several`.
 
     Args:
+        values: the cells, as they are.
         known: values that a cell may contain: the labels and their other spellings.
     """
 
+    values: Sequence[Any]
     where: Where
     names: Sequence[str] | None
     labels: Sequence[str] | None
     known: Collection[str] | None
     form: str | None
+    strict: bool
 
     def read(self, rows: list[list[Any]]) -> MultiLabelColumn | None:
         """Return the labels of rows that are vectors; None if they list names or class numbers."""
@@ -876,7 +886,7 @@ class _Vectors:
         if texts:
             rows = [[None if is_missing(x) else int(bool(is_on(x))) for x in row] for row in rows]
             repeated = any(len(set(row)) < len(row) for row in rows)
-            known, widths = self.known or (), {len(row) for row in rows}
+            known, widths = self.known or (), {len(row) for row in rows if row}
             misfit = self.labels is not None and widths != {len(self.labels)}
             if not (self.form or repeated) and (misfit or {*map(str.strip, items)} <= {*known}):
                 return None
@@ -910,10 +920,13 @@ class _Vectors:
         items = [item for row in rows for item in row if not is_missing(item)]
         if self.names is not None or not items:
             return 0
+        if self.form == "numbers" and self.strict:
+            self._check_numbers(rows)
+            return 0
         if not all(isinstance(x, bool | int | float) for x in items):
             return 0
         sure = [i for i, row in enumerate(rows) if any(isinstance(x, bool | float) for x in row)]
-        widths = {len(row) for row in rows}
+        widths = {len(row) for row in rows if row}
         if any(is_missing(item) for row in rows for item in row):
             sure = [i for i in sure if any(isinstance(x, bool) for x in rows[i])]
         repeated = [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
@@ -926,7 +939,8 @@ class _Vectors:
                 f"{self.where(i)}: label is a list with the number {value!r}. A list must hold names, integer numbers "
                 "of classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
             )
-        if self.form == "vectors" or (0 in widths and (sure or repeated)):
+        pairs = widths == {2} and all(x in (0, 1) for x in items)
+        if self.form == "vectors" or (not all(rows) and (sure or repeated or pairs)):
             self._check(rows, widths)
         if len(widths) > 1 or not all(x in (0, 1) for x in items):
             if wrong := sure or repeated:
@@ -948,15 +962,70 @@ class _Vectors:
         return width if width > 1 else 0
 
     def _check(self, rows: list[list[Any]], widths: set[int]) -> None:
-        """Refuse numbers that are no vectors, in a column that is known to hold vectors."""
+        """Refuse rows that are no vectors, in a column that is known to hold vectors."""
         width = max(widths) if self.labels is None else len(self.labels)
+        reason = (
+            f"with {option('label_form', 'vectors')}, given or found in the training rows,"
+            if self.form
+            else "where other rows have vectors" + _or_numbers(rows)
+        )
         for i, row in enumerate(rows):
             if len(row) != width or any(x not in (0, 1) for x in row if not is_missing(x)):
                 raise DataError(
-                    f"{self.where(i)}: label is {shortened(row)}, and with {option('label_form', 'vectors')}, given or "
-                    f"found in the training rows, it must be a vector of {width} zeros and ones. Write it so, or give "
-                    "the names of the labels."
+                    f"{self.where(i)}: label is {shortened(self.values[i])}, and {reason} it must be a vector of "
+                    f"{width} zeros and ones. Write it so, or give the names of the labels."
                 )
+
+    def _check_numbers(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Refuse rows that are no class numbers where the caller said that they are."""
+        for i, row in enumerate(rows):
+            items = [spelled(item) for item in row if not is_missing(item)]
+            twice = next((item for k, item in enumerate(items) if item in items[:k]), None)
+            strange = next((item for item in items if not item.isdecimal()), None)
+            named = self.known is not None and {*items} <= {*self.known}
+            if twice is None and (named or strange is None):
+                continue
+            fault = (
+                f"{twice} stands there twice"
+                if strange is None or named
+                else f"{shortened(strange)} is none"
+            )
+            raise DataError(
+                f"{self.where(i)}: label is {shortened(self.values[i])}, and with {option('label_form', 'numbers')} it "
+                f"must hold the numbers of classes, each once: {fault}. Correct the row; if it is a vector of zeros "
+                f"and ones, set {option('label_form', 'vectors')}, and if it holds names, leave the option out."
+            )
+
+    def numbers(self, texts: Sequence[str], separator: str | None) -> MultiLabelColumn | None:
+        """Read texts as class numbers, which the caller said that they are; None if they are single values or names.
+
+        Raises:
+            DataError: a text has no class numbers, or one of them twice.
+        """
+        marks = (*_MARKS, None) if separator is None else (separator.strip() or None,)
+        for mark in marks:
+            rows = [[part.strip() for part in text.split(mark) if part.strip()] for text in texts]
+            if all(part.isdecimal() for row in rows for part in row):
+                break
+        else:
+            mark, rows = "", [[text] if text else [] for text in texts]
+            if self.known is not None:
+                return None
+        self._check_numbers(rows)
+        found = MultiLabelColumn(rows)
+        joined = next((text for text, row in zip(texts, rows, strict=True) if len(row) > 1), None)
+        if joined is None:
+            return None
+        found.notes.append(
+            f"label: {mark or ' '!r} stands between class numbers, such as {shortened(joined)}"
+        )
+        return found
+
+
+def _or_numbers(rows: Sequence[Sequence[Any]]) -> str:
+    """Return how to read vectors as class numbers; nothing if a row repeats a number, so that it has none."""
+    repeated = any(len(set(row)) < len(row) for row in rows)
+    return "" if repeated else f" ({option('label_form', 'numbers')} reads class numbers)"
 
 
 def _from_lists(rows: list[list[Any]], vectors: _Vectors) -> MultiLabelColumn:
@@ -1086,10 +1155,10 @@ def _written_vectors(
         return None
     parsed = [printed_list(cell) for cell in texts]
     undecided = separator is vectors.form is None
-    if undecided and single and all(items is not None for items in parsed):
-        if not _one_hot([items or [] for items in parsed], vectors.labels):
-            return None
     if all(items is not None for items in parsed):
+        lists = [items or [] for items in parsed]
+        if undecided and single and not _one_hot(lists, vectors.labels):
+            return None
         found = _from_printed(texts, parsed, vectors)
         return found if separator or found.form == "vectors" else None
     for mark in (*_MARKS, None) if separator is None else (separator.strip() or None,):
@@ -1110,9 +1179,8 @@ def _written_vectors(
             return None
         hot.notes.insert(
             0,
-            f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones "
-            f"({option('label_form', 'numbers')} reads class numbers, {option('label_separator', '')} one class for "
-            "each text)",
+            f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones"
+            f"{_or_numbers(rows)} ({option('label_separator', '')} reads one class for each text)",
         )
         return hot
     return None
@@ -1189,18 +1257,21 @@ def _separator(
             f"{option('label_separator', mark)} reads several labels, {option('label_separator', '')} one class for "
             "each text" + f", as does {option('problem', 'single_label')}" * trains()
         )
+        pairs = {re.sub(r"\s*,\s*", ",", cell) for cell in cells}
         decimals = all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells)
-        if mark == "," and form is None and decimals and cells <= _PAIRS:
+        if mark == "," and form is None and pairs <= _PAIRS:
+            quantity = f"; if it is a number with a decimal comma, {option('task', 'regression')}"
             raise DataError(
                 f"label holds {shortened(joined[0])}, which can be a vector of two places, or two class numbers. Set "
-                f"{option('label_form', 'vectors')} or {option('label_form', 'numbers')}; if it is a number with a "
-                f"decimal comma, {option('task', 'regression')}."
+                f"{option('label_form', 'vectors')} or {option('label_form', 'numbers')}, or "
+                f"{option('label_separator', '')} for one class for each text{quantity * (decimals and trains())}."
             )
         if mark == "," and form is None and decimals:
+            quantity = f" ({option('task', 'regression')})" * trains()
             raise DataError(
-                f"label holds {shortened(joined[0])}, which can be a number with a decimal comma "
-                f"({option('task', 'regression')}) or several class numbers "
-                f"({option('label_separator', mark)}). Set one of the two options."
+                f"label holds {shortened(joined[0])}, which can be a number with a decimal comma{quantity}, several "
+                f"class numbers ({option('label_separator', mark)}) or a class ({option('label_separator', '')}). Set "
+                "one of the options."
             )
         numbers = all(part.isdecimal() for parts in split.values() for part in parts)
         if share >= _RECURRING or numbers or (always and share > 0):

@@ -178,6 +178,7 @@ class Classification(ClassTask):
             always=problem == _MULTI,
             single=problem == _SINGLE,
             form=options.get("label_form"),
+            strict=options.get("label_form") is not None,
         )
         known: dict[str, Any] = {"names": form.names or names, "checkpoint": checkpoint}
         notes = [*form.notes, *blanks_note(chain(*form.rows) if form.rows else values, "label")]
@@ -225,7 +226,12 @@ class Classification(ClassTask):
         values, names = table.columns["label"], table.label_names.get("label")
         single = learned.options["problem"] == _SINGLE
         form = _several(
-            table, known, single, options.get("label_separator"), learned.options.get("label_form")
+            table,
+            known,
+            single,
+            options.get("label_separator"),
+            learned.options.get("label_form"),
+            strict=options.get("label_form") is not None,
         )
         rows = _class_numbers(table, known, form, single=single)
         if form.rows is None:
@@ -429,7 +435,13 @@ def best_classes(
 
 
 def _several(
-    table: Table, known: LabelMap, single: bool, separator: str | None, label_form: str | None
+    table: Table,
+    known: LabelMap,
+    single: bool,
+    separator: str | None,
+    label_form: str | None,
+    *,
+    strict: bool = False,
 ) -> MultiLabelColumn:
     """Read the label column of further rows, see `read_several`; ``rows`` is None if each has one value."""
     return read_several(
@@ -442,6 +454,7 @@ def _several(
         always=not single,
         single=single,
         form=label_form,
+        strict=strict,
     )
 
 
