@@ -74,6 +74,29 @@ def test_columns_are_keywords_as_in_finetune(model: Model) -> None:
             pretrain.probe(model, rows, **{wrong: "kind"})
 
 
+@pytest.mark.parametrize("in_columns", [True, False])
+def test_options_that_say_how_rows_are_read(model: Model, in_columns: bool) -> None:
+    def ask(cells: list[str] | None = None, **options: Any) -> dict[str, float]:
+        rows = pictures(45, 0)
+        if cells is not None:
+            rows["label"] = [cells[int(k[1:]) % len(cells)] for k in rows["label"]]
+        rows["person"] = [i // 3 for i in range(45)]
+        given: Any = {"columns": options} if in_columns else options
+        return pretrain.probe(model, rows, method="knn", **given)
+
+    pairs = ask(["a", "b"])
+    assert ask(["1 0", "0 1"]) == pairs
+    for told in ({"label_separator": ""}, {"problem": "single_label"}):
+        for cells in (["1 0", "0 1"], ["1,0", "0,1"], ["1,5", "2,5"]):
+            assert ask(cells, **told)["majority"] == pairs["majority"]
+    assert ask(labels=["c0", "c1", "c2"]) == ask() and ask(group="person")["targets"] == 8
+    for cells in (["1,0", "0,1"], ["1,5", "2,5"], ["1.5", "2.5"]):
+        with pytest.raises(DataError) as error:
+            ask(cells)
+        assert "task" not in str(error.value)
+        assert ("label_separator=''" in str(error.value)) == ("," in cells[0])
+
+
 def test_vectors_are_what_the_classifier_reads(model: Model) -> None:
     images = pictures(5, 0)["image"]
     hidden = model.backbone(model.processor(images))

@@ -567,9 +567,10 @@ def _sorted_labels(
     parts = [t for t, number in numbers.items() if number is not None and not number.is_integer()]
     if parts and all_numbers:
         i = texts.index(parts[0])
+        quantity = f": use {option('task', 'regression')}" * trains()
         raise DataError(
             f"{column} holds numbers that are not whole, such as {values[i]!r} ({at(i)}), so it is a quantity and not "
-            f"a class: use {option('task', 'regression')}. If they are names of {len(distinct)} classes, list them: "
+            f"a class{quantity}. If they are names of {len(distinct)} classes, list them: "
             f"{option('labels', [...])}."
         )
     values_of = {number: text for text, number in numbers.items() if number is not None}

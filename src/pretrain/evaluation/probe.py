@@ -54,6 +54,11 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "image_vectors", "probe"]
 
 METHODS = ("linear", "knn", "means")
+# Options of `pretrain.finetune` that say how rows are read.
+_READING = (
+    *("group", "labels", "label_form", "label_separator", "problem"),
+    *("format", "names", "delimiter", "quoting", "encoding"),
+)
 _TEST = 0.2  # share of the rows that is held out if no test rows are given
 
 
@@ -69,13 +74,13 @@ def probe(
     ways: int | None = None,
     draws: int = 5,
     k: int = 5,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
     pooling: str | None = None,
     batch_rows: int = 64,
     seed: int = 0,
     precision: str = "auto",
     device: str = "auto",
-    **keywords: str,
+    **keywords: Any,
 ) -> dict[str, float]:
     """Classify held-out rows by the frozen features of a model and the labels of some rows.
 
@@ -92,7 +97,9 @@ def probe(
         draws: number of draws of ``shots`` or ``ways``.
         k: neighbours that vote.
         columns: role -> column, ``image`` or ``text``, and ``label``; by default recognised by name.
-        **keywords: the same by role, as for ``pretrain.finetune``: ``text="review"``.
+        **keywords: the same by role, as for ``pretrain.finetune``: ``text="review"``; and its options that say how rows
+            are read: ``labels``, ``label_separator`` and ``label_form``, those of the format of a file, and ``group``,
+            which holds for ``valid`` as a share: test rows of other groups are to be given. ``columns`` takes them too.
         pooling: of images ``mean`` over the patches, or ``first``, the class token; not given, what the classifier of
             the model reads, of dinov2 the class token alone. Of texts see ``embed``.
         batch_rows: rows in one forward pass.
@@ -159,7 +166,7 @@ def _reads_images(model: Model) -> bool:
 
 
 def _tables(
-    model: Model, data: Any, valid: Any, test: Any, columns: Mapping[str, str], seed: int
+    model: Model, data: Any, valid: Any, test: Any, columns: Mapping[str, Any], seed: int
 ) -> list[Table]:
     """Return the rows with labels, those to choose on and the test rows, without rows that recur in a later part."""
     if not _reads_images(model) and model.tokenizer is None:
@@ -170,8 +177,12 @@ def _tables(
     name = "image-classification" if _reads_images(model) else "classification"
     task = task_class(name)
     roles = {role.name for role in task.roles}
-    if wrong := next((key for key in columns if key not in roles), None):
-        known = [*roles, *(key for key in inspect.signature(probe).parameters if key != "keywords")]
+    if wrong := next((key for key in columns if key not in {*roles, *_READING}), None):
+        known = [
+            *roles,
+            *_READING,
+            *(key for key in inspect.signature(probe).parameters if key != "keywords"),
+        ]
         raise ConfigError(
             f"{wrong} is no column that a probe of this model reads, and no option.{did_you_mean(wrong, known)}"
         )
@@ -182,6 +193,10 @@ def _tables(
     train, choose = (_named(table, task, found.learned) for table in (found.train, found.valid))
     if found.test is not None:
         return [train, choose, _named(found.test, task, found.learned)]
+    if settings.data.group:
+        note(
+            "the test rows are a share of all rows, without regard to groups; give those of other groups as test"
+        )
     train, score = split(train, label_strata(train.columns["label"]), share, seed)
     role = task.roles[0].name
     train, _ = drop_duplicates(train, score, [role], "test")
