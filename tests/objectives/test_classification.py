@@ -239,6 +239,16 @@ def test_the_order_of_categories_is_kept(kind: str, tmp_path: Path) -> None:
     assert Classification.learn(table, begun).labels == found.labels
 
 
+@pytest.mark.parametrize(("others", "kept"), [(12, True), (13, False), (5000, False)])
+def test_many_categories_without_a_row_are_no_classes(others: int, kept: bool) -> None:
+    pandas = pytest.importorskip("pandas")
+    declared = ["z", *(f"c{i}" for i in range(others)), "", " ", "a"]
+    labels = pandas.Categorical(["a", "z"] * 4, categories=declared)
+    table = read_table({"text": ["t"] * 8, "label": labels})
+    unused = declared[1 : others + 1] if kept else []
+    assert Classification.learn(table, {}).labels == ("z", *unused, "a")
+
+
 def test_what_is_stored_as_a_dictionary_has_no_order(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     column = arrow.array(["b", "a", "b"]).dictionary_encode()

@@ -47,6 +47,7 @@ __all__ = [
 _SHOWN = 3
 _MANY = 1000
 _FEW_ROWS = 20
+_UNUSED = 10  # values of an order without a row that are classes, besides as many as have rows
 LARGEST = 1e37  # largest target; differences and sums over a batch still fit single precision
 
 _UNLABELLED = ("-1", "-")  # the second is that of SNLI, where the annotators disagreed
@@ -105,7 +106,8 @@ class LabelMap:
         """Determine the classes from the training rows.
 
         Without `given`, `names` and `checkpoint`, the classes are those of `order` (``Table.orders``), or else the
-        distinct values, sorted by size if all are numbers and by character otherwise.
+        distinct values, sorted by size if all are numbers and by character otherwise. Values of `order` without a row
+        are classes if they are at most ten more than those with one: many are left from the rows of another selection.
 
         Args:
             values: one string, integer or bool per row.
@@ -138,8 +140,7 @@ class LabelMap:
             made = cls.numbered(names)
         else:
             labels = _sorted_labels(texts, values, where, column)
-            declared = tuple(dict.fromkeys(map(spelled, order or ())))
-            labels = declared if set(labels) <= set(declared) else labels
+            labels = _in_order(labels, order or (), column)
             made = cls(labels, {label: k for k, label in enumerate(labels)})
         made._ids(values, names, made._spellings, where, column, what)
         return made
@@ -606,6 +607,23 @@ def _sorted_labels(
     if all_numbers:
         return tuple(sorted(distinct, key=lambda text: (numbers[text] or 0.0, text)))
     return tuple(sorted(distinct))
+
+
+def _in_order(labels: tuple[str, ...], order: Sequence[Any], column: str) -> tuple[str, ...]:
+    """Return the labels in the order that their source declares, with its other values unless they are many."""
+    declared = tuple(dict.fromkeys(spelled(value) for value in order if not is_missing(value)))
+    used = set(labels)
+    if not used <= set(declared):
+        return labels
+    unused = [value for value in declared if value not in used]
+    if len(unused) <= len(labels) + _UNUSED:
+        return declared
+    note(
+        f"{column}: {len(unused):,} of the {len(declared):,} values that the column declares have no row and are no "
+        f"classes; {option('labels', ['name', ...])} names all that are",
+        once=True,
+    )
+    return tuple(value for value in declared if value in used)
 
 
 def _given(
