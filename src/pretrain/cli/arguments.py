@@ -412,7 +412,10 @@ def interface(name: str, options: Collection[str] = ()) -> Interface:
     if name not in _SETTINGS:
         columns = "columns." if name in ("predict", "evaluate", "probe") else ""
         reading = {word.lstrip("-") for word in options}
-        trains = name not in ("predict", "evaluate")
+        trains = name not in ("predict", "evaluate", "probe")
+        if name == "probe":  # how rows are read is said in the same mapping as their columns
+            places = {word: word for word in reading}
+            return Interface(True, places, columns, columns, reading=reading, trains=trains)
         return Interface(True, columns=columns, reading=reading, trains=trains)
     sections = settings_class(name).SECTIONS
     places = {
