@@ -252,6 +252,8 @@ def test_rows_of_one_source_are_divided(model: Model, tmp_path: Path, capsys: An
     shown = json.loads(capsys.readouterr().out)
     assert shown == pretrain.probe(tmp_path / "vit", str(tmp_path / "rows.npz"), method="means")
     assert (shown["rows"], shown["targets"]) == (27, 12)
+    assert main(["probe", *words, "--columns.labels", "[c2, c1, c0]"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
 
 
 def test_texts_and_pairs_of_texts() -> None:

@@ -243,7 +243,7 @@ def test_the_last_norm_takes_over_mean_and_scale_of_the_features(kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_began_without_it_keeps_its_norm(kind: str) -> None:
     goal = objective(kind).train()
-    record = goal.describe()
+    record = goal.record()
     assert record["centred"]
     goal.continue_from({key: value for key, value in record.items() if key != "centred"})
     before = goal.model.backbone.final_norm.weight.detach().clone()
@@ -251,7 +251,9 @@ def test_a_run_that_began_without_it_keeps_its_norm(kind: str) -> None:
     with torch.no_grad():
         goal.after_step()
     assert torch.equal(goal.model.backbone.final_norm.weight, before)
-    assert not goal.describe()["centred"]
+    assert not goal.record()["centred"] and objective(kind).same_argument(
+        "centred", False, True, ()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

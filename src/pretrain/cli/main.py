@@ -594,10 +594,14 @@ _PROBE: tuple[Option, ...] = (
 
 
 def _probe(args: Any) -> None:
+    from pretrain.config.strict_yaml import parse
     from pretrain.evaluation.probe import probe
 
     options = vars(args)
     as_json = options.pop("json")
+    for name in ("labels", "names", "quoting"):  # which are no names of columns
+        if name in (columns := options["columns"] or {}):
+            columns[name], _ = parse(columns[name])
     _show(probe(options.pop("checkpoint"), options.pop("data"), **options), as_json)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -150,9 +150,15 @@ class Views(Objective):
         return [f"{self.views} random views of every image are compared"]
 
     def describe(self) -> dict[str, Any]:
-        """Name, changes that make the views, arguments that ``described`` names, whether features are centred."""
-        own = {name: getattr(self, name) for name in (*self.described, "centred")}
+        """Name, changes that make the views, and the arguments that ``described`` names."""
+        own = {name: getattr(self, name) for name in self.described}
         return {**super().describe(), **vars(self.augmentation), **own}
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"centred": self.centred}
+
+    def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
+        return key == "centred" or super().same_argument(key, then, now, labels)
 
     def continue_from(self, record: Mapping[str, Any]) -> None:
         self.centred = bool(record.get("centred"))
