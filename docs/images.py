@@ -49,15 +49,12 @@ RATES = ((1e-3, 1.0), (3e-3, 0.75))
 STEPS = 150  # of fine-tuning
 # Set and objective -> steps and rows of pre-training, the optimizer, and the arguments of the objective.
 ADAMW = {"lr": 2e-3, "weight_decay": 0.05}
+MUON = {"name": "muon", "lr": 2e-3, "muon_lr": 0.02, "weight_decay": 0.01}
 PRETRAINING: dict[tuple[str, str], tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     ("mnist", "MaskedImage"): (800, 256, ADAMW, {"crop": 0.7}),
     ("signs", "MaskedImage"): (500, 256, ADAMW, {"crop": 0.7}),
-    ("mnist", "LeJEPA"): (
-        800,
-        128,
-        {"name": "muon", "lr": 2e-3, "muon_lr": 0.02, "weight_decay": 0.01},
-        {"crop": 0.5, "mask_ratio": 0.5},
-    ),
+    ("mnist", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
+    ("signs", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
 }
 
 
@@ -390,7 +387,7 @@ def main() -> None:
     if args.what == "transfer":
         transfer("mnist", args.seeds, args.out, args.objectives)
     elif args.what == "signs":
-        transfer("signs", args.seeds, args.out, ["MaskedImage"])
+        transfer("signs", args.seeds, args.out, args.objectives)
     elif args.what == "classes":
         classes(args.seeds, args.out)
     elif args.what == "reading":
