@@ -105,15 +105,17 @@ def open_adapter(
         raise CheckpointError(f"{path} is an adapter for another base. {error}") from None
     _refuse_other_base(model, source, facts, path)
     report = model.load_disk_state(source.tensors())
-    wanted = facts.get("base_sample")
-    if not isinstance(given, Model) and base is None and facts and wanted != base_sample(model):
-        source, report = _trained_on(given, wanted, model, verify) or (source, report)
+    changed = bool(facts) and facts.get("base_sample") != base_sample(model)
+    if changed and base is None and not isinstance(given, Model):
+        earlier = _trained_on(given, facts.get("base_sample"), model, verify)
+        source, report = earlier or (source, report)
+        changed = earlier is None
     model.source = source.name
     model.generation_config = dict(source.generation_config)
     model.tokenizer, model.sentences = source.tokenizer, source.sentences
     block = model.extra_config.get("pretrain") or {}
     model.extra_config["pretrain"] = {**terms(source.name or ""), **block}
-    if facts and wanted != base_sample(model):
+    if changed:
         text = f"The base {source.name or 'given'} has other weights than the base that {path} was trained on"
         if base is None:
             step = model.extra_config["pretrain"].get("parent_step")
@@ -130,9 +132,9 @@ def open_adapter(
 
 
 def _trained_on(
-    base: str | Path, wanted: Any, model: Model, verify: bool
+    base: str | Path, sample: Any, model: Model, verify: bool
 ) -> tuple[_Base, Any] | None:
-    """Load the checkpoint of a base that has the sample ``wanted``, if the base is a run that has trained on since.
+    """Load the checkpoint of a base with the given `base_sample`, if the base is a run that has trained on since.
 
     Returns:
         The checkpoint, and what ``load_disk_state`` reports; None if the base is no run, or has none.
@@ -144,7 +146,7 @@ def _trained_on(
             report = model.load_disk_state(source.tensors())
         except PretrainError:  # damaged, or an adapter
             continue
-        if base_sample(model) == wanted:
+        if base_sample(model) == sample:
             note(f"the adapter is attached to {other}: {base} was trained on since")
             return source, report
     return None

@@ -277,10 +277,9 @@ class LabelMap:
         joined = any(mark in text for text in unknown for mark in (*_MARKS, " "))
         alien = len(strange) == len(texts) and not (joined or suggestion(first, self.labels))
         if what == _GIVEN and names is None and alien:
-            near, pairs = (
-                "",
-                dict(zip(sorted(map(_key, unknown), key=_order), self.labels[:12], strict=False)),
-            )
+            near = ""
+            keys = sorted(map(_key, unknown), key=_order)
+            pairs = dict(zip(keys, self.labels[:12], strict=False))
             cure = (
                 "None of the labels is among the values, and nothing says which value is which label. Give a dict of "
                 f"value and label: {option('labels', pairs)}."

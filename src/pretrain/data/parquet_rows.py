@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.table_readers import arrow_modules
 from pretrain.errors import DataError
 from pretrain.utils.files import HashingFile, Sink
 from pretrain.utils.strict_json import without_nan
@@ -34,13 +34,7 @@ class ParquetRows:
     """
 
     def __init__(self, path: Path, file: HashingFile) -> None:
-        try:
-            self._arrow = importlib.import_module("pyarrow")
-            self._parquet = importlib.import_module("pyarrow.parquet")
-        except ImportError as error:
-            raise DataError(
-                "writing .parquet files needs pyarrow: pip install pyarrow (datasets brings it)"
-            ) from error
+        self._arrow, self._parquet = arrow_modules("writing")
         self._path, self._file = path, file
         self._stack = contextlib.ExitStack()
         self._rows: list[dict[str, Any]] = []

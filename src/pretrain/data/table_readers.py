@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import re
@@ -34,8 +35,8 @@ from pretrain.errors import DataError
 from pretrain.utils.files import note
 
 __all__ = [
-    "Sentence", "cell_form", "conll_sentences", "conllu_sentences", "csv_rows", "delimited_texts", "delimiter_of",
-    "json_rows", "json_texts", "json_value", "open_parquet", "parquet_texts",
+    "Sentence", "arrow_modules", "cell_form", "conll_sentences", "conllu_sentences", "csv_rows", "delimited_texts",
+    "delimiter_of", "json_rows", "json_texts", "json_value", "open_parquet", "parquet_texts",
 ]  # fmt: skip
 
 Sentence = tuple[int, list[str], list[str]]  # first line, words, tags
@@ -238,14 +239,14 @@ def delimiter_of(
     frequent one, then the usual one of ``csv`` or ``tsv``. Tabs in the first row of a ``tsv`` stand between its cells.
     """
     usual = "\t" if kind == "tsv" else ","
-    first = next((line for _, line in lines(path, encoding)), b"")
-    if declared := _DECLARED.fullmatch(first):
+    head = [line for _, line in islice(lines(path, encoding), _SAMPLED)]
+    if head and (declared := _DECLARED.fullmatch(head[0])):
         return str(declared[1], "latin-1")
-    found = [line.decode("utf-8", "replace") for _, line in islice(lines(path, encoding), _SAMPLED)]
+    texts = [line.decode("utf-8", "replace") for line in head]
     best, most = usual, (0, 0)
     for mark in dict.fromkeys([usual, *_DELIMITERS]):
-        widths = [*_widths(found, mark, kind == "csv" and quoting is not False)]
-        if len(found) == _SAMPLED:  # the last row may go on
+        widths = [*_widths(texts, mark, kind == "csv" and quoting is not False)]
+        if len(texts) == _SAMPLED:  # the last row may go on
             widths = widths[:1] + widths[1:-1]
         if widths[:1] <= [1]:
             continue
@@ -449,6 +450,20 @@ def delimited_texts(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
 # ------------------------------------------------------------------------------------------------------ Parquet
 
 
+def arrow_modules(doing: str) -> tuple[Any, Any]:
+    """Import ``pyarrow`` and ``pyarrow.parquet``, for reading or writing.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(
+            f"{doing} .parquet files needs pyarrow: pip install pyarrow (datasets brings it)"
+        ) from error
+
+
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
     """Open a ``pyarrow.parquet.ParquetFile``; a compressed one is decompressed in memory.
@@ -456,13 +471,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     Raises:
         DataError: pyarrow is not installed, or the file is invalid.
     """
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(
-            "reading .parquet files needs pyarrow: pip install pyarrow (datasets brings it)"
-        ) from error
+    arrow, parquet = arrow_modules("reading")
     try:
         with parquet.ParquetFile(_unpacked(path)) as file:
             yield file

@@ -260,8 +260,7 @@ def _arm(
             score_it = partial(job.score, rows, choose, score, rates=used, limit=limit, seed=seed)
             words = f"lr {lr!r}{rate_of_muon(used)}"
             name = f"{arm} at {len(rows)} labels, {limit}, {words}, seed {seed}"
-            with kept.interrupts_explained():
-                scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
+            scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
             found.setdefault(lr, []).append(scores)
             taken += seconds
 

@@ -201,12 +201,10 @@ class Job:
         if not scratch:
             self.weights = self.weights or hash_weights(model, opened=True)
         before = write_counts(model)
-        learnt = {
-            key: value
-            for key, value in learned.options.items()
-            if key != "label_form" or self.task.takes(key)
-        }
-        options = {**learnt, **settings.task.options}
+        options = {**learned.options, **settings.task.options}
+        # A class of the caller need not know how its rows were read.
+        if not self.task.takes("label_form"):
+            options.pop("label_form", None)
         options = {k: v for k, v in options.items() if k not in self.task.row_options}
         options["max_length"] = settings.data.max_length
         task: Task = call_named(self.task, options, settings.spell, model)
@@ -538,8 +536,7 @@ class Job:
         for lr in self.settings.optim.lrs or grid(self.lr(task)):
             rates = self.rates(task, lr)
             one = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
-            with kept.interrupts_explained():
-                (found[lr],), _ = kept.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", one)
+            (found[lr],), _ = kept.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", one)
         best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
         for lr, score in found.items():

@@ -63,11 +63,16 @@ class ScoreFile:
             self.body = {"key": key, "trials": {}}
 
     def trial(self, name: str, train: Callable[[], list[float]]) -> tuple[list[float], float]:
-        """Return the scores of a trial and its seconds; ``train`` is called if the file has none."""
+        """Return the scores of a trial and its seconds; ``train`` is called if the file has none.
+
+        Raises:
+            Interrupted: see `interrupts_explained`.
+        """
         found = self.body["trials"].get(name)
         if found is None:
             began = time.monotonic()
-            scores = train()
+            with self.interrupts_explained():
+                scores = train()
             found = self.body["trials"][name] = [*scores, time.monotonic() - began]
             self._write()
         *scores, seconds = (math.nan if value is None else float(value) for value in found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
 from array import array
@@ -21,6 +20,7 @@ from pretrain.config.spelling import SEARCH, STREAM, option, using
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import decode_line, file_format, lines, table_kind
 from pretrain.data.row_writer import RowWriter
+from pretrain.data.table_readers import arrow_modules
 from pretrain.data.tables import stream_chunks
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError, naming_memory
@@ -265,7 +265,7 @@ def _write_json_lines(path: Path, count: int, parts: _Embedded) -> None:
 
 def _write_parquet(path: Path, count: int, parts: _Embedded) -> None:
     """Write the rows with their vectors as lists of fixed size; the first part decides the types of the columns."""
-    arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    arrow, parquet = arrow_modules("writing")
     schema: Any = None
     with replacing(path) as file, contextlib.ExitStack() as stack:
         output: Any = None

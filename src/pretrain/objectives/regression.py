@@ -121,18 +121,22 @@ class Regression(Task):
         step = max(float(np.spacing(single)), float(np.finfo(np.float32).tiny))
         begun = options.get("begun_objective")  # an earlier version began without this option
         asked = cls.takes("standard") and (begun is None or bool(begun.get("standard")))
-        if step > _COARSE * spread and not asked:
-            learned.notes.append(
-                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), but answers there "
-                f"are in single precision, in steps of {step:.3g}: subtract {middle:.10g} from the targets"
+        if step > _COARSE * spread:
+            where = (
+                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation)"
             )
-        elif step > _COARSE * spread:
-            learned.options["standard"] = True
-            learned.notes.append(
-                f"the targets lie near {middle:.4g} and differ by {spread:.3g} (standard deviation), which single "
-                f"precision tells apart in steps of {step:.3g} only, so the model learns (target - {middle:.10g}) / "
-                f"{spread:.4g}; answers are in the unit of the targets, but other programs that open the model get that"
+            then = (
+                f"but answers there are in single precision, in steps of {step:.3g}: subtract {middle:.10g} from the "
+                "targets"
             )
+            if asked:
+                learned.options["standard"] = True
+                then = (
+                    f"which single precision tells apart in steps of {step:.3g} only, so the model learns "
+                    f"(target - {middle:.10g}) / {spread:.4g}; answers are in the unit of the targets, but other "
+                    "programs that open the model get that"
+                )
+            learned.notes.append(f"{where}, {then}")
         return learned
 
     @classmethod

@@ -69,21 +69,18 @@ def _began_with(checkpoint: str, out: Path) -> str:
         with contextlib.suppress(CheckpointError, OSError):
             directory = ModelDirectory(opened(place), verify=True)
             found = directory.weights_hash(directory.weight_files())
+            # Without a manifest its weights are hashed when they are read.
             if found is None and place == Path(checkpoint):
-                return (
-                    checkpoint  # it has no manifest, so its weights are hashed when they are read
-                )
+                return checkpoint
             if found == wanted:
                 if place != Path(checkpoint):
                     note(f"{out} began with the weights of {place}, before {run} was trained on")
                 return str(place)
+    # Of whole models `check_same` refuses to go on, but the page of the run needs none of these weights.
     if not (newest / ADAPTER_CONFIG).exists():
-        return (
-            checkpoint  # `check_same` refuses to go on, but the page of the run needs none of them
-        )
-    step = (
-        ModelDirectory(newest, verify=False).model_config().get("pretrain", {}).get("parent_step")
-    )
+        return checkpoint
+    block = ModelDirectory(newest, verify=False).model_config().get("pretrain", {})
+    step = block.get("parent_step")
     which = f" (step {step})" * isinstance(step, int)
     raise CheckpointError(
         f"{out} trains an adapter, and the weights of {checkpoint} that it belongs to{which} are no longer there: "
