@@ -6,6 +6,7 @@
     python docs/recipes.py show screen final         # as tables
     python docs/recipes.py run rates                 # five rates at four widths, AdamW and Muon, about two CPU hours
     python docs/recipes.py show rates                # as a table, and docs/figures/rates-*.svg
+    python docs/recipes.py run float8                # products in float8 and bf16, which needs no GPU
 
 Every run of a part takes the same number of steps, however little text there is: the number of epochs says how much.
 Data are looked for in PRETRAIN_TEST_DATA, everything is kept in ``--out``. Every run is one line of results.jsonl, not
@@ -141,6 +142,7 @@ def run(spec: dict[str, Any], out: Path) -> None:
                 "save_every": "0 steps",
                 "best": False,
                 "seed": spec["seed"],
+                "precision": spec.get("precision", "auto"),
             },
             parallel={"threads": 1},
         )
@@ -240,6 +242,12 @@ def _rates() -> Iterator[dict[str, Any]]:
         yield _rate(name, width, multiple, seed)
 
 
+def _float8() -> Iterator[dict[str, Any]]:
+    """The same runs with products in float8 and in bf16."""
+    for seed, width, precision in itertools.product(range(3), (64, 256), ("bf16", "fp8")):
+        yield _spec("llama", width, "books", 1, seed, {"precision": precision})
+
+
 def _spec(
     family: str, width: int, corpus: str, epochs: float, seed: int, part: dict[str, Any]
 ) -> dict[str, Any]:
@@ -248,7 +256,7 @@ def _spec(
     return of | part
 
 
-GRIDS = {"screen": _screen, "final": _final, "rates": _rates}
+GRIDS = {"screen": _screen, "final": _final, "rates": _rates, "float8": _float8}
 
 
 def bottom(points: list[tuple[float, float]]) -> float:
@@ -269,7 +277,9 @@ def table(name: str, out: Path) -> str:
         line = found.get(json.dumps(spec, sort_keys=True))
         if line is None:
             continue
-        part = json.dumps({k: spec[k] for k in ("optim", "model", "quintic") if k in spec})
+        part = json.dumps(
+            {k: spec[k] for k in ("optim", "model", "quintic", "precision") if k in spec}
+        )
         kind = (spec["corpus"], spec["family"], str(spec["width"]), part)
         cells.setdefault(kind, {}).setdefault(spec["epochs"], []).append(line)
     columns = sorted({epochs for row in cells.values() for epochs in row})

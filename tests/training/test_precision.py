@@ -11,6 +11,7 @@ from pretrain.training.precision import (
     choose_device,
     choose_precision,
     evaluation_precision,
+    evaluation_precision_of_run,
     peak_flops,
 )
 
@@ -38,6 +39,27 @@ def test_figures_are_taken_in_fp32_where_the_weights_allow_it() -> None:
     assert evaluation_precision("fp32", full) is full
     gathered = evaluation_precision("fp32", low, gathered=torch.bfloat16)
     assert gathered.name == "bf16" and "FSDP2" in gathered.reason
+
+
+def test_fp8_is_bf16_with_other_products_and_for_training_only() -> None:
+    chosen = choose_precision("fp8", CPU, training=True)
+    assert chosen.dtype is torch.bfloat16 and "slow" in chosen.reason
+    with pytest.raises(ConfigError, match="precision of training"):
+        choose_precision("fp8", CPU)
+    assert evaluation_precision("train", chosen).name == "bf16"
+    assert evaluation_precision("fp32", chosen).name == "fp32"
+    with pytest.raises(ConfigError, match="no float8 products"):
+        choose_precision("fp8", torch.device("mps"), training=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "auto"])
+def test_a_run_of_any_precision_is_evaluated_on_a_device_that_trains_in_another(
+    precision: str,
+) -> None:
+    assert evaluation_precision_of_run(precision, "fp32", CPU).name == "fp32"
+    expected = {"bf16": "bf16", "fp8": "bf16", "auto": choose_precision("auto", CPU).name}
+    found = evaluation_precision_of_run(precision, "train", CPU).name
+    assert found == expected.get(precision, "fp32")
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -198,10 +198,11 @@ NAMES: tuple[SettingAlias, ...] = (
     # ---- precision and machine
     SettingAlias(("bf16",), "train.precision", bool, lambda on: "bf16" if on else "fp32", "`bf16` or `fp32`"),
     SettingAlias(("fp16",), "train.precision", bool, lambda on: "fp16" if on else "fp32", "`fp16` or `fp32`"),
+    SettingAlias(("fp8",), "train.precision", bool, lambda on: "fp8" if on else "auto", "`fp8` or `auto`"),
     _same("train.precision", "mixed_precision amp"),
     _other(
         "train.precision", "dtype torch_dtype",
-        "weights are always fp32, and train.precision is the type of the computation: bf16, fp16 or fp32.",
+        "weights are always fp32, and train.precision is the type of the computation: bf16, fp16, fp32 or fp8.",
     ),
     _same("train.seed", "random_seed random_state manual_seed"),
     _same("parallel.compile", "torch_compile"),
@@ -307,7 +308,7 @@ VALUES: dict[str, dict[str, str | Advice]] = {
         constant="constant_with_warmup", wsd="warmup_stable_decay", cosine="cosine_with_min_lr"
     ),
     "train.precision": _values(
-        bf16="bfloat16 bf16-mixed", fp16="float16 16-mixed", fp32="float32 32-true no"
+        bf16="bfloat16 bf16-mixed", fp16="float16 16-mixed", fp32="float32 32-true no", fp8="float8"
     ),
     "parallel.device": _values(cuda="gpu"),
     "task.name": _values(

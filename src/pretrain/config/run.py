@@ -206,8 +206,9 @@ class TrainConfig:
         default_factory=list, metadata={"resumable": True}
     )
     """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Compute precision; auto is bf16 where the hardware has fast bf16."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
+    """Compute precision; auto is bf16 where the hardware has fast bf16. fp8 is bf16 with the matrix products of the
+    blocks in float8."""
     eval_precision: Literal["fp32", "train"] = setting("fp32", resumable=True)
     """Precision of evaluations: fp32, in which metrics do not depend on how rows are batched, or train, the
     precision of training, which is faster."""

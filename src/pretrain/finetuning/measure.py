@@ -27,7 +27,7 @@ from pretrain.training.precision import (
     Precision,
     choose_device,
     choose_precision,
-    evaluation_precision,
+    evaluation_precision_of_run,
 )
 from pretrain.training.restore import load_weights
 from pretrain.utils.files import note
@@ -130,7 +130,7 @@ def reported_precision(
     """
     chosen = choose_device(device)
     if name == "auto" and train is not None:
-        return evaluation_precision(train.eval_precision, choose_precision(train.precision, chosen))
+        return evaluation_precision_of_run(train.precision, train.eval_precision, chosen)
     if name == "auto":
         fits = recorded in PRECISIONS and not (recorded == "fp16" and chosen.type == "cpu")
         name = str(recorded) if fits else "fp32"

@@ -245,4 +245,4 @@ def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> Checkpo
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_scaled_mm_v2"}

@@ -153,7 +153,7 @@ def bench(
     whole = {name: sum(clock.spent[name][-steps:]) for name in _PHASES}
     total = sum(whole.values())
     shares = {name: value / total for name, value in whole.items()}
-    precision = choose_precision(settings.train.precision, device).name
+    precision = choose_precision(settings.train.precision, device, training=True).name
     memory, mfu = peak_memory(device), median_high([float(r["mfu"]) for r in records])
     return Speed(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -123,7 +123,9 @@ def gather_type(trainer: Trainer) -> torch.dtype:
     adapter = trainer.objective.model.adapter
     # DoRA computes norms in fp32, also under autocast, so it needs fp32 weights.
     exact = adapter is not None and adapter.config.dora
-    return torch.bfloat16 if trainer.precision.name == "bf16" and not exact else torch.float32
+    return (
+        torch.bfloat16 if trainer.precision.dtype is torch.bfloat16 and not exact else torch.float32
+    )
 
 
 def needs_of(trainer: Trainer, micro_rows: int) -> Needs:

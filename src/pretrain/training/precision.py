@@ -1,7 +1,8 @@
 """Choice of the device and the compute precision.
 
 Weights, moments and reductions are always fp32; only the arithmetic of the forward and backward pass changes.
-fp16 needs loss scaling (arXiv 1710.03740); bf16 does not.
+fp16 needs loss scaling (arXiv 1710.03740); bf16 does not. fp8 is bf16 with the products of the blocks in float8, in
+training only (``pretrain.nn.float8``).
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ __all__ = [
     "choose_precision",
     "common_precision",
     "evaluation_precision",
+    "evaluation_precision_of_run",
     "peak_flops",
 ]
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+_FLOAT8_SINCE = (8, 9)  # compute capability of the first GPUs with float8 products (Ada, Hopper)
 # Dense bf16/fp16 peaks from the vendors' data sheets, FLOP/s.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
 _PEAK_SECONDS = 60.0  # between two measurements of peak FLOP/s, which take about 0.1 s
@@ -89,14 +92,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """Return the named precision; ``auto`` chooses by the hardware.
+def choose_precision(name: str, device: torch.device, *, training: bool = False) -> Precision:
+    """Return the named precision; ``auto`` chooses by the hardware. fp8 is one of ``training`` only.
 
     Raises:
-        ConfigError: unknown name, or fp16 on a CPU.
+        ConfigError: unknown name, fp16 on a CPU, or fp8 without training or on a device that has none.
     """
+    if name == "fp8":
+        return _float8(device, training)
     if name not in PRECISIONS:
-        raise ConfigError(f"train.precision is {name!r}." + did_you_mean(name, PRECISIONS))
+        raise ConfigError(
+            f"train.precision is {name!r}." + did_you_mean(name, (*PRECISIONS, "fp8"))
+        )
     if name == "fp16" and device.type == "cpu":
         raise ConfigError(
             "train.precision is fp16 on a CPU, where fp16 products run hundreds of times slower than fp32. "
@@ -116,6 +123,44 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return Precision(chosen, types[chosen], device, why)
 
 
+def _float8(device: torch.device, training: bool) -> Precision:
+    """Return fp8 for training on this device.
+
+    Raises:
+        ConfigError: it is not for training, or the device multiplies no float8.
+    """
+    if not training:
+        raise ConfigError(
+            "fp8 is a precision of training (train.precision) only: a model that was trained in it is evaluated in "
+            "fp32 or bf16. Set precision to one of these, or leave it out."
+        )
+    missing = device.type == "mps"
+    if device.type == "cuda":
+        missing = torch.cuda.get_device_capability(device) < _FLOAT8_SINCE
+    if missing:
+        raise ConfigError(
+            f"train.precision is fp8, but this {device.type} device has no float8 products: NVIDIA GPUs have them "
+            "since compute capability 8.9 (Ada, Hopper). Use train.precision=auto."
+        )
+    why = (
+        "as configured" if device.type == "cuda" else "for trying its quality: on a CPU it is slow"
+    )
+    return Precision("fp8", torch.bfloat16, device, why)
+
+
+def evaluation_precision_of_run(
+    precision: str, eval_precision: str, device: torch.device
+) -> Precision:
+    """Return the precision of evaluations by the settings of a run, on a device that may be another than the run's."""
+    exact = Precision("fp32", torch.float32, device, "as in the run")
+    if eval_precision == "fp32":
+        return exact
+    # Float8 is for training, and fp16 is far slower than fp32 on a CPU.
+    if precision == "fp16" and device.type == "cpu":
+        return exact
+    return choose_precision("bf16" if precision == "fp8" else precision, device)
+
+
 def evaluation_precision(
     setting: str, compute: Precision, *, gathered: torch.dtype = torch.float32
 ) -> Precision:
@@ -129,6 +174,8 @@ def evaluation_precision(
         compute: compute precision of training.
         gathered: type in which FSDP2 gathers the weights; blocks in half precision cannot compute in fp32.
     """
+    if compute.name == "fp8":
+        compute = replace(compute, name="bf16", reason="float8 is for training")
     if setting == "train" or compute.dtype is torch.float32:
         return compute
     if gathered is not torch.float32:
@@ -225,7 +272,7 @@ def common_precision(setting: str, device: torch.device, world: World) -> Precis
     Raises:
         ConfigError: ``auto`` resolves to different types on different hosts.
     """
-    precision = choose_precision(setting, device)
+    precision = choose_precision(setting, device, training=True)
     names = world.all_gather_object(precision.name)
     if len(set(names)) > 1:
         types = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))

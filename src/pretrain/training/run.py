@@ -63,7 +63,7 @@ from pretrain.training.plan import row_length
 from pretrain.training.precision import (
     choose_device,
     choose_precision,
-    evaluation_precision,
+    evaluation_precision_of_run,
 )
 from pretrain.training.restore import load_others
 from pretrain.training.starting_model import hash_weights, open_source, origin, resolve_source
@@ -662,9 +662,12 @@ def evaluate(
             f"the data with row_length={model.backbone.max_length} or less."
         )
     where = choose_device(device)
-    chosen = choose_precision(before.train.precision if precision == "auto" else precision, where)
     if precision == "auto":
-        chosen = evaluation_precision(before.train.eval_precision, chosen)
+        chosen = evaluation_precision_of_run(
+            before.train.precision, before.train.eval_precision, where
+        )
+    else:
+        chosen = choose_precision(precision, where)
     built.to(where)
     if batch_rows is None:
         batch_rows = _ROWS

@@ -29,6 +29,7 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
+from pretrain.nn.float8 import use_float8
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
 from pretrain.training.compiling import decide_for
@@ -264,6 +265,8 @@ class Trainer:
             torch.set_num_threads(self.parallel.threads)
         self.precision = common_precision(train.precision, self.device, world)
         self.scaler = LossScale(self.precision.name == "fp16")
+        if self.precision.name == "fp8":
+            self.say(use_float8(self.objective.model.backbone.blocks()))
         if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
