@@ -3,6 +3,7 @@
 
     python docs/recipes.py run screen                # one part at a time, books
     python docs/recipes.py run final                 # the recipe against the defaults
+    python docs/recipes.py run recut                 # the same with long documents cut elsewhere in every epoch
     python docs/recipes.py show screen final         # as tables
     python docs/recipes.py run rates                 # five rates at four widths, AdamW and Muon, about two CPU hours
     python docs/recipes.py show rates                # as a table, and docs/figures/rates-*.svg
@@ -143,6 +144,7 @@ def run(spec: dict[str, Any], out: Path) -> None:
                 "best": False,
                 "seed": spec["seed"],
                 "precision": spec.get("precision", "auto"),
+                "recut": spec.get("recut", False),
             },
             parallel={"threads": 1},
         )
@@ -197,20 +199,31 @@ def _screen() -> Iterator[dict[str, Any]]:
     yield _spec("gpt2", 64, "books", 5, 0, PARTS[2] | {"quintic": True})
 
 
+KINDS = (
+    ("gpt2", 64, "peps"),
+    ("gpt2", 64, "wikitext2"),
+    ("gpt2", 64, "books"),
+    ("llama", 64, "books"),
+    ("gpt2", 128, "books"),
+)
+
+
 def _final() -> Iterator[dict[str, Any]]:
-    """The defaults against Muon: other texts, another family, another width."""
-    kinds = (
-        ("gpt2", 64, "peps"),
-        ("gpt2", 64, "wikitext2"),
-        ("gpt2", 64, "books"),
-        ("llama", 64, "books"),
-        ("gpt2", 128, "books"),
-    )
-    for seed, kind in itertools.product(range(3), kinds):
+    """The defaults against Muon: other texts, another family, another width; documents cut once."""
+    for seed, kind in itertools.product(range(3), KINDS):
         for part in (PARTS[0], PARTS[2], PARTS[6]):
             yield _spec(*kind, 5, seed, part)
         for part in (PARTS[0], PARTS[6], STRONGER):
             yield _spec(*kind, 15, seed, part)
+
+
+def _recut() -> Iterator[dict[str, Any]]:
+    """The same with documents that are cut elsewhere in every epoch, which is the default."""
+    for seed, kind in itertools.product(range(3), KINDS):
+        for epochs, parts in ((15, (0, 2, 6)), (5, (0, 2, 6))):
+            for part in parts:
+                yield _spec(*kind, epochs, seed, PARTS[part] | {"recut": True})
+        yield _spec(*kind, 15, seed, STRONGER | {"recut": True})
 
 
 # The same multiples of the default rate at every width, which shows whether the best one moves with the width.
@@ -256,7 +269,7 @@ def _spec(
     return of | part
 
 
-GRIDS = {"screen": _screen, "final": _final, "rates": _rates, "float8": _float8}
+GRIDS = {"screen": _screen, "final": _final, "recut": _recut, "rates": _rates, "float8": _float8}
 
 
 def bottom(points: list[tuple[float, float]]) -> float:
@@ -278,7 +291,7 @@ def table(name: str, out: Path) -> str:
         if line is None:
             continue
         part = json.dumps(
-            {k: spec[k] for k in ("optim", "model", "quintic", "precision") if k in spec}
+            {k: spec[k] for k in ("optim", "model", "quintic", "precision", "recut") if k in spec}
         )
         kind = (spec["corpus"], spec["family"], str(spec["width"]), part)
         cells.setdefault(kind, {}).setdefault(spec["epochs"], []).append(line)

@@ -15,6 +15,7 @@ import pytest
 import pretrain
 from pretrain.data import flat_files
 from pretrain.data.loader import Loader
+from pretrain.data.order import MixtureOrder
 from pretrain.data.prepare import Prepared
 from pretrain.errors import DataError, PretrainError
 
@@ -202,3 +203,79 @@ def test_rows_that_point_elsewhere_are_refused(source: Path, tmp_path: Path) -> 
             assert not told or "segments.bin" in told or "rows.bin" in told
             shutil.rmtree(tmp_path / "bad")
     assert refused >= 8
+
+
+class _Places:
+    """Stands for the file of the tokens and reads the place of each token."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, starts: Any, lengths: Any, rows: Any) -> Any:
+        ranges = [np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)]
+        return np.concatenate(ranges)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_epoch_cuts_long_documents_elsewhere_and_visits_every_token_once(
+    source: Path, tmp_path: Path, weighted: bool
+) -> None:
+    sources: Any = {str(source): 1.0, str(source) + "2": 1.0} if weighted else source
+    if weighted:
+        text = source.read_text()
+        Path(f"{source}2").write_text("\n".join(line[::-1] for line in text.splitlines()[::3]))
+    rows = prepare(sources, tmp_path / "out").train
+    bounds = np.fromfile(tmp_path / "out" / "train.documents.bin", dtype="<i8")
+    rows._tokens = _Places(rows.num_tokens)  # type: ignore[assignment]
+    loader, whole = Loader(rows, 3, recut=True), Loader(rows, 3)
+    length, position, seen = loader.epoch_length, 0, []
+    visited = np.zeros(rows.num_tokens, np.int64)
+    cut = set()
+    for epoch in range(3):
+        examples = loader.examples(position, length)
+        for example, plain in zip(examples, whole.examples(position, length), strict=True):
+            filled = example["document_ids"] > 0
+            assert np.array_equal(filled, plain["document_ids"] > 0)  # rows keep their length
+            places, pieces = example["input_ids"][filled], example["document_ids"][filled]
+            visited[places] += 1
+            for piece in np.unique(pieces):
+                run = places[pieces == piece]
+                assert np.array_equal(run, run[0] + np.arange(len(run)))  # in order
+                inside = np.searchsorted(bounds, run[[0, -1]], side="right")
+                assert inside[0] == inside[1]  # of one document
+                assert np.array_equal(
+                    example["position_ids"][filled][pieces == piece], np.arange(len(run))
+                )
+                cut.add((epoch, int(run[0])))
+            if epoch == 0 and not weighted:
+                assert all(np.array_equal(example[key], plain[key]) for key in example)
+        seen.append(visited.copy())
+        position += length
+    if not weighted:
+        assert [set(counts.tolist()) for counts in seen] == [{1}, {2}, {3}]
+    starts = [{place for e, place in cut if e == epoch} for epoch in range(3)]
+    new = [starts[a] - starts[b] - set(bounds.tolist()) for a, b in ((1, 0), (2, 0), (2, 1))]
+    assert all(len(each) > 20 for each in new)
+    short = bounds[:-1][np.diff(bounds) <= 64]
+    assert all(int(place) in starts[0] & starts[1] & starts[2] for place in short) or weighted
+
+
+def test_damaged_bounds_of_documents_are_named(source: Path, tmp_path: Path) -> None:
+    rows = prepare(source, tmp_path / "out").train
+    rows._bounds = np.array([0, 5, rows.num_tokens // 2])
+    with pytest.raises(DataError, match=r"train\.documents\.bin is damaged: row \d+"):
+        Loader(rows, 0, recut=True).examples(len(rows), len(rows))
+
+
+def test_mixtures_number_the_passes_over_each_source() -> None:
+    order = MixtureOrder([5, 40], [0.5, 0.5], seed=2)
+    count = 10 * order.epoch_length
+    rows, passes = order.indices(0, count), order.passes(0, count)
+    for row, last in [(0, 4), (4, 4), (5, 0), (44, 0)]:
+        numbers = sorted(passes[rows == row].tolist())
+        assert numbers == list(range(len(numbers))) and len(numbers) > last
+    parts = [order.passes(position, 25) for position in range(0, count, 25)]
+    assert np.array_equal(np.concatenate(parts), passes)

@@ -214,6 +214,9 @@ class TrainConfig:
     precision of training, which is faster."""
     seed: int = setting(0, 0, (1 << 63) - 1)
     """Seed of the weights, the data order, the masks and the dropout."""
+    recut: bool = True
+    """Cut documents that are longer than a row at other places in every epoch after the first, so that their tokens
+    are predicted from other contexts. Every token is still visited once an epoch."""
 
 
 @dataclass

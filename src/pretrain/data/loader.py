@@ -1,7 +1,7 @@
 """Data loader: rows by global position in a computed order, with a prefetch thread.
 
 The row at a position depends only on the seed and the position, not on the prefetch depth, the batch size or the
-number of devices.
+number of devices. Documents that are longer than a row are cut at other places in every epoch after the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.order import Order
+from pretrain.data.order import Order, cut_numbers
 from pretrain.data.shards import Example, Rows
 
 __all__ = ["Example", "Examples", "Loader", "row_rng", "row_rngs"]
@@ -60,10 +60,13 @@ class Loader:
         rows: a split of prepared data, or any sequence of dicts of arrays; at least one.
         seed: seed of the order.
         prefetch: batches that the thread of :meth:`stream` prefetches; 0 reads in the calling thread.
+        recut: cut long documents of prepared data at other places in every epoch after the first.
     """
 
-    def __init__(self, rows: Examples, seed: int = 0, *, prefetch: int = 2) -> None:
-        self.rows, self.seed, self.prefetch = rows, int(seed), prefetch
+    def __init__(
+        self, rows: Examples, seed: int = 0, *, prefetch: int = 2, recut: bool = False
+    ) -> None:
+        self.rows, self.seed, self.prefetch, self.recut = rows, int(seed), prefetch, recut
         self.order = rows.order(seed) if isinstance(rows, Rows) else Order(len(rows), seed)
 
     @property
@@ -80,7 +83,8 @@ class Loader:
         indices = self.indices(position, count)
         if not isinstance(self.rows, Rows):
             return [self.rows[int(i)] for i in indices]
-        batch = self.rows.gather(indices)
+        cuts = cut_numbers(self.seed, self.order.passes(position, count)) if self.recut else None
+        batch = self.rows.gather(indices, cuts)
         return [{name: values[k] for name, values in batch.items()} for k in range(count)]
 
     def stream(

@@ -8,14 +8,14 @@ number of workers or devices, and a checkpoint stores one integer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import ConfigError
 
-__all__ = ["MixtureOrder", "Order", "mix64"]
+__all__ = ["MixtureOrder", "Order", "cut_numbers", "mix64"]
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -34,6 +34,13 @@ def mix64(values: Words) -> Words:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
+
+
+def cut_numbers(seed: int, passes: Ints) -> Words:
+    """Return for each row the number by which its long documents are cut: 0, as prepared, in the first pass."""
+    key = np.uint64((int(seed) & _MASK64) * _GOLDEN & _MASK64)
+    numbers = mix64(key ^ mix64(passes.astype(np.uint64) * np.uint64(_GOLDEN))) | np.uint64(1)
+    return np.where(passes > 0, numbers, np.uint64(0))
 
 
 class Order:
@@ -59,6 +66,10 @@ class Order:
     def indices(self, position: int, count: int) -> Ints:
         """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
         return self.at(np.arange(count, dtype=np.int64) + np.int64(position))
+
+    def passes(self, position: int, count: int) -> Ints:
+        """Return the number of the pass over all rows, from 0, that each row of ``indices`` belongs to."""
+        return (np.arange(count, dtype=np.int64) + np.int64(position)) // self.epoch_length
 
     def at(self, places: Ints) -> Ints:
         """Return the rows at arbitrary ``places`` counted since the start of training."""
@@ -112,19 +123,29 @@ class MixtureOrder:
 
     def indices(self, position: int, count: int) -> Ints:
         """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
+        rows = np.empty(count, dtype=np.int64)
+        for k, order, chosen, places in self._by_source(position, count):
+            rows[chosen] = self._firsts[k] + order.at(places)
+        return rows
+
+    def passes(self, position: int, count: int) -> Ints:
+        """Return the number of the pass over its source, from 0, that each row of ``indices`` belongs to."""
+        passes = np.empty(count, dtype=np.int64)
+        for _, order, chosen, places in self._by_source(position, count):
+            passes[chosen] = places // order.epoch_length
+        return passes
+
+    def _by_source(self, position: int, count: int) -> Iterator[tuple[int, Order, Ints, Ints]]:
+        """Yield each source with its order, the places that it fills, and their places in that order."""
         places = np.arange(count, dtype=np.int64) + np.int64(position)
-        epochs = places // self.epoch_length
         slots = self._slots.at(places)
         source = np.searchsorted(self._bounds, slots, side="right")
-        rows = np.empty(count, dtype=np.int64)
         for k, order in enumerate(self._orders):
             chosen = np.flatnonzero(source == k)
-            if order is None or not chosen.size:
-                continue
-            share = self.counts[k]
-            within = slots[chosen] - (self._bounds[k] - share)
-            rows[chosen] = self._firsts[k] + order.at(epochs[chosen] * share + within)
-        return rows
+            if order is not None and chosen.size:
+                share = self.counts[k]
+                within = slots[chosen] - (self._bounds[k] - share)
+                yield k, order, chosen, places[chosen] // self.epoch_length * share + within
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.flat_files import FlatFile
 from pretrain.data.manifests import MANIFEST, check_files, unsealed
-from pretrain.data.order import MixtureOrder, Order
+from pretrain.data.order import MixtureOrder, Order, mix64
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import printable
@@ -87,6 +87,9 @@ class Rows:
         self.num_bytes, self.num_characters = int(stats["bytes"]), int(stats["characters"])
         self.num_documents, self.padding = int(stats["documents"]), float(stats["padding"])
         self.source_rows = [int(source["rows"]) for source in stats["sources"]]
+        self._bounds: Ints | None = (
+            None  # first tokens of the documents, and the end; read when they are needed
+        )
         self._tokens = FlatFile(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
         self._segments = FlatFile(folder / f"{split}.segments.bin", np.dtype("<i8"))
         self._rows = FlatFile(folder / f"{split}.rows.bin", np.dtype("<i8"))
@@ -145,8 +148,15 @@ class Rows:
             raise IndexError(f"row {index} of {len(self)}")
         return {name: values[0] for name, values in self.gather([index % len(self)]).items()}
 
-    def gather(self, indices: Sequence[int] | Ints) -> dict[str, Ints]:
+    def gather(
+        self, indices: Sequence[int] | Ints, cuts: NDArray[np.uint64] | None = None
+    ) -> dict[str, Ints]:
         """Return B rows as one batch: ``input_ids``, ``document_ids`` and ``position_ids``, each (B, T) int64.
+
+        Args:
+            indices: numbers of the rows.
+            cuts: (B,) by which number the documents that are longer than a row are cut, see `_recut`; 0 and None
+                leave the pieces as they were prepared.
 
         Raises:
             DataError: an offset points outside the file it refers to, or a row has more tokens than its length.
@@ -165,6 +175,9 @@ class Rows:
         outside |= (starts + lengths > len(self._tokens)) | (used > self.row_length)[row]
         if outside.any():
             raise self._inconsistent("segments", int(chosen[row[outside.argmax()]]))
+        if cuts is not None and cuts.any():
+            starts, lengths, row = self._recut(starts, lengths, row, chosen, cuts)
+            counts = np.bincount(row, minlength=len(chosen))
         rank = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
         document = np.repeat(rank + 1, lengths)
         position = np.arange(len(document))
@@ -178,6 +191,37 @@ class Rows:
             "position_ids": (position, 0),
         }
         return {name: _laid_out(values, filled, fill) for name, (values, fill) in columns.items()}
+
+    def _recut(
+        self, starts: Ints, lengths: Ints, row: Ints, chosen: Ints, cuts: NDArray[np.uint64]
+    ) -> tuple[Ints, Ints, Ints]:
+        """Move the pieces of every long document by one offset, round its end to its beginning.
+
+        The offset is a function of the document and of the number of the row, so with one number for all rows every
+        token is in one piece still, and every row keeps its length. A piece that reaches the end of its document
+        becomes two: the last tokens and the first.
+
+        Returns:
+            First token, length and place in ``chosen`` of every piece, in row order.
+        """
+        if self._bounds is None:
+            offsets = FlatFile(self.folder / f"{self.split}.documents.bin", np.dtype("<i8"))
+            self._bounds = offsets.read(np.array([0]), np.array([len(offsets)]), np.array([0]))
+        last = np.searchsorted(self._bounds, starts, side="right").clip(1, len(self._bounds) - 1)
+        first, end = self._bounds[last - 1], self._bounds[last]
+        outside = (starts < first) | (starts + lengths > end)
+        if outside.any():
+            raise self._inconsistent("documents", int(chosen[row[outside.argmax()]]))
+        size = end - first
+        random = mix64(cuts[row] ^ mix64(first.astype(np.uint64)))
+        offset = (random >> np.uint64(1)).astype(np.int64) % size
+        offset[(cuts[row] == 0) | (lengths == size)] = 0  # a document in one piece stays whole
+        inside = (starts - first + offset) % size
+        head = np.minimum(lengths, size - inside)  # up to the end of the document
+        both = np.stack((first + inside, head, row, first, lengths - head, row), axis=1)
+        pieces = both.reshape(-1, 3)
+        starts, lengths, row = pieces[pieces[:, 1] > 0].T
+        return starts, lengths, row
 
     def _inconsistent(self, kind: str, row: int) -> DataError:
         return DataError(

@@ -177,6 +177,7 @@ class TuneTrain(TrainConfig):
     keep: int = _fixed(1)
     best: bool = _fixed(True)
     sample: str = _fixed("")
+    recut: bool = _fixed(True)
 
     def at(self, out: str, limit: str, *, save: bool) -> TrainConfig:
         """Return the trainer's section."""

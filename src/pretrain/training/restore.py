@@ -44,6 +44,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "rows of an epoch": trainer.plan.epoch_rows,
         "data": trainer.fingerprint,
         "train.seed": trainer.train.seed,
+        "train.recut": trainer.train.recut,
         "train.batch_rows": trainer.train.batch_rows,
         **trainer.origin,
     }

@@ -71,6 +71,7 @@ class RunState:
         lr: peak learning rate of the run.
         micro_rows: rows per forward pass that were measured to be the fastest, or since memory ran out with more; 0 if
             the settings and the data decide.
+        recut: ``train.recut`` of the run; earlier versions never cut documents anew.
         fixed_statistics: the running statistics of the model that the run began with are kept.
         facts: what reports show of model and machine: ``parameters`` (without frozen ones beside the model),
             ``trained``, ``hardware``, ``precision``, ``peak_memory`` (bytes of one process).
@@ -104,6 +105,7 @@ class RunState:
     lr: float | None = None
     log: str = ""
     micro_rows: int = 0
+    recut: bool = False
     fixed_statistics: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -309,7 +309,10 @@ class Trainer:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self.checkpoint = restore(self, checkpoint), checkpoint
             self.plan.keep(self.state)
+        else:
+            self.state.recut = train.recut
         timed = self.plan.limit.kind == "minutes"
+        loader.recut = self.state.recut
         self.feed = Feed(
             self.objective,
             loader,
