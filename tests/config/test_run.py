@@ -81,6 +81,7 @@ SURFACE = [
     "train.precision",
     "train.eval_precision",
     "train.seed",
+    "train.recut",
     "parallel.device",
     "parallel.compile",
     "parallel.activation_checkpointing",

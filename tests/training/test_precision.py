@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from pretrain.config import TrainConfig
 from pretrain.errors import ConfigError
 from pretrain.training.precision import (
     LossScale,
@@ -56,9 +59,11 @@ def test_fp8_is_bf16_with_other_products_and_for_training_only() -> None:
 def test_a_run_of_any_precision_is_evaluated_on_a_device_that_trains_in_another(
     precision: str,
 ) -> None:
-    assert evaluation_precision_of_run(precision, "fp32", CPU).name == "fp32"
+    train: Any = TrainConfig(precision=precision)
+    assert evaluation_precision_of_run(train, CPU).name == "fp32"
     expected = {"bf16": "bf16", "fp8": "bf16", "auto": choose_precision("auto", CPU).name}
-    found = evaluation_precision_of_run(precision, "train", CPU).name
+    train.eval_precision = "train"
+    found = evaluation_precision_of_run(train, CPU).name
     assert found == expected.get(precision, "fp32")
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,14 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pretrain.checkpoint import latest, read_training
+from pretrain.data.prepare import prepare
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective
 from pretrain.objectives.next_token import NextToken
 from pretrain.training import restore as restoring
 from pretrain.training.plan import Plan
+from pretrain.training.state import RunState
 from pretrain.training.trainer import Hook
-from tiny import Rows, losses, objective, trainer
+from tiny import TEXTS, Rows, losses, objective, tokenizer, trainer
 
 
 class Crash(Exception):
@@ -268,3 +271,86 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
     _run(tmp_path / "cut", "NextToken", **options)
     assert "checkpoint-6" in capsys.readouterr().err
     _same(tmp_path / "whole", tmp_path / "cut")
+
+
+def _prepared(folder: Path) -> Any:
+    """Rows of 24 tokens from documents of which most are longer."""
+    rng = np.random.default_rng(0)
+    lines = [
+        " ".join(rng.choice(TEXTS).split()[0] for _ in range(size)) for size in (90, 9, 150, 60)
+    ]
+    (folder / "text.txt").write_text("\n".join(lines))
+    return prepare(
+        folder / "text.txt",
+        folder / "prepared",
+        tokenizer=tokenizer(),
+        separator="\n",
+        row_length=24,
+        valid=0,
+        quiet=True,
+    ).train
+
+
+def test_documents_cut_anew_go_on_where_they_were(tmp_path: Path) -> None:
+    rows = _prepared(tmp_path)
+    batches: dict[str, list[bytes]] = {}
+
+    def run(name: str, crash_after: int | None = None, **options: Any) -> None:
+        def note(record: Any) -> None:
+            batch = task.feed.step_at(task.state.rows)[0]["input_ids"]  # of the next step
+            batches.setdefault(name, []).append(batch.numpy().tobytes())
+            if record["step"] == crash_after:
+                raise Crash
+
+        task = trainer(tmp_path / name, objective(), rows, hooks=[Hook(note)], **options)
+        task.fit()
+
+    options: dict[str, Any] = {"batch_rows": len(rows), "save_every": "2 steps", "limit": "6 steps"}
+    run("whole", **options)
+    with pytest.raises(Crash):
+        run("cut", crash_after=3, **options)
+    run("cut", **options)
+    _same(tmp_path / "whole", tmp_path / "cut")
+    assert set(batches["cut"]) == set(batches["whole"])
+    run("fixed", recut=False, **options)
+    fixed = batches["fixed"]
+    for batch in batches["whole"][:-1]:  # other rows with the same tokens, none of which is lost
+        ids = [np.frombuffer(each, np.int64) for each in (batch, fixed[0])]
+        assert np.array_equal(*(np.sort(each) for each in ids))
+    cuts = [
+        {row.tobytes() for row in np.frombuffer(each, np.int64).reshape(-1, 24)}
+        for each in batches["whole"]
+    ]
+    assert len(set(map(frozenset, cuts))) == len(cuts)
+    with pytest.raises(TrainingError, match=r"train\.recut True and this run has False"):
+        run("whole", recut=False, **options | {"limit": "9 steps"})
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_same_cuts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = _prepared(tmp_path)
+    options: dict[str, Any] = {"batch_rows": len(rows), "save_every": "1 steps", "limit": "6 steps"}
+    trainer(tmp_path / "fixed", objective(), rows, recut=False, **options).fit()
+
+    def strike(record: Any) -> None:
+        if record["step"] == 3:
+            raise Crash
+
+    def earlier(plain: Any) -> Any:
+        return from_json({key: value for key, value in plain.items() if key != "recut"})
+
+    same = restoring.identity
+    without = {"train.recut"}
+    monkeypatch.setattr(
+        restoring, "identity", lambda t: {k: v for k, v in same(t).items() if k not in without}
+    )
+    with pytest.raises(Crash):
+        trainer(
+            tmp_path / "cut", objective(), rows, hooks=[Hook(strike)], recut=False, **options
+        ).fit()
+    monkeypatch.undo()
+    from_json = RunState.from_json
+    monkeypatch.setattr(RunState, "from_json", earlier)
+    trainer(tmp_path / "cut", objective(), rows, **options).fit()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "fixed")

@@ -130,7 +130,7 @@ def reported_precision(
     """
     chosen = choose_device(device)
     if name == "auto" and train is not None:
-        return evaluation_precision_of_run(train.precision, train.eval_precision, chosen)
+        return evaluation_precision_of_run(train, chosen)
     if name == "auto":
         fits = recorded in PRECISIONS and not (recorded == "fp16" and chosen.type == "cpu")
         name = str(recorded) if fits else "fp32"

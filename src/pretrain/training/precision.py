@@ -23,6 +23,7 @@ from pretrain.errors import ConfigError, did_you_mean
 from pretrain.nn.device import multiplies_bf16_fast
 
 if TYPE_CHECKING:
+    from pretrain.config import TrainConfig
     from pretrain.distributed.world import World
 
 __all__ = [
@@ -148,17 +149,12 @@ def _float8(device: torch.device, training: bool) -> Precision:
     return Precision("fp8", torch.bfloat16, device, why)
 
 
-def evaluation_precision_of_run(
-    precision: str, eval_precision: str, device: torch.device
-) -> Precision:
+def evaluation_precision_of_run(train: TrainConfig, device: torch.device) -> Precision:
     """Return the precision of evaluations by the settings of a run, on a device that may be another than the run's."""
-    exact = Precision("fp32", torch.float32, device, "as in the run")
-    if eval_precision == "fp32":
-        return exact
     # Float8 is for training, and fp16 is far slower than fp32 on a CPU.
-    if precision == "fp16" and device.type == "cpu":
-        return exact
-    return choose_precision("bf16" if precision == "fp8" else precision, device)
+    if train.eval_precision == "fp32" or (train.precision == "fp16" and device.type == "cpu"):
+        return Precision("fp32", torch.float32, device, "as in the run")
+    return choose_precision("bf16" if train.precision == "fp8" else train.precision, device)
 
 
 def evaluation_precision(

@@ -662,11 +662,8 @@ def evaluate(
             f"the data with row_length={model.backbone.max_length} or less."
         )
     where = choose_device(device)
-    if precision == "auto":
-        chosen = evaluation_precision_of_run(
-            before.train.precision, before.train.eval_precision, where
-        )
-    else:
+    chosen = evaluation_precision_of_run(before.train, where)
+    if precision != "auto":
         chosen = choose_precision(precision, where)
     built.to(where)
     if batch_rows is None:

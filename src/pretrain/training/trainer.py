@@ -157,7 +157,7 @@ class Trainer:
             raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
         self.optim, self.lr_reason = resolve_lr(optim or OptimConfig(), objective, self.out)
-        self.state = RunState()
+        self.state = RunState(recut=train.recut)
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
         self.changed: Changed = {}
@@ -265,11 +265,6 @@ class Trainer:
             torch.set_num_threads(self.parallel.threads)
         self.precision = common_precision(train.precision, self.device, world)
         self.scaler = LossScale(self.precision.name == "fp16")
-        if self.precision.name == "fp8":
-            self.say(use_float8(self.objective.model.backbone.blocks()))
-        if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
-            self.say("the weights are converted to fp32: half-precision weights lose small updates")
-            self.objective.float()
         checkpoint = latest_on_all_ranks(self.out, world.peers())
         loader = Loader(self.train_data, seed=train.seed)
         self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
@@ -309,8 +304,6 @@ class Trainer:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self.checkpoint = restore(self, checkpoint), checkpoint
             self.plan.keep(self.state)
-        else:
-            self.state.recut = train.recut
         timed = self.plan.limit.kind == "minutes"
         loader.recut = self.state.recut
         self.feed = Feed(
@@ -339,7 +332,12 @@ class Trainer:
         return checkpoint is not None
 
     def _place(self, checkpoint: Path | None) -> None:
-        """Distribute the model over the ranks, allocate its memory and set its weights."""
+        """Distribute the model over the ranks, in fp32, allocate its memory and set its weights."""
+        if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
+            self.say("the weights are converted to fp32: half-precision weights lose small updates")
+            self.objective.float()
+        if self.precision.name == "fp8":
+            self.say(use_float8(self.objective.model.backbone.blocks()))
         self.strategy = parallelize(self)
         self.eval_precision = evaluation_precision(
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
