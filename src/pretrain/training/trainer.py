@@ -157,7 +157,7 @@ class Trainer:
             raise ConfigError("train.out is empty; name the directory of the run.")
         self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
         self.optim, self.lr_reason = resolve_lr(optim or OptimConfig(), objective, self.out)
-        self.state = RunState(recut=train.recut)
+        self.state = RunState(recut=self.train.recut)
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
         self.changed: Changed = {}
