@@ -87,9 +87,8 @@ class Rows:
         self.num_bytes, self.num_characters = int(stats["bytes"]), int(stats["characters"])
         self.num_documents, self.padding = int(stats["documents"]), float(stats["padding"])
         self.source_rows = [int(source["rows"]) for source in stats["sources"]]
-        self._bounds: Ints | None = (
-            None  # first tokens of the documents, and the end; read when they are needed
-        )
+        # First tokens of the documents, and the end; read when they are needed.
+        self._bounds: Ints | None = None
         self._tokens = FlatFile(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
         self._segments = FlatFile(folder / f"{split}.segments.bin", np.dtype("<i8"))
         self._rows = FlatFile(folder / f"{split}.rows.bin", np.dtype("<i8"))

@@ -21,9 +21,8 @@ from pretrain.nn.norm import compute_dtype
 __all__ = ["Float8Linear", "use_float8"]
 
 _MULTIPLE = 16  # every dimension of a product must be a multiple of it
-_SMALLEST = (
-    1e-12  # magnitude to which the largest one of a tensor is raised, so that zeros have a scale
-)
+# The largest magnitude of a tensor is raised to this one, so that zeros have a scale.
+_SMALLEST = 1e-12
 
 
 class Float8Linear(nn.Linear):
