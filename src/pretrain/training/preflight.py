@@ -42,8 +42,9 @@ __all__ = ["check_rows", "check_trainable", "frozen_beside", "numel", "preflight
 # a vocabulary entry below which the vocabulary is said to be large.
 _FEW_STEPS, _MANY_EPOCHS, _FEW_OCCURRENCES = 50, 16, 50
 
-# Between these numbers of epochs the recipe of `suggest` was measured to be better than the defaults.
-FEW_EPOCHS, MANY_EPOCHS = 2.0, 10.0
+# Between these numbers of epochs the recipe of `suggest` was measured to be better than the defaults; above the second
+# one with weight decay and dropout.
+FEW_EPOCHS, SEVERAL_EPOCHS, MANY_EPOCHS = 2.0, 10.0, 20.0
 
 
 def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
@@ -377,9 +378,9 @@ def suggest(trainer: Trainer, epochs: float) -> str | None:
         and FEW_EPOCHS <= epochs <= MANY_EPOCHS
     ):
         return None
-    # Narrower models do not learn a text by heart in so few epochs; there these two cost more than they gain.
-    wide = trainer.objective.model.backbone.config.hidden_size >= 128
-    more = ", optim.weight_decay=1, dropout=0.1 in model.overrides" if wide else ""
+    # In fewer epochs a text is not learnt by heart, and these two cost more than they gain.
+    many = epochs > SEVERAL_EPOCHS
+    more = ", optim.weight_decay=1, dropout=0.1 in model.overrides" if many else ""
     return (
         f"hint: of text that is seen {epochs:.1f} times Muon learnt more in trials (optim.name=muon, optim.min_lr=0"
         f"{more})"
