@@ -13,7 +13,7 @@ from huggingface_hub import constants
 import pretrain
 import tiny
 from pretrain.checkpoint import download, inspect, load
-from pretrain.checkpoint.download import located, pinned
+from pretrain.checkpoint.download import fetch_model, pinned
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError
 from pretrain.lora import LoraConfig, apply_lora
 
@@ -52,7 +52,7 @@ def test_a_model_is_loaded_by_its_name_and_only_what_it_needs_is_fetched(
     model = load("org/bert")
     assert same_weights(model, load(saved)) and model.tokenizer is not None
     assert model.source == f"hub:org/bert@{commit}"
-    assert sorted(os.listdir(located("org/bert")[0])) == sorted(
+    assert sorted(os.listdir(fetch_model("org/bert")[0])) == sorted(
         [
             ".gitattributes",
             "README.md",
@@ -63,7 +63,7 @@ def test_a_model_is_loaded_by_its_name_and_only_what_it_needs_is_fetched(
         ]
     )
     said = capfd.readouterr().err
-    size = sum(path.stat().st_size for path in located("org/bert")[0].iterdir())
+    size = sum(path.stat().st_size for path in fetch_model("org/bert")[0].iterdir())
     cache = f"{constants.HF_HUB_CACHE}/models--org--bert"
     assert (
         f"hub:org/bert@{commit}: 6 files, {size / 1e6:,.1f} MB, licence: mit, kept in {cache}"
@@ -119,7 +119,7 @@ def test_shards_sentences_and_the_store_that_repositories_share(hub, saved, tmp_
     found = load("org/parts")
     assert same_weights(found, model) and found.sentences.pooling == ("cls",)
     # As files of Xet lie in the cache: the blob of the repository is a link into a store of all repositories.
-    place, _ = located("org/parts")
+    place, _ = fetch_model("org/parts")
     blob = os.path.realpath(next(place.glob("model-00001-of-*")))
     shared = place.parents[2] / "blobs" / "ab" / "ab12"
     shared.parent.mkdir(parents=True)

@@ -79,7 +79,7 @@ def test_what_cannot_be_seen_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     out = tmp_path / "run"
     late = trainer(out, hooks=[stop])
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.training.run_directory.candidates", full)
+        patch.setattr("pretrain.training.run_directory.run_checkpoints", full)
         fails(late, KeyboardInterrupt)
     assert {"run.yaml", "log.jsonl"} <= {path.name for path in out.iterdir()}
 

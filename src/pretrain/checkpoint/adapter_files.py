@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.best import best_first, opened, run_around
-from pretrain.checkpoint.download import described, located, terms
+from pretrain.checkpoint.download import fetch_config, fetch_model, terms
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -22,6 +21,7 @@ from pretrain.checkpoint.model_directory import (
     read_weights,
     verify_rest,
 )
+from pretrain.checkpoint.resolve import enclosing_run, models_of_run, resolve_model_directory
 from pretrain.errors import CheckpointError, ConfigError, ModelError, PretrainError
 from pretrain.lora.attach import base_sample, body_shapes, fingerprint
 from pretrain.lora.peft_format import (
@@ -139,8 +139,8 @@ def _trained_on(
     Returns:
         The checkpoint, and what ``load_disk_state`` reports; None if the base is no run, or has none.
     """
-    run = run_around(Path(base))
-    for other in [] if run is None else best_first(run):
+    run = enclosing_run(Path(base))
+    for other in [] if run is None else models_of_run(run):
         try:
             source = _Base(other, verify=verify)
             report = model.load_disk_state(source.tensors())
@@ -169,9 +169,9 @@ class _Base:
             self.generation_config, self.tokenizer = base.generation_config, base.processor
             self.sentences = base.sentences
             return
-        path, self.name = located(base)
+        path, self.name = fetch_model(base)
         with reading(base):
-            if (best := opened(path)) != path:
+            if (best := resolve_model_directory(path)) != path:
                 path, self.name = best, str(Path(base) / best.name)
             self._directory = ModelDirectory(path, verify=verify)
             if self._directory.is_adapter:
@@ -217,7 +217,7 @@ def _find(settings: PeftSettings, adapter: Path) -> str | Path:
                 if (start / end).is_dir():
                     return start / end
                 # A checkpoint that its run has removed since; another one or the result may have its weights.
-                if len(end.parts) > 1 and (run := run_around(start / end)) is not None:
+                if len(end.parts) > 1 and (run := enclosing_run(start / end)) is not None:
                     return run
     except (ValueError, OSError):  # a null byte in the name, or a name that is too long
         pass
@@ -242,7 +242,7 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
     config, kind = directory.model_config(), None
     try:
         if not _facts(config):
-            base = described(_find(settings, path))
+            base = fetch_config(_find(settings, path)).path
             config = dict(_Base(base, verify=False).config)
             heads = {name: torch.empty(info.shape, device="meta") for name, info in tensors.items()}
             kind, config = _peft_head(config, settings, heads, path / ADAPTER_CONFIG)

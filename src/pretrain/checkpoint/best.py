@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,17 @@ from pretrain.utils.strict_json import parse_json, sealed, unsealed
 __all__ = [
     "BEST",
     "COMPARISON",
-    "RESULT",
     "SWEEP",
     "TRIALS",
-    "best_first",
-    "opened",
+    "best_checkpoint",
     "rates_of_run",
-    "run_around",
     "run_state",
     "state_of",
-    "training_checkpoint",
     "write_choice",
 ]
 
 BEST, SWEEP = "best.json", "sweep.json"
 COMPARISON, TRIALS = "comparison.json", "trials.json"  # see ``pretrain.finetuning.trials``
-RESULT = "model"  # directory inside a run, see ``pretrain.checkpoint.result``
 STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
 
@@ -81,27 +76,22 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) and isinstance(state.get("run"), dict) else {}
 
 
-def best_first(run_dir: Path) -> list[Path]:
-    """Return the directories of a run that hold its model, in the order in which loading tries them.
+def best_checkpoint(run_dir: Path, checkpoints: Sequence[Path], result_step: float | None) -> str:
+    """Return the name of the best checkpoint of a run, by best.json or else the training state; "" without checkpoints.
 
-    The best one comes first: the result of the run, or, while a run that was resumed has a better checkpoint, that
-    checkpoint. The other checkpoints follow with the highest step first.
+    Args:
+        run_dir: the run.
+        checkpoints: its checkpoints, highest step first.
+        result_step: step of the checkpoint that the result of the run was made from, which may be gone; None without a
+            result.
     """
-    found, result = manifest.candidates(run_dir), _result(run_dir)
-    model = run_dir / RESULT
-    names = ("config.json", manifest.ADAPTER_CONFIG)
-    # Without checkpoints the directory is no run, and a folder with this name may be anything.
-    if found and not result and any(os.path.lexists(model / name) for name in names):
-        note(
-            f"{model} has no {manifest.NAME}, which the result of a run has. It is not used; a checkpoint of the run "
-            "is."
-        )
-    path, known = run_dir / BEST, {checkpoint.name for checkpoint in found}
-    known |= {f"checkpoint-{step}" for step in result.values()}
-    state, newest = next(((s, c.name) for c in found if (s := run_state(c))), ({}, ""))
+    path, known = run_dir / BEST, {checkpoint.name for checkpoint in checkpoints}
+    if result_step is not None:
+        known.add(f"checkpoint-{result_step}")
+    state, newest = next(((s, c.name) for c in checkpoints if (s := run_state(c))), ({}, ""))
     best = state.get("best_step")
     expected = f"checkpoint-{best}" if type(best) is int and best > 0 else newest
-    name = expected = expected if expected in known else newest
+    expected = expected if expected in known else newest
     instead = (
         f"going by the training state in {newest}, {expected} is used"
         if newest
@@ -109,58 +99,22 @@ def best_first(run_dir: Path) -> list[Path]:
     )
     try:
         recorded = _read(path, "checkpoint").get("checkpoint")
-        if recorded is not None:
-            if not isinstance(recorded, str) or recorded not in known:
-                raise CheckpointCorrupt(path, "a checkpoint of this run", repr(recorded)[:60])
-            if expected and "best_step" in state and recorded != expected:
-                raise CheckpointCorrupt(path, expected, recorded)
-            name = recorded
+        if recorded is None:
+            return expected
+        if not isinstance(recorded, str) or recorded not in known:
+            raise CheckpointCorrupt(path, "a checkpoint of this run", repr(recorded)[:60])
+        if expected and "best_step" in state and recorded != expected:
+            raise CheckpointCorrupt(path, expected, recorded)
+        return recorded
     except CheckpointError as error:
         note(f"{error} This file names the best checkpoint of the run; {instead} instead.")
-    checkpoints = sorted(found, key=lambda checkpoint: checkpoint.name != name)
-    better = any((manifest.step_of(name) or 0) > step for step in result.values())
-    return [*checkpoints, *result] if better else [*result, *checkpoints]
-
-
-def opened(path: Path) -> Path:
-    """Return the directory that opening ``path`` opens: of a run the best one, else ``path`` itself."""
-    own = any(os.path.lexists(path / name) for name in ("config.json", manifest.ADAPTER_CONFIG))
-    return path if own else next(iter(best_first(path)), path)
-
-
-def run_around(path: Path) -> Path | None:
-    """Return the run that ``path`` is or is a checkpoint or the result of, whether that exists or not; else None."""
-    inside = path.name == RESULT or manifest.step_of(path.name) is not None
-    run = path.parent if inside else path
-    return run if run.is_dir() and (manifest.candidates(run) or _result(run)) else None
-
-
-def training_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that holds the training folder of the model that opening ``path`` opens."""
-    directory = opened(path)
-    step = _result(directory.parent).get(directory)
-    if step == math.inf:  # loading skips a damaged result, too
-        others = (one for one in best_first(directory.parent) if one != directory)
-        return next(others, directory)
-    made_from = directory.parent / f"checkpoint-{step}"
-    return made_from if made_from.is_dir() else directory
-
-
-def _result(run_dir: Path) -> dict[Path, float]:
-    """Return the result of a run, if there is one, with its step; infinite if it is damaged, so that it is reported."""
-    result = run_dir / RESULT
-    if result.is_symlink() or not os.path.lexists(result / manifest.NAME):
-        return {}
-    try:
-        return {result: manifest.read_manifest(result).step or 0}
-    except (CheckpointError, OSError):
-        return {result: math.inf}
+        return expected
 
 
 def rates_of_run(run_dir: Path) -> dict[str, float]:
     """Return the learning rates that a run began with: ``lr``, and ``muon_lr`` if it was kept; empty if unknown."""
     path = run_dir / SWEEP
-    states = map(state_of, manifest.candidates(run_dir))
+    states = map(state_of, manifest.run_checkpoints(run_dir))
     state = next((s for s in states if _is_rate(s.get("run", {}).get("lr"))), {})
     rates = {"lr": state["run"]["lr"]} if state else {}
     optim = state.get("optim", {})  # earlier versions did not keep it

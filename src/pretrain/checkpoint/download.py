@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import checkpoint
-from pretrain.checkpoint.best import opened
 from pretrain.checkpoint.licences import card_terms
 from pretrain.checkpoint.manifest import checked_directory
 from pretrain.checkpoint.model_directory import (
@@ -28,6 +27,7 @@ from pretrain.checkpoint.model_directory import (
     TOKENIZER_FILES,
     ModelDirectory,
 )
+from pretrain.checkpoint.resolve import resolve_model_directory
 from pretrain.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -40,7 +40,7 @@ from pretrain.utils.hub_files import hub_errors, snapshot
 from pretrain.utils.hub_files import pinned as pinned_name
 from pretrain.utils.hub_names import HubName, hub_name
 
-__all__ = ["described", "located", "pinned", "terms"]
+__all__ = ["fetch_config", "fetch_model", "pinned", "terms"]
 
 # Read before the weights are fetched. Patterns of fnmatch, of paths inside the repository.
 _SMALL = (
@@ -54,14 +54,15 @@ _SMALL = (
 )
 
 
-def located(path: str | Path) -> tuple[Path, str]:
-    """Return the directory of a model, which is fetched if it is one of the Hub and not complete in the cache.
+def fetch_model(path: str | Path) -> tuple[Path, str]:
+    """Return the directory of a model or run; a model of the Hub that is not complete in the cache is fetched.
 
     Args:
         path: a directory, or the name of a model on the Hub; see ``pretrain.utils.hub_names``.
 
     Returns:
-        The real path of the directory, and its name: of a model on the Hub that with its commit, else ``path``.
+        The real path of the directory, not yet resolved to the best model of a run, and its name: of a model on the Hub
+        that with its commit, else ``path``.
 
     Raises:
         CheckpointError: there is no such directory or model, it cannot be fetched, or it has no safetensors.
@@ -82,10 +83,11 @@ def located(path: str | Path) -> tuple[Path, str]:
     return directory, str(commit)
 
 
-def described(path: str | Path) -> Path:
-    """Return the directory of a model with its configuration; of a model on the Hub the weights may be missing."""
+def fetch_config(path: str | Path) -> ModelDirectory:
+    """Return what opening ``path`` opens, for its small files: weights are neither verified nor fetched."""
     name = hub_name(path)
-    return checked_directory(path) if name is None else snapshot(name, _SMALL)
+    directory = checked_directory(path) if name is None else snapshot(name, _SMALL)
+    return ModelDirectory(resolve_model_directory(directory), verify=False)
 
 
 def terms(path: str | Path) -> dict[str, Any]:
@@ -97,8 +99,9 @@ def terms(path: str | Path) -> dict[str, Any]:
         return {}
     name = hub_name(path)
     try:
-        directory = ModelDirectory(opened(described(path)), verify=False)
-        stated = card_terms(read_bytes(directory.real("README.md")).decode("utf-8", "replace"))
+        stated = card_terms(
+            read_bytes(fetch_config(path).real("README.md")).decode("utf-8", "replace")
+        )
     except CheckpointError:
         return {}
     link = stated.get("license_link")

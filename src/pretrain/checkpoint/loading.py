@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain import checkpoint
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.best import best_first, opened
-from pretrain.checkpoint.download import described, located
+from pretrain.checkpoint.download import fetch_config, fetch_model
 from pretrain.checkpoint.model_card import objective_name
 from pretrain.checkpoint.model_directory import (
     ADAPTER_CONFIG,
@@ -31,6 +30,7 @@ from pretrain.checkpoint.model_directory import (
     read_weights,
     verify_rest,
 )
+from pretrain.checkpoint.resolve import model_candidates, resolve_model_directory
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.models import family_class, own_family
@@ -101,14 +101,11 @@ def load(
     """
     if family is not None:
         own_family(family)
-    directory, name = located(path)
+    directory, name = fetch_model(path)
     options: dict[str, Any] = {"head": head, "verify": verify, "tokenizer": tokenizer}
     options |= {"quiet": quiet, "base": base}
     with reading(path):
-        known = [directory / "config.json", directory / ADAPTER_CONFIG]
-        whole = any(map(os.path.lexists, known))
-        run = [] if whole else best_first(directory)
-        for candidate in run:
+        for candidate in model_candidates(directory):
             try:
                 return _load(candidate, str(Path(path) / candidate.name), **options)
             except CheckpointCorrupt as error:
@@ -290,7 +287,7 @@ def kind_and_family(path: str | Path) -> tuple[str | None, type[Backbone] | None
 
 def _configuration(path: str | Path) -> Mapping[str, Any]:
     """Return config.json of a checkpoint, of the best one of a run, or of the base of an adapter."""
-    directory = ModelDirectory(opened(described(path)), verify=False)
+    directory = fetch_config(path)
     return directory.model_config() if directory.is_adapter else directory.json("config.json")
 
 
@@ -316,12 +313,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
         CheckpointError: the directory does not exist, cannot be read, or holds no model.
     """
     with reading(path):
-        return _inspect(path, located(path)[0])
+        return _inspect(path, fetch_model(path)[0])
 
 
-def _inspect(path: str | Path, directory: Path) -> dict[str, Any]:
-    given, directory = directory, opened(directory)
-    trained = directory if directory == given else next(iter(manifest.candidates(given)), directory)
+def _inspect(path: str | Path, given: Path) -> dict[str, Any]:
+    directory = resolve_model_directory(given)
+    trained = (
+        directory if directory == given else next(iter(manifest.run_checkpoints(given)), directory)
+    )
     state, listed = _manifest_state(directory)
     plain = ModelDirectory(directory, verify=False)
     found: dict[str, Any] = {"path": str(path), "checkpoint": directory.name}

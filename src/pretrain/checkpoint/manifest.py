@@ -39,6 +39,7 @@ __all__ = [
     "latest",
     "read_manifest",
     "rotate",
+    "run_checkpoints",
     "step_of",
     "verify",
     "write_manifest",
@@ -318,7 +319,7 @@ def _real(path: str | Path) -> Path:
         raise CheckpointError(f"{str(path)!r} cannot be the name of a directory.") from None
 
 
-def candidates(run_dir: Path) -> list[Path]:
+def run_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run, highest step first, including broken ones."""
     found = {
         name: run_dir / name
@@ -342,8 +343,8 @@ def latest(run_dir: str | Path) -> Path | None:
     with reading(run_dir):
         if not directory.is_dir():
             return None
-        found = candidates(directory)
-    for path in found:
+        checkpoints = run_checkpoints(directory)
+    for path in checkpoints:
         try:
             verify(path, on_damage=report_damage)
         except CheckpointError as error:
@@ -402,11 +403,11 @@ def rotate(
     directory = Path(os.path.realpath(run_dir))
     whole, deleted = 0, list[Path]()
     try:
-        found = candidates(directory)
+        checkpoints = run_checkpoints(directory)
     except OSError as error:
         note(f"{run_dir} cannot be listed, so old checkpoints stay: {error.strerror or error}.")
         return deleted
-    for path in found:
+    for path in checkpoints:
         step = step_of(path.name)
         if step is None or path.name.startswith(".") or (newest is not None and step > newest):
             continue

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.best import RESULT
 from pretrain.checkpoint.model_directory import ADAPTED_MODEL, ADAPTER_CONFIG
+from pretrain.checkpoint.resolve import RESULT
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record

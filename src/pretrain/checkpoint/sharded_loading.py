@@ -25,11 +25,11 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.best import best_first
-from pretrain.checkpoint.download import located
+from pretrain.checkpoint.download import fetch_model
 from pretrain.checkpoint.loading import open_described, report_line
 from pretrain.checkpoint.model_directory import ModelDirectory, check_index, refuse_non_finite
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers, TensorSharding, errors_on_all_ranks
+from pretrain.checkpoint.resolve import model_candidates
 from pretrain.checkpoint.training_state import (
     TrainingState,
     check_training_folder,
@@ -83,7 +83,7 @@ def latest_on_all_ranks(run_dir: str | Path, peers: Peers) -> Path | None:
     names: list[str] = []
     with errors_on_all_ranks(peers), files.reading(run_dir):
         if peers.rank == 0 and directory.is_dir():
-            names = [path.name for path in manifest.candidates(directory)]
+            names = [path.name for path in manifest.run_checkpoints(directory)]
     failures: list[CheckpointError] = []
     for name in peers.all_gather_object(names)[0]:
         path = directory / str(name)
@@ -149,11 +149,9 @@ def open_on_meta(path: str | Path, peers: Peers, *, head: str | None = None) -> 
         AdapterFound: the directory holds an adapter.
     """
     with errors_on_all_ranks(peers), files.reading(path):
-        directory, named = located(path)
-        run: list[Path] = []
-        if not os.path.lexists(directory / "config.json"):
-            run = best_first(directory)
-    for name in peers.all_gather_object([candidate.name for candidate in run])[0]:
+        directory, named = fetch_model(path)
+        candidates = [candidate.name for candidate in model_candidates(directory)]
+    for name in peers.all_gather_object(candidates)[0]:
         try:
             if os.path.lexists(directory / name / manifest.NAME):
                 _verify_on_all_ranks(directory / name, peers, training=False)

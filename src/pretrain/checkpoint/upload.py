@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.checkpoint.best import best_first
-from pretrain.checkpoint.download import located
+from pretrain.checkpoint.download import fetch_model
 from pretrain.checkpoint.loading import load
+from pretrain.checkpoint.resolve import model_candidates
 from pretrain.checkpoint.saving import OVERWRITABLE, save_model
 from pretrain.errors import CheckpointError
 from pretrain.utils.files import note, read_bytes
@@ -62,9 +62,9 @@ def push(
     """
     _target(name)
     model = load(directory, quiet=True)
-    place, _ = located(directory)
-    for card in (place / "README.md", *(path / "README.md" for path in best_first(place))):
-        if card.is_file():
+    fetched, _ = fetch_model(directory)
+    for path in (fetched, *model_candidates(fetched)):
+        if (card := path / "README.md").is_file():
             model.card = read_bytes(card).decode("utf-8", "replace")
             break
     return push_to_hub(model, name, private=private, message=message)

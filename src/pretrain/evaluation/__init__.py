@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import opened
-from pretrain.checkpoint.download import located
-from pretrain.checkpoint.model_directory import ModelDirectory
+from pretrain.checkpoint.download import fetch_config
 from pretrain.config.check import check_count
 from pretrain.config.spelling import EVALUATE, option, option_name, using
 from pretrain.config.spelling import column as column_option
@@ -102,7 +100,8 @@ def evaluate(
     reading = {key: value for key, value in given.items() if value is not None}
     _check_rows(data, columns or {}, reading, None if untrained is None else task, objective)
     named_task = None if untrained or task is None else task_class(task, others=UNTRAINED)
-    model = load(path, quiet=True, base=base if base is not None and _is_adapter(path) else None)
+    is_adapter = base is not None and fetch_config(path).is_adapter
+    model = load(path, quiet=True, base=base if is_adapter else None)
     if untrained is not None:
         chosen, rows = reported_precision(None, precision, device), batch_rows or _ROWS
         with naming_memory("the evaluation", lambda: smaller_batch(rows)), chosen.autocast():
@@ -237,11 +236,6 @@ def _evaluate_task(
     if settings is not None or type(recorded) is not int or recorded < 1:
         recorded = train.batch_rows  # of the run, else the default
     return measure(trained, rows, chosen, coupled_rows=recorded, **options)
-
-
-def _is_adapter(path: Path) -> bool:
-    """Whether ``load`` finds an adapter there, which needs a base model."""
-    return bool(ModelDirectory(opened(located(path)[0]), verify=False).is_adapter)
 
 
 def _settings_of(run_dir: Path | None) -> TuneConfig | None:

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.best import RESULT
 from pretrain.checkpoint.licences import licence_fields
-from pretrain.checkpoint.manifest import step_of
 from pretrain.checkpoint.model_card import (
     COUNTS,
     EXAMPLE,
@@ -25,6 +23,7 @@ from pretrain.checkpoint.model_card import (
     markdown_table,
     one_line,
 )
+from pretrain.checkpoint.resolve import run_by_name
 from pretrain.finetuning.settings import from_memory
 from pretrain.inference.predict import roles_read
 
@@ -141,8 +140,7 @@ def _directory_name(checkpoint: str) -> str | None:
     """Return the name of the directory of a model or a run; None if the model was an object in memory."""
     if not checkpoint or from_memory(checkpoint):
         return None
-    path = Path(checkpoint)
-    return (path.parent if path.name == RESULT or step_of(path.name) is not None else path).name
+    return run_by_name(Path(checkpoint)).name
 
 
 def _pipeline(result: Finetuned) -> str:

@@ -18,13 +18,13 @@ from pretrain.checkpoint.best import (
     BEST,
     SWEEP,
     TRIALS,
-    best_first,
     rates_of_run,
     run_state,
     write_choice,
 )
 from pretrain.checkpoint.download import terms
-from pretrain.checkpoint.manifest import candidates
+from pretrain.checkpoint.manifest import run_checkpoints
+from pretrain.checkpoint.resolve import models_of_run
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option
 from pretrain.distributed.world import current_world
@@ -295,7 +295,7 @@ class Job:
         elif settings.optim.lr == "sweep":
             lr = self.sweep(task)
         if has_begun(out) and not settings.train.limit:
-            states, epochs = map(run_state, candidates(out)), settings.train.epochs
+            states, epochs = map(run_state, run_checkpoints(out)), settings.train.epochs
             known = [state["total_steps"] for state in states if state.get("total_steps")]
             # Earlier versions counted every epoch in whole steps; a run that began with that length keeps it.
             if known and (not epochs or known[0] == max(1, round(epochs * epoch))):
@@ -411,7 +411,7 @@ class Job:
 
         def resume() -> None:
             record_resume(trainer, settings)
-            best_first(out)  # names a damaged file before it is removed
+            models_of_run(out)  # names a damaged file before it is removed
             for name in (BEST, PAGE):  # what they say may not hold at the end
                 (out / name).unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.best import run_state
-from pretrain.checkpoint.manifest import candidates
+from pretrain.checkpoint.manifest import run_checkpoints
 from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.curves import Plot, Series, curve_svg
 from pretrain.utils.files import note
@@ -105,7 +105,9 @@ def read_history(run_dir: str | os.PathLike[str]) -> History:
         raise DataError(
             f"{run_dir} holds no log.jsonl, so it is not a run directory. Give the directory that train.out named."
         )
-    last = next((run_state(checkpoint).get("log") for checkpoint in candidates(Path(run_dir))), "")
+    last = next(
+        (run_state(checkpoint).get("log") for checkpoint in run_checkpoints(Path(run_dir))), ""
+    )
     found = open_log(path, last if isinstance(last, str) else "")
     history = sort_records(found.records)
     history.damage = found.damage

@@ -17,8 +17,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.best import best_first, run_state
+from pretrain.checkpoint.best import run_state
 from pretrain.checkpoint.model_card import auto_class
+from pretrain.checkpoint.resolve import models_of_run
 from pretrain.config.check import name_change
 from pretrain.errors import ConfigError, DataError
 from pretrain.printing import clock
@@ -310,8 +311,8 @@ def _complete(folder: Path) -> list[Path]:
 def _checkpoints(folder: Path) -> str:
     """Return the code that opens the model of the run, by the path that was given, and the names of the checkpoints."""
     names = ", ".join(path.name for path in _complete(folder))
-    made = best_first(folder) if folder.is_dir() else []
-    best = next((path for path in made if (path / "manifest.json").is_file()), None)
+    models = models_of_run(folder) if folder.is_dir() else []
+    best = next((path for path in models if (path / "manifest.json").is_file()), None)
     if best is None:
         return ""
     auto = auto_class(_config(best))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pretrain import distributed
 from pretrain.checkpoint import latest
-from pretrain.checkpoint.best import RESULT
+from pretrain.checkpoint.resolve import RESULT
 from pretrain.distributed.launched import count_devices, launched
 from pretrain.errors import ConfigError, Interrupted
 from pretrain.training.live import open_screen

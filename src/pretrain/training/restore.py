@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
-from pretrain.checkpoint.best import training_checkpoint
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
+from pretrain.checkpoint.resolve import training_state_directory
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.models.heads import labels_named_by
@@ -256,7 +256,7 @@ def load_others(objective: Objective, path: Path) -> None:
     wanted = other_tensors(objective)
     if not wanted:
         return
-    checkpoint = training_checkpoint(path)
+    checkpoint = training_state_directory(path)
     training = read_training_slices(
         checkpoint, None, SINGLE_PROCESS, quiet=True, stems=("objective",)
     )

@@ -20,10 +20,10 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import RESULT, opened
-from pretrain.checkpoint.download import located, terms
+from pretrain.checkpoint.download import fetch_model, terms
 from pretrain.checkpoint.manifest import NAME as MANIFEST
-from pretrain.checkpoint.manifest import candidates
+from pretrain.checkpoint.manifest import run_checkpoints
+from pretrain.checkpoint.resolve import RESULT, resolve_model_directory
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import Sections, is_lost
 from pretrain.config.spelling import TRAIN, column, option, option_name, using
@@ -362,14 +362,14 @@ def settings_before(settings: Any) -> Any:
     return None
 
 
-def _place(checkpoint: str | Path) -> Path:
+def _local_directory(checkpoint: str | Path) -> Path:
     """Return the path of a checkpoint; of a model of the Hub that of its directory in the cache."""
-    return Path(checkpoint) if hub_name(checkpoint) is None else located(checkpoint)[0]
+    return Path(checkpoint) if hub_name(checkpoint) is None else fetch_model(checkpoint)[0]
 
 
 def has_begun(out: Path) -> bool:
     """Whether there is a checkpoint, complete or not: its contents are verified when it is opened."""
-    return os.path.isdir(out) and bool(candidates(out))
+    return os.path.isdir(out) and bool(run_checkpoints(out))
 
 
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
@@ -380,7 +380,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         return prepared
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
-        tokenizer = str(opened(_place(settings.model.checkpoint)))
+        tokenizer = str(resolve_model_directory(_local_directory(settings.model.checkpoint)))
     made: Prepared = prepare(
         data.train,
         source="text",
@@ -536,7 +536,7 @@ def check_tokenizer(
     if known is not None and tokenizer.fingerprint != known.fingerprint:
         raise TokenizerError(
             f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of {checkpoint} "
-            f"({len(known)} tokens): every id would mean something else. {remedy}{_place(checkpoint)}"
+            f"({len(known)} tokens): every id would mean something else. {remedy}{_local_directory(checkpoint)}"
         )
 
 
@@ -654,7 +654,7 @@ def evaluate(
             "The data hold no held-out rows. Prepare them with a larger share for validation."
         )
     built = _objective_of(path, before, name, recorded, model)
-    load_others(built, _place(path))
+    load_others(built, _local_directory(path))
     longest, room = row_length(rows, built), model.backbone.max_length
     if room and longest > room and built.unit_name == "tokens":
         raise DataError(
@@ -798,7 +798,7 @@ def _read_as_training(
     prepared: Prepared = prepare(
         found if weights is None else dict(zip(found, weights, strict=True)),
         source="text",
-        tokenizer=str(opened(_place(path))),
+        tokenizer=str(resolve_model_directory(_local_directory(path))),
         row_length=min(before["row_length"], model.backbone.max_length or 1 << 20),
         valid=0.0,
         quiet=True,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.best import COMPARISON, SWEEP
-from pretrain.checkpoint.manifest import candidates
+from pretrain.checkpoint.manifest import run_checkpoints
 from pretrain.training.logging import RunLog
 from pretrain.utils import runlock
 from pretrain.utils.directories import make_directories, unused
@@ -66,7 +66,7 @@ class NewRunDirectory:
 
     def _has_begun(self) -> bool:
         try:
-            return bool(candidates(self.path)) or (self.path / "log.jsonl").stat().st_size > 0
+            return bool(run_checkpoints(self.path)) or (self.path / "log.jsonl").stat().st_size > 0
         except FileNotFoundError:
             return False
         except (

@@ -6,10 +6,16 @@ import contextlib
 from pathlib import Path
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.best import RESULT, best_first, opened, run_around, state_of
-from pretrain.checkpoint.download import described, located, pinned
-from pretrain.checkpoint.manifest import candidates, read_manifest
+from pretrain.checkpoint.best import state_of
+from pretrain.checkpoint.download import fetch_config, fetch_model, pinned
+from pretrain.checkpoint.manifest import read_manifest, run_checkpoints
 from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
+from pretrain.checkpoint.resolve import (
+    RESULT,
+    enclosing_run,
+    models_of_run,
+    resolve_model_directory,
+)
 from pretrain.checkpoint.sharded_loading import load_slices, open_on_meta
 from pretrain.distributed.world import current_world
 from pretrain.errors import AdapterFound, CheckpointError, PretrainError
@@ -39,11 +45,11 @@ def resolve_source(name: str, before: str | None) -> str:
         before: the checkpoint in the settings of the run that is resumed, or None; its commit is kept.
 
     Raises:
-        CheckpointError: see ``pretrain.checkpoint.download.located``. On all ranks.
+        CheckpointError: see ``pretrain.checkpoint.download.fetch_model``. On all ranks.
     """
     world = current_world()
     resolved = world.broadcast_result(lambda: pinned(name, before))
-    world.main_process_first(lambda: located(resolved), f"fetch {resolved}")
+    world.main_process_first(lambda: fetch_model(resolved), f"fetch {resolved}")
     return resolved
 
 
@@ -60,22 +66,22 @@ def began_with(checkpoint: str, out: Path) -> str:
 
 
 def _began_with(checkpoint: str, out: Path) -> str:
-    newest = next(iter(candidates(out)), None) if out.is_dir() else None
-    run = None if hub_name(checkpoint) is not None else run_around(Path(checkpoint))
+    newest = next(iter(run_checkpoints(out)), None) if out.is_dir() else None
+    run = None if hub_name(checkpoint) is not None else enclosing_run(Path(checkpoint))
     wanted = None if newest is None else state_of(newest).get("identity", {}).get("base weights")
     if newest is None or run is None or wanted is None:
         return checkpoint
-    for place in (Path(checkpoint), *best_first(run)):
+    for path in (Path(checkpoint), *models_of_run(run)):
         with contextlib.suppress(CheckpointError, OSError):
-            directory = ModelDirectory(opened(place), verify=True)
+            directory = ModelDirectory(resolve_model_directory(path), verify=True)
             found = directory.weights_hash(directory.weight_files())
             # Without a manifest its weights are hashed when they are read.
-            if found is None and place == Path(checkpoint):
+            if found is None and path == Path(checkpoint):
                 return checkpoint
             if found == wanted:
-                if place != Path(checkpoint):
-                    note(f"{out} began with the weights of {place}, before {run} was trained on")
-                return str(place)
+                if path != Path(checkpoint):
+                    note(f"{out} began with the weights of {path}, before {run} was trained on")
+                return str(path)
     # Of whole models `check_same` refuses to go on, but the page of the run needs none of these weights.
     if not (newest / ADAPTER_CONFIG).exists():
         return checkpoint
@@ -93,8 +99,8 @@ def _began_with(checkpoint: str, out: Path) -> str:
 def parent_step(checkpoint: str) -> dict[str, int]:
     """Return the step of what opening ``checkpoint`` opens, as ``parent_step``; nothing if that is not of a run."""
     with contextlib.suppress(CheckpointError, OSError):
-        if hub_name(checkpoint) is None and run_around(Path(checkpoint)) is not None:
-            step = read_manifest(opened(Path(checkpoint))).step
+        if hub_name(checkpoint) is None and enclosing_run(Path(checkpoint)) is not None:
+            step = read_manifest(resolve_model_directory(Path(checkpoint))).step
             return {} if step is None else {"parent_step": step}
     return {}
 
@@ -113,7 +119,7 @@ def outline(path: str) -> Model | None:
     ``open_source`` raises what is wrong with it. An adapter has no config.json of its own.
     """
     with contextlib.suppress(PretrainError, OSError), muted():
-        directory = ModelDirectory(opened(described(path)), verify=False)
+        directory = fetch_config(path)
         if not directory.is_adapter:
             return Model.from_hf_config(directory.json("config.json"))
     return None
