@@ -281,6 +281,15 @@ def test_a_failed_collective_is_no_first_failure_while_a_process_is_missing() ->
     assert found is not None and found["rank"] == 0
 
 
+def test_processes_that_all_close_at_once_do_not_hang() -> None:
+    watchdog = Watchdog(None, 0, 1, timeout=1.0)
+    beat = {"rank": 0, "phase": "save", "signs": 1, "time": 0.0, "error": None, "done": False}
+    watchdog._members = {0: Member().update(json.dumps(beat).encode(), 0.0)}
+    assert watchdog._all_ranks_stalled(9.0) and not watchdog._all_ranks_stalled(3.0)
+    watchdog._members[0].beat["done"] = True  # rank 0 reads this before it stops watching
+    assert not watchdog._all_ranks_stalled(9.0)
+
+
 def test_the_record_names_no_place_of_this_machine(tmp_path: Path) -> None:
     found = {"rank": 1, "what": f"OSError: {tmp_path}/secret/rows.bin is gone", "run": "a"}
     record.write(tmp_path, found, {0: record.main_stack(), 1: ""})

@@ -1,16 +1,41 @@
 """The watchdog: ends all processes of a run within seconds when one of them dies, stops, hangs or fails, naming it.
 
 A collective waits forever for a missing process. Every process therefore has a thread with a connection of its own to
-the key-value store of the rendezvous, where it publishes a heartbeat with its phase, step and progress. Each process
-looks whether the processes of its host still exist and whether rank 0 is heard; rank 0 reads the heartbeats of all. No
-heartbeat for ``silence`` seconds: the process is stopped or disconnected. Heartbeats without progress of any process
-for ``timeout`` seconds: one of them hangs, the one that is behind the others and does not wait for another. The first
-process that notices a loss collects the stacks and publishes a record of it. All survivors print that record, and it
-is written to ``failure.json`` in the run directory. Then they end with exit code 75 through `os._exit`, since nothing
-else ends a thread inside a collective.
+the key-value store of the rendezvous, where it publishes a heartbeat with its phase, step and progress, once a second
+(more rarely with more than 1024 ranks), and at once after progress, an error or its end.
 
-Keys: ``beat/RANK`` is a heartbeat. ``notice`` holds the name of the run at first, then also the loss as found by the
-process that has claimed the verdict (this asks for ``stack/RANK``), and at last the record (``left/RANK`` confirms).
+State of a process, as the others see it, and the verdict that follows:
+
+| state | seen in | verdict | by | after |
+|---|---|---|---|---|
+| not there | ``beat/RANK`` is missing at the start | `DistributedError` | all | ``patience`` |
+| running | heartbeats with progress (`mark` was called) | none | | |
+| stalled | heartbeats of all ranks, progress of none | ``hung`` | rank 0 | ``timeout`` times `SLOW` |
+| silent | no heartbeat | ``silent`` | rank 0; of rank 0 all | ``silence`` |
+| ended | its process is gone, and it was not ``done`` | ``died`` | its host | at once |
+| failed | a heartbeat with ``error`` | ``raised`` | rank 0; if it ended its host | at once |
+| ``tentative`` | an ``error`` that may follow from a loss | ``raised`` | rank 0 | 0.5 s, if all others are heard |
+| | and a rank that was not heard since then | ``silent`` of that one | rank 0 | 2.5 heartbeats |
+| done | a heartbeat with ``done`` (`close` was called) | none, unwatched | | |
+
+The hung process is the one that is behind the others and does not wait for another. Of several errors the first one
+that is not tentative decides.
+
+State of the verdict, which is the value of the key ``notice``:
+
+| value | written by | then every other one |
+|---|---|---|
+| ``run``, the name of this attempt | the first process | does nothing |
+| and ``want``, the loss (null: a hang) | the ``judge``, to claim the verdict | writes ``stack/RANK``, exits by 4.5 s |
+| and ``record``, the loss completed | the judge, with the stacks, after 2 s at most | writes ``left/RANK``, exits |
+
+If the record does not follow within 3 s, the judge is lost as well, and the others exit with ``want`` as their record.
+If the store itself is lost or does not answer for ``silence`` seconds, each process exits by itself and names rank 0:
+rank 0 or its launcher hosts the store.
+
+To exit is to print the record, which is the same on all ranks, and to end with exit code 75 through `os._exit`, since
+nothing else ends a thread inside a collective. The judge, or the first survivor without one, also writes
+``failure.json`` in the run directory. A process whose own error is the record is left to end by that error.
 """
 
 from __future__ import annotations
@@ -28,7 +53,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -65,8 +90,8 @@ class MainThreadProgress:
 
     phase: str = "start"
     step: int = 0
-    count: int = 0  # number of all marks
-    first: int = 0  # ``count`` at which the step began
+    marks: int = 0  # number of calls of `Watchdog.mark`
+    step_start: int = 0  # ``marks`` when the step began
 
 
 @dataclass
@@ -74,35 +99,36 @@ class Member:
     """The last heartbeat of a process, with times by the clock of this watchdog, in seconds.
 
     Attributes:
-        beat: as made by `Watchdog._state`.
-        seen: when it arrived.
-        progressed: when the last heartbeat with progress arrived; ``moved`` is when its rank sent it, by its own clock.
-        failed: when the first heartbeat with an error arrived.
+        beat: as made by `Watchdog._heartbeat`.
+        heard_at: when it arrived.
+        progress_at: when the last heartbeat with progress arrived.
+        progress_sent_at: when its rank sent that, by its own clock.
+        failed_at: when the first heartbeat with an error arrived.
     """
 
     beat: dict[str, Any] = field(default_factory=dict)
-    seen: float = 0.0
-    progressed: float = 0.0
-    moved: float = 0.0
-    failed: float = 0.0
+    heard_at: float = 0.0
+    progress_at: float = 0.0
+    progress_sent_at: float = 0.0
+    failed_at: float = 0.0
 
     def update(self, raw: bytes, now: float) -> Member:
         """Update the state from a heartbeat, unless it is the one that is known."""
         beat, last = json.loads(raw), self.beat
         if beat != last:
             if beat["signs"] != last.get("signs"):
-                self.progressed, self.moved = now, beat["time"]
+                self.progress_at, self.progress_sent_at = now, beat["time"]
             if beat["error"] and not last.get("error"):
-                self.failed = now
-            self.beat, self.seen = beat, now
+                self.failed_at = now
+            self.beat, self.heard_at = beat, now
         return self
 
-    def lost(self, kind: str, what: str) -> Record:
+    def loss(self, kind: str, what: str) -> Record:
         """Return the record of its loss; its time is by the clock of the lost rank, so all ranks print the same."""
-        at = self.moved if kind == "hung" else self.beat["time"]
+        at = self.progress_sent_at if kind == "hung" else self.beat["time"]
         since = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
-        place = {key: self.beat[key] for key in ("rank", "host", "pid", "phase", "step")}
-        return place | {"kind": kind, "what": what, "since": since}
+        last_known = {key: self.beat[key] for key in ("rank", "host", "pid", "phase", "step")}
+        return last_known | {"kind": kind, "what": what, "since": since}
 
 
 class Watchdog:
@@ -143,23 +169,22 @@ class Watchdog:
             return
         self._interval = max(_BEAT, size / _PER_SECOND)
         self._poll_interval = max(_POLL, size / _PER_SECOND)
-        wanted = min(timeout, _SILENCE) if silence is None else silence
-        self._silence = max(wanted, 3 * self._interval)
-        self._clock = self._answered = (
-            0.0  # seconds; does not advance while this process is stopped
-        )
+        silence = min(timeout, _SILENCE) if silence is None else silence
+        self._silence = max(silence, 3 * self._interval)
+        self._clock = 0.0  # seconds; does not advance while this process is stopped
+        self._store_answered_at = 0.0
         host, pid = socket.gethostname(), os.getpid()
-        self._who = {"rank": rank, "host": host, "pid": pid, "space": _process_space()}
+        self._identity = {"rank": rank, "host": host, "pid": pid, "space": _process_space()}
         self._error: Record | None = None
         self._tentative = False  # the error may only follow from the loss of another process
         self._finished = threading.Event()  # no further verdict will be made
         self._wake = threading.Event()
         self._closing = False
         self._exit_timer: threading.Timer | None = None
-        self._asked: float | None = None
+        self._stack_sent_at: float | None = None
         self._store = store.clone()  # another connection: the main thread may block the first one
-        self._members = {one: Member() for one in (range(size) if rank == 0 else (0, rank))}
-        self._notice, self._noticed = dict[str, Any](), b""
+        self._members = {r: Member() for r in (range(size) if rank == 0 else (0, rank))}
+        self._notice, self._raw_notice = dict[str, Any](), b""
         self._neighbours = self._wait_for_ranks(patience)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -174,11 +199,11 @@ class Watchdog:
             phase: any word; `SLOW` names the phases with a longer time limit.
             step: optimizer step.
         """
-        place = self._progress
-        place.count += 1
-        if step != place.step:
-            place.first = place.count
-        place.phase, place.step = phase, step
+        progress = self._progress
+        progress.marks += 1
+        if step != progress.step:
+            progress.step_start = progress.marks
+        progress.phase, progress.step = phase, step
 
     def fail(self, error: BaseException, *, end_within: float | None = 5.0) -> None:
         """Report the error that ends this process to the others, which print it and exit.
@@ -195,9 +220,9 @@ class Watchdog:
         if self._thread is None or not self._thread.is_alive() or self._finished.is_set():
             return
         text = f"{type(error).__name__}: {error}".strip().replace("\n", " ")[:4000]
-        found = Member(self._state()).lost("raised", text)
-        self._tentative = _may_follow(error)
-        self._error = found | {"stack": record.stack_of(error.__traceback__)}
+        loss = Member(self._heartbeat()).loss("raised", text)
+        self._tentative = _may_follow_from_loss(error)
+        self._error = loss | {"stack": record.stack_of(error.__traceback__)}
         if end_within is not None:
             _end_within(end_within)
         self._wake.set()
@@ -232,15 +257,15 @@ class Watchdog:
 
     # ------------------------------------------------------------------ heartbeats
 
-    def _state(self) -> dict[str, Any]:
-        """Return the heartbeat."""
-        place = self._progress
-        where = {"phase": place.phase, "step": place.step, "within": place.count - place.first}
-        news = {"error": self._error, "tentative": self._tentative, "done": self._closing}
-        return self._who | where | {"signs": place.count, "time": time.time()} | news
+    def _heartbeat(self) -> dict[str, Any]:
+        """Return the heartbeat; ``within`` counts the marks of the current step, ``signs`` those of all steps."""
+        now = self._progress
+        progress = {"phase": now.phase, "step": now.step, "within": now.marks - now.step_start}
+        end = {"error": self._error, "tentative": self._tentative, "done": self._closing}
+        return self._identity | progress | {"signs": now.marks, "time": time.time()} | end
 
-    def _beat(self) -> None:
-        raw = json.dumps(self._state()).encode()
+    def _send_heartbeat(self) -> None:
+        raw = json.dumps(self._heartbeat()).encode()
         self._store.set(f"beat/{self.rank}", raw)
         self._members[self.rank].update(raw, self._clock)
 
@@ -249,13 +274,14 @@ class Watchdog:
         store = self._store
         return list(store.multi_get(keys) if store.has_extended_api() else map(store.get, keys))
 
-    def _read(self) -> None:
+    def _read_store(self) -> None:
         """Read the notice and the heartbeats."""
-        self._noticed, *beats = self._get(["notice", *(f"beat/{rank}" for rank in self._members)])
+        keys = ["notice", *(f"beat/{rank}" for rank in self._members)]
+        self._raw_notice, *beats = self._get(keys)
         for member, raw in zip(self._members.values(), beats, strict=True):
             member.update(raw, self._clock)
-        self._notice = json.loads(self._noticed)
-        self._answered = self._clock
+        self._notice = json.loads(self._raw_notice)
+        self._store_answered_at = self._clock
 
     def _all_members(self) -> list[Member]:
         """Return the members of all ranks; ranks other than 0 read the heartbeats that they do not watch."""
@@ -269,20 +295,20 @@ class Watchdog:
         store = self._store
         try:
             store.compare_set("notice", "", json.dumps({"run": secrets.token_hex(6)}))
-            self._beat()
+            self._send_heartbeat()
             if late := absent(store, "beat", range(self.size), patience):
                 raise DistributedError(
                     f"The watchdog of rank {self.rank} of {self.size} waited {patience:g} seconds for rank "
                     f"{ranks(late)}. Look at what these ranks printed."
                 )
-            self._read()
-            everybody = [member.beat for member in self._all_members()]
+            self._read_store()
+            beats = [member.beat for member in self._all_members()]
         except RuntimeError as error:  # raised by the store
             raise DistributedError(
                 f"The watchdog of rank {self.rank} of {self.size} lost the store of the rendezvous: {error}. Look at "
                 "what rank 0 and the launcher on its host printed."
             ) from error
-        here = [beat for beat in everybody if beat["space"] == self._who["space"]]
+        here = [beat for beat in beats if beat["space"] == self._identity["space"]]
         return {beat["rank"]: beat["pid"] for beat in here if beat["rank"] != self.rank}
 
     def _advance_clock(self) -> None:
@@ -293,13 +319,13 @@ class Watchdog:
             # At most one interval, so that the time in which this process was stopped counts against no rank.
             self._clock += min(now - before, self._interval)
             before = now
-            silent = self._clock - self._answered > self._silence
-            if silent and self._exit_timer is None and not self._closing:
+            unanswered = self._clock - self._store_answered_at > self._silence
+            if unanswered and self._exit_timer is None and not self._closing:
                 what = (
                     "no heartbeat came from it, and no answer from the store that it or its launcher "
                     "hosts,"
                 )
-                self._exit_without_store("silent", self._silent(0, what), silent=True)
+                self._exit_without_store("silent", self._for_silence(0, what), unanswered=True)
 
     def _watch(self) -> None:
         try:
@@ -310,159 +336,186 @@ class Watchdog:
                 self._exit_without_store("died" if _CLOSED.search(text) else "silent", text)
         except Exception:  # a bug here must not leave a run without a watchdog
             text = traceback.format_exc().strip().replace("\n", " | ")
-            self._report_and_exit(
-                Member(self._state()).lost("raised", f"its watchdog failed: {text}")
-            )
+            own = Member(self._heartbeat())
+            self._report_and_exit(own.loss("raised", f"its watchdog failed: {text}"))
         self._finished.set()
 
     def _loop(self) -> None:
         due, error_sent = 0.0, False
         while not self._closing:
-            signs = self._progress.count
-            news = self._error is not None and not error_sent
-            if self._clock >= due or news or signs != self._members[self.rank].beat["signs"]:
-                error_sent |= news
-                self._beat()
+            progressed = self._progress.marks != self._members[self.rank].beat["signs"]
+            new_error = self._error is not None and not error_sent
+            if self._clock >= due or new_error or progressed:
+                error_sent |= new_error
+                self._send_heartbeat()
                 due = self._clock + self._interval
-            self._read()
+            self._read_store()
             if self._decide():
                 return
             self._wake.wait(self._poll_interval)
             self._wake.clear()
-        self._beat()
+        self._send_heartbeat()
         end = time.monotonic() + _CLOSE_WAIT
         while self.rank == 0 and time.monotonic() < end:
-            self._read()
-            if all(one.beat["done"] for one in self._members.values()):
+            self._read_store()
+            if all(member.beat["done"] for member in self._members.values()):
                 break
             time.sleep(0.02)
 
     # ------------------------------------------------------------------ verdicts
 
     def _decide(self) -> bool:
-        """Act on the current state; return True if this process ends by an error of its own."""
-        now, notice = self._clock, self._notice
-        if "record" in notice:
-            self._store.set(f"left/{self.rank}", "")
-            return self._report_and_exit(notice["record"])
-        if "want" in notice:
-            self._start_exit_timer()
-            if self._asked is None:
-                self._asked = now
-                self._store.set(f"stack/{self.rank}", record.main_stack())
-            elif now - self._asked > 1.5 * _STACKS and notice["want"] is not None:
-                return self._report_and_exit(
-                    notice["want"]
-                )  # the rank that claimed the verdict is lost as well
-            return False
-        for rank in [rank for rank in self._neighbours if self._pid_state(rank) == record.ENDED]:
-            member = Member().update(self._get([f"beat/{rank}"])[0], now)
-            if member.beat["error"] or not member.beat["done"]:
-                lost = member.lost("died", "its process ended before the run did")
-                return self._publish_verdict(member.beat["error"] or lost)
-            del self._neighbours[rank]
+        """Follow the verdict, or look for a loss; return True if this process ends by an error of its own."""
+        if "want" in self._notice:
+            return self._follow_verdict()
+        now = self._clock
         others = [member for rank, member in self._members.items() if rank != self.rank]
         watched = [member for member in others if not member.beat["done"]]
-        if self.rank == 0 and (found := self._first_error(now)) is not None:
-            return self._publish_verdict(found)
-        quiet = min(watched, key=lambda m: m.seen, default=None)
-        if quiet is not None and now - quiet.seen > self._silence:
-            return self._publish_verdict(quiet.lost("silent", self._silent(quiet.beat["rank"])))
-        if self.rank == 0 and self._all_ranks_stalled(now):
-            return self._publish_verdict(None)
+        loss = (
+            self._ended_process(now) or self._first_error(now) or self._silent_process(watched, now)
+        )
+        if loss is not None or self._all_ranks_stalled(now):
+            return self._publish_verdict(loss)
         self._closing |= not watched
         return False
 
+    def _follow_verdict(self) -> bool:
+        """Send the stack to the process that has claimed the verdict, and exit once there is a record; as `_decide`."""
+        loss, finished = self._notice["want"], self._notice.get("record")
+        if finished is not None:
+            self._store.set(f"left/{self.rank}", "")
+            return self._report_and_exit(finished)
+        self._start_exit_timer()
+        if self._stack_sent_at is None:
+            self._stack_sent_at = self._clock
+            self._store.set(f"stack/{self.rank}", record.main_stack())
+        elif self._clock - self._stack_sent_at > 1.5 * _STACKS and loss is not None:
+            # The process that claimed the verdict is lost as well.
+            return self._report_and_exit(loss)
+        return False
+
+    def _ended_process(self, now: float) -> Record | None:
+        """Return the error of a process of this host that has ended before the run, or else the record of its end."""
+        for rank in [rank for rank in self._neighbours if self._pid_state(rank) == record.ENDED]:
+            member = Member().update(self._get([f"beat/{rank}"])[0], now)
+            if member.beat["error"] or not member.beat["done"]:
+                died = member.loss("died", "its process ended before the run did")
+                return member.beat["error"] or died
+            del self._neighbours[rank]
+        return None
+
+    def _silent_process(self, watched: Sequence[Member], now: float) -> Record | None:
+        """Return the record of the process that has not been heard for longest, if that is too long."""
+        silent = min(watched, key=lambda member: member.heard_at, default=None)
+        if silent is None or now - silent.heard_at <= self._silence:
+            return None
+        return silent.loss("silent", self._for_silence(silent.beat["rank"]))
+
     def _first_error(self, now: float) -> Record | None:
-        """Return the first error, once it is certain that it does not follow from the loss of a process.
+        """On rank 0, return the first error, once it is certain that it does not follow from the loss of a process.
 
         Otherwise it follows from the loss of a process that is not heard any more since then, which is returned.
         """
         members = self._members.values()
         failed = [member for member in members if member.beat["error"]]
-        if not failed:
+        if self.rank or not failed:
             return None
-        first = min(failed, key=lambda m: (m.beat["tentative"], m.failed))
+        first = min(failed, key=lambda m: (m.beat["tentative"], m.failed_at))
         error: Record = first.beat["error"]
-        since = now - first.failed
-        quiet = [
+        since = now - first.failed_at
+        unheard = [
             member
             for member in members
-            if not (member.beat["error"] or member.beat["done"] or member.seen > first.failed)
+            if not (
+                member.beat["error"] or member.beat["done"] or member.heard_at > first.failed_at
+            )
         ]
-        if not first.beat["tentative"] or (since > _CAUSE_WAIT and not quiet):
+        if not first.beat["tentative"] or (since > _CAUSE_WAIT and not unheard):
             return error
-        if quiet and since > 2.5 * self._interval:
+        if unheard and since > 2.5 * self._interval:
             what = f"no heartbeat came from it since rank {error['rank']} failed: {error['what']}"
-            return quiet[0].lost("silent", what)
+            return unheard[0].loss("silent", what)
         return None
 
     def _all_ranks_stalled(self, now: float) -> bool:
-        """Return whether no rank has made progress for the time-out of the slowest phase."""
-        members = [one for one in self._members.values() if not one.beat["done"]]
-        factor = max(SLOW.get(one.beat["phase"], 1.0) for one in members)
-        return now - max(one.progressed for one in members) > factor * self.timeout
+        """Return on rank 0 whether no rank has made progress for the time-out of the slowest phase."""
+        running = [member for member in self._members.values() if not member.beat["done"]]
+        if self.rank or not running:
+            return False
+        factor = max(SLOW.get(member.beat["phase"], 1.0) for member in running)
+        return now - max(member.progress_at for member in running) > factor * self.timeout
 
     def _pid_state(self, rank: int) -> str:
         """Return `record.process_state` of another rank, "" if it is on another host."""
         pid = self._neighbours.get(rank)
         return "" if pid is None else record.process_state(pid)
 
-    def _silent(self, rank: int, what: str = "no heartbeat came from it") -> str:
+    def _for_silence(self, rank: int, what: str = "no heartbeat came from it") -> str:
+        """Return the text that something did not come from a rank for ``silence`` seconds."""
         state = self._pid_state(rank)
         its = f" (its process is {state})" if state else ""
         return f"{what} for {self._silence:g} seconds{its}"
 
-    def _exit_without_store(self, kind: str, what: str, *, silent: bool = False) -> None:
-        """Report and exit without the store, which rank 0 or its launcher hosts; ``silent`` if it does not answer."""
-        first = self._members[0]
-        found = self._notice.get("want") or first.beat["error"]
-        # A store that does not answer ends rank 0 as well, so its end is then not the cause.
-        if found is None and not silent and self._pid_state(0) == record.ENDED:
-            kind, what = "died", f"its process ended, and {what}"
-        self._report_and_exit(found or first.lost(kind, what))
+    def _exit_without_store(self, kind: str, what: str, *, unanswered: bool = False) -> None:
+        """Report and exit without the store, which rank 0 or its launcher hosts.
 
-    def _publish_verdict(self, found: Record | None) -> bool:
+        Args:
+            kind: kind of the loss of rank 0, unless another loss is known.
+            what: what has happened to rank 0.
+            unanswered: the store does not answer. That ends rank 0 as well, so its end is then not the cause.
+        """
+        first = self._members[0]
+        known = self._notice.get("want") or first.beat["error"]
+        if known is None and not unanswered and self._pid_state(0) == record.ENDED:
+            kind, what = "died", f"its process ended, and {what}"
+        self._report_and_exit(known or first.loss(kind, what))
+
+    def _publish_verdict(self, loss: Record | None) -> bool:
         """Claim the verdict, collect the stacks, complete the record, send it to all ranks, and exit.
 
         Args:
-            found: the record of the first loss; None for a hang.
+            loss: the record of the first loss; None for a hang.
 
         Returns:
             As ``_decide``; False if another process has claimed the verdict.
         """
         store = self._store
-        claim = json.dumps(self._notice | {"want": found, "judge": self.rank})
-        if store.compare_set("notice", self._noticed.decode(), claim) != claim.encode():
+        claim = json.dumps(self._notice | {"want": loss, "judge": self.rank})
+        if store.compare_set("notice", self._raw_notice.decode(), claim) != claim.encode():
             return False
         self._start_exit_timer()
-        self._notice["want"] = found
+        self._notice["want"] = loss
         members = {m.beat["rank"]: m for m in self._all_members() if not m.beat["done"]}
-        gone = {}  # ranks that will not answer, such as those of a lost host
-        for rank, member in members.items():
-            if self._pid_state(rank) == record.ENDED:
-                gone[rank] = "its process ended"
-            elif self._clock - member.seen > max(2 * self._interval, self._silence / 2):
-                gone[rank] = "it is silent"
-        named = None if found is None else found["rank"]
-        asked = [rank for rank in members if rank not in (named, self.rank, *gone)]
-        silent = absent(store, "stack", asked, _STACKS)
+        gone = self._gone(members)
+        lost = None if loss is None else loss["rank"]
+        asked = [rank for rank in members if rank not in (lost, self.rank, *gone)]
+        unanswered = absent(store, "stack", asked, _STACKS)
         stacks = {self.rank: record.main_stack()}
         for rank in asked:
-            if rank not in silent:
+            if rank not in unanswered:
                 stacks[rank] = store.get(f"stack/{rank}").decode()
-        found = found or self._hung(list(members.values()), stacks)
+        loss = loss or self._hang(list(members.values()), stacks)
         also = [
             {"rank": rank, "host": members[rank].beat["host"], "what": what}
             for rank, what in gone.items()
-            if rank != found["rank"] and not members[rank].beat["error"]
+            if rank != loss["rank"] and not members[rank].beat["error"]
         ]
-        found |= {"run": self._notice["run"], "also": also[:_OTHERS]}
-        store.set("notice", json.dumps(self._notice | {"record": found}))
+        loss |= {"run": self._notice["run"], "also": also[:_OTHERS]}
+        store.set("notice", json.dumps(self._notice | {"record": loss}))
         absent(store, "left", asked, 0.5)  # this process may host the store
-        return self._report_and_exit(found, stacks)
+        return self._report_and_exit(loss, stacks)
 
-    def _hung(self, members: Sequence[Member], stacks: dict[int, str]) -> Record:
+    def _gone(self, members: Mapping[int, Member]) -> dict[int, str]:
+        """Return the ranks that will not send a stack, such as those of a lost host, and why."""
+        gone, silence = {}, max(2 * self._interval, self._silence / 2)
+        for rank, member in members.items():
+            if self._pid_state(rank) == record.ENDED:
+                gone[rank] = "its process ended"
+            elif self._clock - member.heard_at > silence:
+                gone[rank] = "it is silent"
+        return gone
+
+    def _hang(self, members: Sequence[Member], stacks: dict[int, str]) -> Record:
         """Return the record of the process that is furthest behind, preferring those that do not wait for others."""
 
         def order(member: Member) -> tuple[bool, int, int, int]:
@@ -470,16 +523,16 @@ class Watchdog:
             waits = record.is_waiting(stacks.get(beat["rank"], ""))
             return waits, beat["step"], beat["within"], beat["rank"]
 
-        first = min(members, key=order)
-        idle = self._clock - max(member.progressed for member in members)
+        hung = min(members, key=order)
+        idle = self._clock - max(member.progress_at for member in members)
         what = f"no process made progress for {idle:.0f} seconds, and "
-        if not order(first)[0]:
+        if not order(hung)[0]:
             what += "this process does not wait for another"
         elif len({order(member)[1:3] for member in members}) > 1:
             what += "this process is behind the others"
         else:
             what += "all wait for each other: the stacks show in which operation"
-        return first.lost("hung", what) | {"stack": stacks.get(first.beat["rank"], "(no answer)")}
+        return hung.loss("hung", what) | {"stack": stacks.get(hung.beat["rank"], "(no answer)")}
 
     # ------------------------------------------------------------------ the end
 
@@ -491,34 +544,34 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down already
                 self._exit_timer.start()
 
-    def _report_and_exit(self, found: Record, stacks: dict[int, str] | None = None) -> bool:
+    def _report_and_exit(self, loss: Record, stacks: dict[int, str] | None = None) -> bool:
         """Print and write the record and end this process; return True if the process ends by an error of its own.
 
         Args:
-            found: the record.
+            loss: the record.
             stacks: stacks by rank, if this process has collected them; it then writes the record.
         """
-        found = {"also": [], "run": self._notice["run"]} | found
-        own_error = found["rank"] == self.rank and found["kind"] == "raised"
+        loss = {"also": [], "run": self._notice["run"]} | loss
+        own_error = loss["rank"] == self.rank and loss["kind"] == "raised"
         ends_itself = self._error is not None and (own_error or not self._tentative)
         if not ends_itself:
             self._start_exit_timer()
-            own = (stacks or {}).get(self.rank) or record.main_stack()
-            record.say(found, self.rank, self.size, own, EXIT_LOST)
+            own_stack = (stacks or {}).get(self.rank) or record.main_stack()
+            record.say(loss, self.rank, self.size, own_stack, EXIT_LOST)
             if stacks is None and "record" not in self._notice:  # nobody has collected them
                 time.sleep(min(1.0, 0.05 * self.rank))  # on a shared disk the first survivor writes
-                stacks = {self.rank: own}
+                stacks = {self.rank: own_stack}
         if stacks is not None and self.run_dir is not None:
-            record.write(self.run_dir, found, stacks)
+            record.write(self.run_dir, loss, stacks)
         if ends_itself:
             if self._exit_timer is not None:
                 self._exit_timer.cancel()
             self._finished.set()
             return True
         with contextlib.suppress(RuntimeError):
-            clean = threading.Thread(target=_clean_up, daemon=True)
-            clean.start()
-            clean.join(1.0)
+            cleaner = threading.Thread(target=_clean_up, daemon=True)
+            cleaner.start()
+            cleaner.join(1.0)
         os._exit(EXIT_LOST)
 
 
@@ -540,7 +593,7 @@ def _process_space() -> str:
     return socket.gethostname()
 
 
-def _may_follow(error: BaseException | None) -> bool:
+def _may_follow_from_loss(error: BaseException | None) -> bool:
     """Return whether an error may follow from the loss of another process: a failed collective is a RuntimeError."""
     if isinstance(error, OSError) and not isinstance(error, PretrainError):
         return True
@@ -554,9 +607,9 @@ def _may_follow(error: BaseException | None) -> bool:
 def _end_within(seconds: float) -> None:
     # Python threads do not run while the interpreter shuts down; the thread of faulthandler is written in C.
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        global _nowhere
-        _nowhere = _nowhere or open(os.devnull, "w")  # noqa: SIM115  # must stay open until the end
-        faulthandler.dump_traceback_later(seconds, exit=True, file=_nowhere)
+        global _devnull
+        _devnull = _devnull or open(os.devnull, "w")  # noqa: SIM115  # must stay open until the end
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_devnull)
 
 
-_nowhere: Any = None
+_devnull: Any = None
