@@ -18,7 +18,8 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,17 +224,18 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
         peers: the ranks.
         staging: memory for copies; None keeps references to tensors that are whole here, which must not change.
     """
-    wanted = [_keys_by_owner(group.plans, draft.sharding.size) for group in draft.groups]
-    own = [(n, key) for n, owners in enumerate(wanted) for key in owners[peers.rank]]
-    parts = [draft.groups[n].parts[key] for n, key in own]
+    owners_keys = [_keys_by_owner(group.plans, draft.sharding.size) for group in draft.groups]
+    own_keys = [(n, key) for n, owners in enumerate(owners_keys) for key in owners[peers.rank]]
+    parts = [draft.groups[n].parts[key] for n, key in own_keys]
     device = next((part.device for part in parts if part.device.type == "cuda"), None)
     buffers: dict[tuple[int, str], Tensor] = {}
     if staging is not None:
-        layouts = [draft.groups[n].full[key] for n, key in own]
-        buffers = dict(zip(own, staging.allocate(layouts, pin=device is not None), strict=True))
+        layouts = [draft.groups[n].full[key] for n, key in own_keys]
+        copies = staging.allocate(layouts, pin=device is not None)
+        buffers = dict(zip(own_keys, copies, strict=True))
     groups = []
-    for n, (group, owners) in enumerate(zip(draft.groups, wanted, strict=True)):
-        found: dict[str, Tensor] = {}
+    for n, (group, owners) in enumerate(zip(draft.groups, owners_keys, strict=True)):
+        whole: dict[str, Tensor] = {}
         for keys in zip_longest(*owners):
             cut = []
             for owner, key in enumerate(keys):
@@ -248,15 +250,15 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
                     )
                     if staging is not None:
                         part = buffers[n, key].copy_(part, non_blocking=True)
-                    found[key] = part
+                    whole[key] = part
             for key, shards in _send_to_owners(cut, group, draft, peers):
                 full = group.full[key]
                 buffer = buffers.get((n, key))
-                found[key] = torch.empty_like(full, device="cpu") if buffer is None else buffer
+                whole[key] = torch.empty_like(full, device="cpu") if buffer is None else buffer
                 for region, shard in shards:
                     flat = shard[: region.numel * full.element_size()].view(full.dtype)
-                    found[key][region.slices()] = flat.view(region.shape)
-        groups.append(replace(group, parts=found))
+                    whole[key][region.slices()] = flat.view(region.shape)
+        groups.append(replace(group, parts=whole))
     if device is not None:
         torch.cuda.synchronize(device)
     return replace(draft, groups=tuple(groups))
@@ -264,11 +266,11 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
 
 def _keys_by_owner(plans: Sequence[FilePlan], size: int) -> list[list[str]]:
     """Return for each rank the keys of the tensors that its files are made of."""
-    found: list[dict[str, None]] = [{} for _ in range(size)]
+    keys_of_ranks: list[dict[str, None]] = [{} for _ in range(size)]
     for plan in plans:
         for keys in plan.sources.values():
-            found[plan.owner].update(dict.fromkeys(keys))
-    return [list(keys) for keys in found]
+            keys_of_ranks[plan.owner].update(dict.fromkeys(keys))
+    return [list(keys) for keys in keys_of_ranks]
 
 
 def _send_to_owners(
@@ -301,8 +303,8 @@ def _send_to_owners(
 class _Unfinished:
     """A model directory that is being written under a temporary name, seen from one rank.
 
-    All ranks create it, call `agree` and `publish` or `discard`; what they call must be the same. `write` does
-    not communicate.
+    All ranks must make the same calls: the constructor, `write`, `agree`, and then `publish` or `discard`. Only
+    `write` does not communicate, so that a thread can do it.
 
     Args:
         target: the directory that it will be.
@@ -341,10 +343,10 @@ class _Unfinished:
             if self.peers.rank == 0:
                 if files.free_bytes(target.parent) < self._needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-                made = self._created.enter_context(directories.temporary_directory(target))
+                directory = self._created.enter_context(directories.temporary_directory(target))
                 for folder in _folders(draft):
-                    files.IO.mkdir(made / folder)
-                name = made.name
+                    files.IO.mkdir(directory / folder)
+                name = directory.name
         path = target.parent / str(self.peers.all_gather_object(name)[0])
         with errors_on_all_ranks(self.peers):
             if not directories.appears(path):
@@ -366,8 +368,8 @@ class _Unfinished:
             with files.writing(self.target, self._needed):
                 if self.peers.rank == 0:
                     self._write_small_files()
-                for one in small:
-                    self._write_tensors(*one)
+                for group, plan in small:
+                    self._write_tensors(group, plan)
                 _in_threads(self._write_tensors, large, self._at_once)
         except Exception as error:
             self.error = error
@@ -375,15 +377,16 @@ class _Unfinished:
             self.error = CheckpointError(f"Writing {self.target} was interrupted.")
             raise
 
-    def _write_tensors(self, group: TensorGroup, plan: FilePlan) -> None:
-        def make(name: str) -> Tensor:
-            self.progress += 1
-            sources = {key: group.parts[key] for key in plan.sources[name]}
-            if not group.stem:
-                _refuse_non_finite(sources)
-            return plan.make(name, sources)
+    def _make_tensor(self, group: TensorGroup, plan: FilePlan, name: str) -> Tensor:
+        """Return a tensor of a file, made of the gathered ones; it is made only when it is written."""
+        self.progress += 1
+        sources = {key: group.parts[key] for key in plan.sources[name]}
+        if not group.stem:
+            _refuse_non_finite(sources)
+        return plan.make(name, sources)
 
-        tensors = LazyTensors(plan.layout, make)
+    def _write_tensors(self, group: TensorGroup, plan: FilePlan) -> None:
+        tensors = LazyTensors(plan.layout, partial(self._make_tensor, group, plan))
         path = self._directory / plan.name
         self._records[plan.name] = write_tensors(path, tensors, slashes=plan.slashes)
         self.progress += 1
@@ -503,6 +506,17 @@ def _in_threads(
 # ------------------------------------------------------------------------------------------------ saving a run
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What completing a save needs besides the written files; ``began`` is the time of `Saver.save`."""
+
+    target: Path
+    step: int
+    keep: int
+    protect: Collection[int]
+    began: float
+
+
 class Saver:
     """Writer of the checkpoints of a run, in the foreground or in the background.
 
@@ -543,7 +557,7 @@ class Saver:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._unfinished: _Unfinished | None = None
-        self._complete: Callable[[], None] = lambda: None
+        self._request: _Request
         self._failure: BaseException | None = None
 
     def save(
@@ -587,45 +601,37 @@ class Saver:
             )
         self.wait()
         target = self.run_dir / f"checkpoint-{step}"
-
-        def begin() -> None:
-            with errors_on_all_ranks(self.peers):
-                draft = draft_of(
-                    model,
-                    step=step,
-                    block={**pretrain_block, "step": step, "tokens_seen": tokens},
-                    training=training,
-                    max_shard_bytes=max_shard_bytes,
-                    layout=self.layout,
-                    peers=self.peers,
-                )
-                if self.peers.rank == 0:
-                    self._prepare(target)
-            staging = self._staging if self.background else None
-            self._unfinished = _Unfinished(target, draft, self.peers, staging)
-
-        def complete() -> None:
-            if self.peers.rank == 0:
-                assert self._unfinished is not None
-                self._unfinished.publish()
-                manifest.rotate(self.run_dir, keep=keep, protect={*protect, step}, newest=step)
-            self.durable, self.seconds = target, time.monotonic() - began
-
-        self._complete = complete
+        self._request = _Request(target, step, keep, {*protect, step}, began)
+        block = {**pretrain_block, "step": step, "tokens_seen": tokens}
         try:
-            begin()
+            self._begin(
+                model, step=step, block=block, training=training, max_shard_bytes=max_shard_bytes
+            )
         except Exception as error:
             if not self.background or self.peers.size > 1:
                 raise
             self._failure = error
         else:
-            self._start(self._write)
+            self._run(self._write)
         if not self.background:
             self.wait()
         self.stall = time.monotonic() - began if self.background else self.seconds or 0.0
         return target
 
+    # A save has four parts: `_begin` and `_write`, then, on all ranks, `_Unfinished.agree`, then `_complete`.
+
+    def _begin(self, model: Model, **contents: Any) -> None:
+        """Create the temporary directory and gather the tensors; ``contents`` are arguments of `draft_of`."""
+        target = self._request.target
+        with errors_on_all_ranks(self.peers):
+            draft = draft_of(model, layout=self.layout, peers=self.peers, **contents)
+            if self.peers.rank == 0:
+                self._prepare(target)
+        staging = self._staging if self.background else None
+        self._unfinished = _Unfinished(target, draft, self.peers, staging)
+
     def _prepare(self, target: Path) -> None:
+        """Create the run directory, and remove the leftovers of earlier saves."""
         with files.writing(self.run_dir):
             directories.make_directories(self.run_dir)
             directories.sweep(self.run_dir, exclusive=is_held(self.run_dir))
@@ -634,32 +640,46 @@ class Saver:
                     f"{target} is a link. Remove it; a checkpoint is written to its own directory."
                 )
 
-    def _start(self, work: Callable[[], None]) -> None:
-        """Run a part of a save, in a thread if the saver works in the background."""
-
-        def guarded() -> None:
-            try:
-                work()
-            except BaseException as error:  # raised in the main thread, by `wait` or `poll`
-                self._failure = error
-                if not self.background and not isinstance(error, Exception):
-                    self._drop()
-                    raise
-
-        if not self.background:
-            guarded()
-            return
-        self._thread = threading.Thread(
-            target=contextvars.copy_context().run, args=(guarded,), name="pretrain-saver"
-        )
-        self._thread.start()
-
     def _write(self) -> None:
+        """Write the files of this rank; a single process completes the save as well."""
         assert self._unfinished is not None
         self._unfinished.write()
         if self.peers.size == 1:
             self._unfinished.agree()
             self._complete()
+
+    def _complete(self) -> None:
+        """Publish the checkpoint and delete old ones, on rank zero; record on all ranks that the save is complete."""
+        request = self._request
+        if self.peers.rank == 0:
+            assert self._unfinished is not None
+            self._unfinished.publish()
+            manifest.rotate(
+                self.run_dir, keep=request.keep, protect=request.protect, newest=request.step
+            )
+        self.durable, self.seconds = request.target, time.monotonic() - request.began
+
+    def _run(self, part: Callable[[], None]) -> None:
+        """Run a part of a save, in a thread if the saver works in the background."""
+        if not self.background:
+            self._run_and_keep_error(part)
+            return
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(self._run_and_keep_error, part),
+            name="pretrain-saver",
+        )
+        self._thread.start()
+
+    def _run_and_keep_error(self, part: Callable[[], None]) -> None:
+        """Run a part of a save; its error is raised in the main thread, by `wait` or `poll`."""
+        try:
+            part()
+        except BaseException as error:
+            self._failure = error
+            if not self.background and not isinstance(error, Exception):
+                self._drop()
+                raise
 
     @property
     def busy(self) -> bool:
@@ -699,7 +719,7 @@ class Saver:
             self._drop()
             raise
         if self.peers.rank == 0:
-            self._start(self._complete)
+            self._run(self._complete)
 
     def poll(self) -> None:
         """Raise the error of a save in the background, if it failed on this rank; does not wait.
