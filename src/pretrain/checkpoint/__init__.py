@@ -58,7 +58,7 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name == "adapter_files":
         return importlib.import_module("pretrain.checkpoint.adapter_files")
-    for place, names in _PLACES.items():
+    for module, names in _PLACES.items():
         if name in names:
-            return getattr(importlib.import_module(place), name)
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'pretrain.checkpoint' has no attribute {name!r}")

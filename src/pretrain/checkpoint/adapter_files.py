@@ -82,11 +82,11 @@ def open_adapter(
     tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
     config = directory.model_config()
     facts = _facts(config)
-    given = base if base is not None else _find(settings, path)
+    base_path = base if base is not None else _find(settings, path)
     try:
-        source = _Base(given, verify=verify)
+        source = _Base(base_path, verify=verify)
     except CheckpointError as error:
-        if base is not None or not isinstance(given, str):
+        if base is not None or not isinstance(base_path, str):
             raise
         raise CheckpointError(
             f"{error} This model is the base of the adapter {path}; its directory can also be given: "
@@ -106,8 +106,8 @@ def open_adapter(
     _refuse_other_base(model, source, facts, path)
     report = model.load_disk_state(source.tensors())
     changed = bool(facts) and facts.get("base_sample") != base_sample(model)
-    if changed and base is None and not isinstance(given, Model):
-        earlier = _trained_on(given, facts.get("base_sample"), model, verify)
+    if changed and base is None and not isinstance(base_path, Model):
+        earlier = _trained_on(base_path, facts.get("base_sample"), model, verify)
         source, report = earlier or (source, report)
         changed = earlier is None
     model.source = source.name
@@ -221,8 +221,8 @@ def _find(settings: PeftSettings, adapter: Path) -> str | Path:
                     return run
     except (ValueError, OSError):  # a null byte in the name, or a name that is too long
         pass
-    if (found := hub_name(name)) is not None:
-        return str(replace(found, revision=settings.revision or found.revision))
+    if (hub_base := hub_name(name)) is not None:
+        return str(replace(hub_base, revision=settings.revision or hub_base.revision))
     raise CheckpointError(
         f"{adapter} is an adapter for the base {name[:200]!r}, but that directory was not found. Download or move the "
         f"base, and give its path: load({adapter.name!r}, base=...)."
@@ -267,19 +267,20 @@ def _peft_head(
 
 def _refuse_other_base(model: Model, source: _Base, facts: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError unless the names and shapes of the base are those that the adapter was trained on."""
-    there = Model.from_hf_config(source.config, head="none")
-    wanted, found = body_shapes(model), body_shapes(there)
-    same_family = model.backbone.model_type == there.backbone.model_type
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+    other = Model.from_hf_config(source.config, head="none")
+    expected, shapes = body_shapes(model), body_shapes(other)
+    same_family = model.backbone.model_type == other.backbone.model_type
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
             raise CheckpointError(
                 f"{path} is an adapter for another base than {source.name or 'the one given'}: {name!r} is "
-                f"{wanted.get(name, 'absent')} in the base of the adapter and {found.get(name, 'absent')} in this base."
+                f"{expected.get(name, 'absent')} in the base of the adapter and {shapes.get(name, 'absent')} in this "
+                "base."
             )
     if not same_family or (facts and facts.get("base_fingerprint") != fingerprint(model)):
         raise CheckpointError(
             f"{path} is an adapter for another base than {source.name or 'the one given'}, which is a "
-            f"{there.backbone.model_type} model."
+            f"{other.backbone.model_type} model."
         )
 
 

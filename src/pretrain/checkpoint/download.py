@@ -199,22 +199,22 @@ def _refuse_damaged(model: ModelDirectory, listed: Mapping[str, Any]) -> None:
         CheckpointCorrupt: a file has another hash.
     """
     for file, entry in listed.items():
-        place = model.real(file)
+        path = model.real(file)
         if entry.lfs is not None:
-            expected, found = entry.lfs.sha256, hash_file(place).sha256
+            expected, digest = entry.lfs.sha256, hash_file(path).sha256
         elif entry.blob_id is not None:
-            data = place.read_bytes()
-            git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
-            expected, found = entry.blob_id, git.hexdigest()
+            data = path.read_bytes()
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+            expected, digest = entry.blob_id, blob.hexdigest()
         else:
             continue
-        if found != expected:
-            place.unlink()
+        if digest != expected:
+            path.unlink()
             (model.path / file).unlink(missing_ok=True)
             raise CheckpointCorrupt(
                 model.path / file,
                 f"the hash {expected[:16]}...",
-                f"{found[:16]}...",
+                f"{digest[:16]}...",
                 "It was damaged on its way from the Hub and has been removed; run the same command again.",
             )
 

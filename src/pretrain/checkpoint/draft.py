@@ -295,8 +295,8 @@ def model_texts(
         in_run: the directory is a checkpoint of a run, which always has a config.json.
         repository: name on the hub that the examples of the model card open.
     """
-    own = "config.json" if model.adapter is None or in_run else model_directory.ADAPTED_MODEL
-    texts = {own: to_json(config)}
+    file = "config.json" if model.adapter is None or in_run else model_directory.ADAPTED_MODEL
+    texts = {file: to_json(config)}
     if model.adapter is not None:
         texts[model_directory.ADAPTER_CONFIG] = to_json(
             checkpoint.adapter_files.adapter_config(model)
@@ -334,12 +334,12 @@ def tokenizer_entries(model: Model, *, segments: bool) -> dict[str, Any]:
     """
     # Padding that the model was trained to read must not be masked.
     masked = [] if model.backbone.padded else ["attention_mask"]
-    found: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "model_input_names": ["input_ids", *["token_type_ids"] * segments, *masked]
     }
     if model.backbone.default_task is not None:  # a processor of pairs pads or cuts to it
-        found["model_max_length"] = model.backbone.max_length
-    return found
+        entries["model_max_length"] = model.backbone.max_length
+    return entries
 
 
 def write_processor(

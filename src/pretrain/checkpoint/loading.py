@@ -223,17 +223,17 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
         with tempfile.TemporaryDirectory(prefix="pretrain-") as copy:
             for name in present:
                 shutil.copyfile(directory.real(name), Path(copy) / name)
-            found = Tokenizer.from_directory(copy)
+            tokenizer = Tokenizer.from_directory(copy)
     else:
-        found = Tokenizer.from_directory(directory.path)
+        tokenizer = Tokenizer.from_directory(directory.path)
     rows = model.backbone.vocab_size
-    if found.vocab_size > rows:
+    if tokenizer.vocab_size > rows:
         raise CheckpointError(
-            f"{directory.path}: the tokenizer has {found.vocab_size} ids and the model {rows} embedding rows, so some "
-            f"ids would have no embedding. They come from different models; put the right tokenizer beside the "
+            f"{directory.path}: the tokenizer has {tokenizer.vocab_size} ids and the model {rows} embedding rows, so "
+            f"some ids would have no embedding. They come from different models; put the right tokenizer beside the "
             f"weights, or load(..., tokenizer=False)."
         )
-    model.processor = found  # as published, whatever id it pads with
+    model.processor = tokenizer  # as published, whatever id it pads with
 
 
 def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
@@ -318,30 +318,30 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _inspect(path: str | Path, given: Path) -> dict[str, Any]:
     directory = resolve_model_directory(given)
-    trained = (
+    newest = (
         directory if directory == given else next(iter(manifest.run_checkpoints(given)), directory)
     )
     state, listed = _manifest_state(directory)
     plain = ModelDirectory(directory, verify=False)
-    found: dict[str, Any] = {"path": str(path), "checkpoint": directory.name}
+    description: dict[str, Any] = {"path": str(path), "checkpoint": directory.name}
     try:
-        found.update(_contents(plain))
+        description.update(_contents(plain))
     except CheckpointError as error:
         if state == "absent":
             raise
-        found["problem"] = str(error)
-    if listed is not None and found.get("step") is None:
-        found["step"] = listed.step
-    if trained != directory:
-        other, listed = _manifest_state(trained)
-        state = other if state == "holds" else state
+        description["problem"] = str(error)
+    if listed is not None and description.get("step") is None:
+        description["step"] = listed.step
+    if newest != directory:
+        newest_state, listed = _manifest_state(newest)
+        state = newest_state if state == "holds" else state
     entries = [plain.real(str(entry.relative_to(directory))) for entry in directory.rglob("*")]
     sizes = [e.stat().st_size for e in entries if e.is_file() and not e.is_symlink()]
     resumable = (
-        listed is not None and bool(listed.training) and (trained / manifest.TRAINING).is_dir()
+        listed is not None and bool(listed.training) and (newest / manifest.TRAINING).is_dir()
     )
     return {
-        **found,
+        **description,
         "manifest": state,
         "resumable": resumable,
         "files": len(sizes),

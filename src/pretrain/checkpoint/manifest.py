@@ -241,21 +241,21 @@ def _hint(path: Path) -> str:
 
 def check_hash(path: Path, record: Record) -> None:
     """Hash a file and raise CheckpointCorrupt unless its size and hash agree with ``record``."""
-    found = hash_file(path)
-    if found != record:
-        record.check(path, found.size, found.sha256, _hint(path))
+    actual = hash_file(path)
+    if actual != record:
+        record.check(path, actual.size, actual.sha256, _hint(path))
 
 
 def _listing(directory: Path) -> set[str]:
-    found = set()
+    names = set()
     for entry in os.scandir(directory):
         if entry.name == NAME or entry.name.startswith("."):
             continue
         if entry.name in (TRAINING, POOLING) and entry.is_dir(follow_symlinks=False):
-            found |= {f"{entry.name}/{inner}" for inner in os.listdir(entry.path)}
+            names |= {f"{entry.name}/{inner}" for inner in os.listdir(entry.path)}
         else:
-            found.add(entry.name)
-    return found
+            names.add(entry.name)
+    return names
 
 
 def verify(path: str | Path, *, on_damage: OnDamage | None = None) -> None:
@@ -321,14 +321,14 @@ def _real(path: str | Path) -> Path:
 
 def run_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run, highest step first, including broken ones."""
-    found = {
+    directories = {
         name: run_dir / name
         for name in os.listdir(run_dir)
         if not name.startswith(".") and not os.path.islink(run_dir / name)
     }
-    found |= moved_aside(run_dir)
-    steps = {name: step for name in found if (step := step_of(name)) is not None}
-    return [found[name] for name in sorted(steps, key=steps.__getitem__, reverse=True)]
+    directories |= moved_aside(run_dir)
+    steps = {name: step for name in directories if (step := step_of(name)) is not None}
+    return [directories[name] for name in sorted(steps, key=steps.__getitem__, reverse=True)]
 
 
 def latest(run_dir: str | Path) -> Path | None:

@@ -151,14 +151,14 @@ class ModelDirectory:
         table = self.json(INDEX, TOKENIZER_LIMIT).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise CheckpointCorrupt(self.path / INDEX, "a weight_map", type(table).__name__)
-        found: dict[str, set[str]] = {}
+        tensors_of: dict[str, set[str]] = {}
         for tensor, name in table.items():
             if not isinstance(name, str) or not _SHARD.fullmatch(name):
                 raise CheckpointCorrupt(
                     self.path / INDEX, "names of safetensors files beside it", repr(name)[:80]
                 )
-            found.setdefault(name, set()).add(tensor)
-        return dict(sorted(found.items()))
+            tensors_of.setdefault(name, set()).add(tensor)
+        return dict(sorted(tensors_of.items()))
 
     def weights_hash(self, names: Collection[str]) -> str | None:
         """Return a hash of the named files by their records in the manifest, so without reading them; None without one.

@@ -145,19 +145,19 @@ class TensorSharding:
         Raises:
             CheckpointError: a shard does not have the shape given by the layout.
         """
-        found = {}
+        whole = {}
         for key, part in tensors.items():
             name = self.parameter(key) if part.ndim else None
             shape = tuple(part.shape)
             if name is not None and self.layout is not None:
                 shape = tuple(self.layout.shapes[name])
-                if (wanted := self.layout.region(name, self.rank).shape) != tuple(part.shape):
+                if (shard_shape := self.layout.region(name, self.rank).shape) != tuple(part.shape):
                     raise CheckpointError(
                         f"{key!r} has the shape {tuple(part.shape)} on process {self.rank}, but its shard of "
-                        f"{shape} must have the shape {wanted}: it was not sharded as in the layout."
+                        f"{shape} must have the shape {shard_shape}: it was not sharded as in the layout."
                     )
-            found[key] = torch.empty(shape, dtype=part.dtype, device="meta")
-        return found
+            whole[key] = torch.empty(shape, dtype=part.dtype, device="meta")
+        return whole
 
 
 @contextlib.contextmanager
@@ -223,9 +223,13 @@ def refuse_differences(peers: Peers, what: str, value: dict[str, Any]) -> None:
     if other is None:
         return
     tables = peers.all_gather_object(value)
-    here, there = tables[0], tables[other]
-    key = next(key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key))
+    first, differing = tables[0], tables[other]
+    key = next(
+        key
+        for key in sorted(first.keys() | differing.keys())
+        if first.get(key) != differing.get(key)
+    )
     raise CheckpointError(
-        f"The processes do not agree on {what}: {key!r} is {here.get(key, 'absent')} on process 0 and "
-        f"{there.get(key, 'absent')} on process {other}. Were they started with other settings or another version?"
+        f"The processes do not agree on {what}: {key!r} is {first.get(key, 'absent')} on process 0 and "
+        f"{differing.get(key, 'absent')} on process {other}. Were they started with other settings or another version?"
     )

@@ -50,23 +50,23 @@ def write_result(run_dir: Path, checkpoint: Path, texts: Mapping[str, bytes] | N
             return target
         check_result(run_dir)
         adapter = ADAPTER_CONFIG in source.required
-        with directories.temporary_directory(target) as made:
+        with directories.temporary_directory(target) as temporary:
             records = {}
             for name, record in source.required.items():
                 new = ADAPTED_MODEL if adapter and name == "config.json" else name
-                (made / new).parent.mkdir(exist_ok=True)
+                (temporary / new).parent.mkdir(exist_ok=True)
                 if name in manifest.INESSENTIAL and not (checkpoint / name).exists():
                     continue
                 if name.endswith(_WEIGHTS):
-                    records[new] = _link(checkpoint / name, made / new, record)
+                    records[new] = _link(checkpoint / name, temporary / new, record)
                 else:
                     data = (texts or {}).get(name) or _read(checkpoint / name, record)
-                    records[new] = files.write_file(made / new, data)
-            manifest.write_manifest(made, source.step, records, source.environment)
-            for folder in {(made / name).parent for name in records}:
+                    records[new] = files.write_file(temporary / new, data)
+            manifest.write_manifest(temporary, source.step, records, source.environment)
+            for folder in {(temporary / name).parent for name in records}:
                 files.fsync_directory(folder)
-            manifest.check_files(made, manifest.read_manifest(made), hashes=())
-            directories.replace(made, target)
+            manifest.check_files(temporary, manifest.read_manifest(temporary), hashes=())
+            directories.replace(temporary, target)
     return target
 
 

@@ -367,39 +367,39 @@ def read_training_slices(
         CheckpointError: the folder was deleted, or a tensor has another shape than its parameter. On all ranks.
     """
     sharding = TensorSharding(layout, peers)
-    found = TrainingState()
+    state = TrainingState()
     with ExitStack() as stack:
-        opened: dict[str, StoredTensors] = {}
+        stores: dict[str, StoredTensors] = {}
         with errors_on_all_ranks(peers), files.reading(path):
             directory = manifest.checked_directory(path)
             listed = open_training(directory, quiet=quiet or peers.rank != 0)
-            found.state = read_state(directory, listed)
+            state.state = read_state(directory, listed)
             groups = tensor_files(directory, listed.training)
             if stems is not None:
                 groups = {stem: names for stem, names in groups.items() if stem in stems}
             for stem, names in groups.items():
                 paths = {name: directory / name for name in names}
-                opened[stem] = stack.enter_context(StoredTensors(paths, slashes=True))
+                stores[stem] = stack.enter_context(StoredTensors(paths, slashes=True))
                 for name, file in paths.items():
                     listed.training[name].check(file, os.lstat(file).st_size)
         if not verified:
             records = {name: listed.training[name] for names in groups.values() for name in names}
             hash_by_ranks(directory, records, peers)
         with errors_on_all_ranks(peers), files.reading(path):
-            for stem, stored in opened.items():
-                found.tensors[stem] = {key: _part(stored, key, sharding) for key in stored}
+            for stem, stored in stores.items():
+                state.tensors[stem] = {key: _part(stored, key, sharding) for key in stored}
                 stored.check_unchanged()
-    return found
+    return state
 
 
 def _part(stored: StoredTensors, key: str, sharding: TensorSharding) -> Tensor:
     shape = stored.info(key).shape
     name = sharding.parameter(key) if shape else None
     if name is not None and sharding.layout is not None:
-        wanted = tuple(sharding.layout.shapes[name])
-        if shape != wanted:
+        whole_shape = tuple(sharding.layout.shapes[name])
+        if shape != whole_shape:
             raise CheckpointError(
-                f"{stored.path(key)} holds {key!r} with shape {shape}, but the parameter has {wanted}. Use a new "
+                f"{stored.path(key)} holds {key!r} with shape {shape}, but the parameter has {whole_shape}. Use a new "
                 "train.out for a changed model."
             )
     return stored.read_region(key, sharding.region(key, shape)).contiguous()
@@ -539,8 +539,8 @@ class StoredTensors:
         with errors_on_all_ranks(peers), files.reading(self.path(one)):
             for start in range(begin, end, step):
                 rows = min(step, end - start)
-                here = self._rows(one, start, rows)
-                equal = equal and torch.equal(here.float(), self._rows(two, start, rows).float())
+                block = self._rows(one, start, rows)
+                equal = equal and torch.equal(block.float(), self._rows(two, start, rows).float())
             self._last = None
         return all(peers.all_gather_object(equal))
 

@@ -84,18 +84,18 @@ def tensor_files(directory: Path, names: Iterable[str]) -> dict[str, list[str]]:
     Raises:
         CheckpointCorrupt: not all files of a group are listed.
     """
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in sorted(names):
         path = Path(name)
         if path.suffix == ".safetensors":
             match = _PART.fullmatch(path.stem)
-            found.setdefault(match[1] if match else path.stem, []).append(name)
-    for stem, listed in found.items():
+            groups.setdefault(match[1] if match else path.stem, []).append(name)
+    for stem, listed in groups.items():
         expected = {shard_name(stem, i, len(listed)) for i in range(len(listed))}
         if (names_there := {Path(name).name for name in listed}) != expected:
             path = directory / manifest.TRAINING / min(expected - names_there)
             raise CheckpointCorrupt(path, f"all files of {stem!r} in the manifest", "some of them")
-    return found
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------ resuming
@@ -129,10 +129,10 @@ def read_state(directory: Path, listed: Manifest) -> dict[str, Any]:
     if STATE not in listed.training:
         return {}
     path = directory / STATE
-    found = _decode(parse_json(files.read_bytes(path, listed.training[STATE]), path))
-    if not isinstance(found, dict):
-        raise CheckpointCorrupt(path, "a JSON object", type(found).__name__)
-    return found
+    state = _decode(parse_json(files.read_bytes(path, listed.training[STATE]), path))
+    if not isinstance(state, dict):
+        raise CheckpointCorrupt(path, "a JSON object", type(state).__name__)
+    return state
 
 
 def _note_environment(directory: Path, then: Mapping[str, Any]) -> None:

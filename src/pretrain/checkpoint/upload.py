@@ -71,12 +71,12 @@ def push(
 
 
 def _target(name: str) -> HubName:
-    found = hub_name(f"hub:{name.removeprefix('hub:')}")
-    if found is None or found.revision is not None:
+    repository = hub_name(f"hub:{name.removeprefix('hub:')}")
+    if repository is None or repository.revision is not None:
         raise CheckpointError(
             f"{name!r} is no name of a repository on the Hub, which is org/name, without a revision."
         )
-    return found
+    return repository
 
 
 def _refuse_local_base(model: Model) -> None:

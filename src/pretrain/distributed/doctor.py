@@ -102,9 +102,9 @@ def examine(device: str, folder: str) -> Facts:
         free, total = torch.cuda.mem_get_info(index)
         capability = f"{about.major}.{about.minor}"
         gpus.append({"name": about.name, "free": free, "total": total, "capability": capability})
-    place = Path(os.path.abspath(folder))
-    while not place.exists():
-        place = place.parent
+    existing = Path(os.path.abspath(folder))
+    while not existing.exists():
+        existing = existing.parent
     return {
         "host": me["host"],
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -114,7 +114,7 @@ def examine(device: str, folder: str) -> Facts:
         "cores": cores(),
         "threads": me["threads"],
         "memory": {"free": free_memory(torch.device("cpu")), "total": total_memory()},
-        "disk": shutil.disk_usage(place).free,
+        "disk": shutil.disk_usage(existing).free,
         "shared_memory": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
         "speed": multiplication_speed(chosen) | {"bf16_fast": multiplies_bf16_fast(chosen)},
         "network": interfaces(),
@@ -124,10 +124,10 @@ def examine(device: str, folder: str) -> Facts:
 
 def _choose(device: str) -> torch.device:
     """Return the device that a run would use; the CPU if the wanted one cannot be used."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        device = next((name for name, is_there in there.items() if is_there), "cpu")
-    return torch.device(device if there.get(device) else "cpu")
+        device = next((name for name, is_there in available.items() if is_there), "cpu")
+    return torch.device(device if available.get(device) else "cpu")
 
 
 def _backends() -> list[str]:
@@ -153,20 +153,20 @@ def interfaces() -> list[Facts]:
                 answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, request)
             except OSError:  # the interface has no address
                 continue
-            one: Facts = {"name": name, "address": socket.inet_ntoa(answer[20:24])}
+            interface: Facts = {"name": name, "address": socket.inet_ntoa(answer[20:24])}
             folder = Path("/sys/class/net") / name
             for key, file in (("state", "operstate"), ("mtu", "mtu"), ("speed", "speed")):
                 with contextlib.suppress(OSError, ValueError):
                     text = (folder / file).read_text().strip()
-                    one[key] = text if key == "state" else int(text)
-            found.append(one)
+                    interface[key] = text if key == "state" else int(text)
+            found.append(interface)
     return found
 
 
 def multiplication_speed(device: torch.device) -> dict[str, float]:
     """Return the FLOP/s of a product of two square matrices in fp32 and in bf16, the best of several runs."""
     size = 4096 if device.type == "cuda" else 512
-    found = {}
+    speeds = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         matrix = torch.ones(size, size, device=device, dtype=dtype)
         best, end = float("inf"), time.perf_counter() + _MEASURED
@@ -174,39 +174,41 @@ def multiplication_speed(device: torch.device) -> dict[str, float]:
             product = matrix @ matrix
             float(product[0, 0])  # synchronises with the device
             best = min(best, time.perf_counter() - began)
-        found[name] = 2 * size**3 / best
-    return found
+        speeds[name] = 2 * size**3 / best
+    return speeds
 
 
 def problems_of(facts: Facts, device: str) -> list[str]:
     """Return the problems that will stop a run on this machine, each with its remedy."""
-    found = []
+    problems = []
     if device in ("cuda", "mps") and facts["device"] != device:
-        found.append(f"no {device} device can be used. {_why_no_gpu(facts, device)}")
+        problems.append(f"no {device} device can be used. {_why_no_gpu(facts, device)}")
     elif device == "auto" and os.path.exists("/dev/nvidiactl") and not facts["gpus"]:
-        found.append(
+        problems.append(
             f"this machine has an NVIDIA GPU that torch does not use. {_why_no_gpu(facts, device)}"
         )
     if facts["memory"]["free"] < _LITTLE:
-        found.append(
+        problems.append(
             f"only {_gib(facts['memory']['free'])} of memory are free. End other programs."
         )
     if facts["disk"] < _LITTLE:
-        found.append(
+        problems.append(
             f"only {_gib(facts['disk'])} of disk are free here, and a checkpoint takes 12 bytes for each parameter. "
             "Delete something, or name another place with --out."
         )
     shared = facts["shared_memory"]
     if shared is not None and shared < _LITTLE_SHARED:
-        found.append(
+        problems.append(
             f"/dev/shm has only {shared >> 20} MiB free, and NCCL needs it between the GPUs of a host. In a container "
             "give it more, e.g. docker run --shm-size=1g."
         )
     if not any(facts["backends"].values()):
-        found.append("this build of torch has no torch.distributed. Install one that has.")
+        problems.append("this build of torch has no torch.distributed. Install one that has.")
     if len(facts["gpus"]) > 1 and not facts["backends"]["nccl"]:
-        found.append("this machine has several GPUs, but torch has no NCCL. Install a CUDA build.")
-    return found
+        problems.append(
+            "this machine has several GPUs, but torch has no NCCL. Install a CUDA build."
+        )
+    return problems
 
 
 def _why_no_gpu(facts: Facts, device: str) -> str:
@@ -299,16 +301,16 @@ def _together(device: str, out: str | None, as_json: bool, seconds: float) -> in
 
 
 def _own_device(device: str, world: World) -> torch.device:
-    found = _choose("cuda" if device == "auto" else device)
-    if device not in ("auto", found.type):
+    chosen = _choose("cuda" if device == "auto" else device)
+    if device not in ("auto", chosen.type):
         raise DistributedError(
             f"Rank {world.rank} (host {world.host}) has no {device} device. Install a torch build for its hardware "
             "and the driver, or use --device cpu."
         )
-    if found.type == "cuda":
-        found = torch.device("cuda", world.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(found)
-    return found
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def _stragglers(everybody: Sequence[Facts]) -> list[str]:

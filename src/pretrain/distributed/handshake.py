@@ -87,8 +87,12 @@ def introduce(device: torch.device, **more: Any) -> Hello:
     }
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        found = torch.cuda.get_device_properties(index)
-        about |= {"index": index, "name": found.name, "uuid": str(getattr(found, "uuid", ""))}
+        gpu = torch.cuda.get_device_properties(index)
+        about |= {
+            "index": index,
+            "name": gpu.name,
+            "uuid": str(getattr(gpu, "uuid", "")),
+        }
         versions["cuda"] = str(torch.version.cuda)
         with contextlib.suppress(Exception):  # a build without NCCL
             nccl: Any = torch.cuda.nccl
@@ -251,15 +255,19 @@ def _unequal(everybody: Sequence[Hello]) -> str:
     for path, remedy in _EQUAL.items():
         _, *others = _by_value(everybody, path)
         if others:
-            here, there = (_at(everybody[group], path) for group in (0, others[0][0]))
-            while isinstance(here, Mapping) and isinstance(there, Mapping):
-                keys = sorted({*here, *there}, key=str)
-                key = next(k for k in keys if here.get(k) != there.get(k))
-                path, here, there = f"{path}.{key}", here.get(key), there.get(key)
+            first, other = (_at(everybody[group], path) for group in (0, others[0][0]))
+            while isinstance(first, Mapping) and isinstance(other, Mapping):
+                keys = sorted({*first, *other}, key=str)
+                key = next(k for k in keys if first.get(k) != other.get(k))
+                path, first, other = (
+                    f"{path}.{key}",
+                    first.get(key),
+                    other.get(key),
+                )
             verb = "does" if len(others[0]) == 1 else "do"
             return (
-                f"{_who(everybody, others[0])} {verb} not match rank 0: {path} is {repr(there)[:80]} there, and "
-                f"{repr(here)[:80]} on rank 0 (host {everybody[0]['host']}). {remedy}."
+                f"{_who(everybody, others[0])} {verb} not match rank 0: {path} is {repr(other)[:80]} there, and "
+                f"{repr(first)[:80]} on rank 0 (host {everybody[0]['host']}). {remedy}."
             )
     return ""
 
@@ -301,10 +309,10 @@ def _unseen(everybody: Sequence[Hello], run_dir: str) -> str:
     return ""
 
 
-def _who(everybody: Sequence[Hello], found: Sequence[int]) -> str:
-    hosts = list(dict.fromkeys(str(everybody[rank]["host"]) for rank in found))
+def _who(everybody: Sequence[Hello], listed: Sequence[int]) -> str:
+    hosts = list(dict.fromkeys(str(everybody[rank]["host"]) for rank in listed))
     shown = ", ".join(hosts[:4]) + ", ..." * (len(hosts) > 4)
-    return f"Rank{'s' * (len(found) > 1)} {ranks(found)} (host{'s' * (len(hosts) > 1)} {shown})"
+    return f"Rank{'s' * (len(listed) > 1)} {ranks(listed)} (host{'s' * (len(hosts) > 1)} {shown})"
 
 
 def _by_value(everybody: Sequence[Hello], path: str) -> list[list[int]]:
@@ -349,14 +357,14 @@ def check_links(
     Raises:
         DistributedError: a wrong sum, an error of the backend, or a timeout; the message names this process.
     """
-    found: dict[str, float] = {}
+    speeds: dict[str, float] = {}
     with_time_limit(
-        lambda: found.update(_measure(all_reduce, device, rank, size)),
+        lambda: speeds.update(_measure(all_reduce, device, rank, size)),
         f"The all-reduce that tests the links, on rank {rank} of {size}",
         device,
         timeout,
     )
-    return found
+    return speeds
 
 
 def with_time_limit(

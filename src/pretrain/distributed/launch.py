@@ -81,9 +81,9 @@ class Launched:
         self._output = [_Tail(self.folder / "0" / name) for name in ("stdout.log", "stderr.log")]
 
     def _start(self, rank: int, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-        place = self.folder / str(rank)
-        place.mkdir()
-        with open(place / "stdout.log", "wb") as out, open(place / "stderr.log", "wb") as err:
+        logs = self.folder / str(rank)
+        logs.mkdir()
+        with open(logs / "stdout.log", "wb") as out, open(logs / "stderr.log", "wb") as err:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,  # closed when this process ends
@@ -181,13 +181,13 @@ class Launched:
 
     def _own_errors(self) -> list[PretrainError]:
         """Return the PretrainErrors that processes ended with, the most informative first."""
-        own = []
+        errors = []
         for rank in range(self.devices):
             with contextlib.suppress(OSError, ValueError):
                 path = self.folder / str(rank) / ERROR
-                own.append(named_error(*json.loads(path.read_text(encoding="utf-8"))))
+                errors.append(named_error(*json.loads(path.read_text(encoding="utf-8"))))
         # A DistributedError often only reports the failure of another process, whose own error says more.
-        return sorted(own, key=lambda error: isinstance(error, DistributedError))
+        return sorted(errors, key=lambda error: isinstance(error, DistributedError))
 
 
 class _Tail:
@@ -222,9 +222,11 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)  # default: interface of the host name
     standard = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.isdir(path)]
-    own = [p for p in paths if not any(os.path.realpath(p).startswith(s) for s in standard)]
+    import_paths = [
+        p for p in paths if not any(os.path.realpath(p).startswith(s) for s in standard)
+    ]
     env["PYTHONPATH"] = os.pathsep.join(
-        dict.fromkeys([*own, *env.get("PYTHONPATH", "").split(os.pathsep)])
+        dict.fromkeys([*import_paths, *env.get("PYTHONPATH", "").split(os.pathsep)])
     ).strip(os.pathsep)
     return env
 
@@ -262,5 +264,5 @@ def _last(path: Path) -> str:
         lines = _RANK.sub("", path.read_text(encoding="utf-8", errors="replace")).splitlines()
     except OSError:
         lines = []
-    kept = [line for line in lines if line.strip() and not _NOISE.search(line)]
-    return "\n".join(f"    {line[:400]}" for line in kept[-_TAIL:]) or "    (nothing)"
+    shown = [line for line in lines if line.strip() and not _NOISE.search(line)]
+    return "\n".join(f"    {line[:400]}" for line in shown[-_TAIL:]) or "    (nothing)"

@@ -162,17 +162,17 @@ class _Plan:
         """Return the configured strategy, or the first of single, ddp, hybrid and plain fsdp that fits."""
         settings, tp = self.settings, self.settings.tp
         dp = self.world // tp
-        wanted = settings.strategy
-        if wanted == "auto" and (settings.cpu_offload or (fixed and fixed.dp_shard > 1)):
-            wanted = "fsdp"
-        if wanted == "fsdp":
+        strategy = settings.strategy
+        if strategy == "auto" and (settings.cpu_offload or (fixed and fixed.dp_shard > 1)):
+            strategy = "fsdp"
+        if strategy == "fsdp":
             sizes = fixed or self.sharded(dp, tp)
             return self.made(sizes, "fsdp", f"fsdp as configured: {self.arithmetic(sizes, 'fsdp')}")
         copies = MeshShape(dp, 1, tp)
         name = "ddp" if dp > 1 else "single"
         if dp == 1:
             return self.made(copies, name, self.arithmetic(copies, name))
-        if wanted == "ddp" or settings.reproducible or (fixed and fixed.dp_replicate == dp):
+        if strategy == "ddp" or settings.reproducible or (fixed and fixed.dp_replicate == dp):
             why = "for reproducible sums" if settings.reproducible else "as configured"
             return self.made(copies, name, f"ddp {why}: {self.arithmetic(copies, name)}")
         needed = self.memory(copies, name).total
@@ -206,9 +206,9 @@ class _Plan:
     def advice(self, choice: ParallelPlan) -> str:
         """Return what would make the run fit, as the end of a sentence; "" if it fits."""
         if self.settings.cpu_offload and self.host is not None:
-            part = replace(self, settings=replace(self.settings, cpu_offload=False))
-            there = part.memory(choice.sizes, "fsdp", rows=choice.micro_rows)
-            moved = there.weights + there.gradients + there.moments + there.copies
+            without_offload = replace(self, settings=replace(self.settings, cpu_offload=False))
+            on_device = without_offload.memory(choice.sizes, "fsdp", rows=choice.micro_rows)
+            moved = on_device.weights + on_device.gradients + on_device.moments + on_device.copies
             if moved > USABLE * self.host:
                 return (
                     f"; parallel.cpu_offload needs {_gib(moved)} of {_gib(self.host)} GiB of host memory per process: "
@@ -216,20 +216,20 @@ class _Plan:
                 )
         if self.fits(choice.sizes, choice.strategy):
             return ""
-        found = []
+        remedies = []
         for mode in ("selective", "full"):
             other = replace(self.needs, checkpointing=mode)
             if other != self.needs and self.fits(choice.sizes, choice.strategy, other):
-                found.append(f"parallel.activation_checkpointing={mode}")
+                remedies.append(f"parallel.activation_checkpointing={mode}")
                 break
         free = not self.coupled and self.micro > 1
         if free and replace(self, micro=1).fits(choice.sizes, choice.strategy):
-            found.append("train.micro_rows=1")
+            remedies.append("train.micro_rows=1")
         parts, exact = MeshShape(1, choice.sizes.dp, choice.sizes.tp), self.settings.reproducible
         if choice.strategy == "ddp" and not exact and self.fits(parts, "fsdp"):
-            found.append("parallel.strategy=fsdp")
-        if found:
-            return f"; that may not fit, try {' or '.join(found)}"
+            remedies.append("parallel.strategy=fsdp")
+        if remedies:
+            return f"; that may not fit, try {' or '.join(remedies)}"
         tips = [] if exact else ["more processes with fsdp", "parallel.tp"]
         if self.needs.checkpointing != "full":
             tips.append("parallel.activation_checkpointing=full")
@@ -272,9 +272,9 @@ def _configured(settings: ParallelConfig, world: int) -> MeshShape | None:
     uneven = dp % (replicate or 1) or dp % (shard or 1)
     if uneven or (product and product != dp):
         names = {"dp_replicate": replicate, "dp_shard": shard, "tp": tp}
-        given = " x ".join(f"{key} {value}" for key, value in names.items() if value)
+        product_shown = " x ".join(f"{key} {value}" for key, value in names.items() if value)
         raise ConfigError(
-            f"parallel: {given} does not make {world} processes: dp_replicate x dp_shard x tp must be {world}. "
+            f"parallel: {product_shown} does not make {world} processes: dp_replicate x dp_shard x tp must be {world}. "
             f"With tp {tp}, (dp_replicate, dp_shard) may be {_pairs(dp)}; 0 stands for what is left."
         )
     return MeshShape(replicate or dp // shard, shard or dp // replicate, tp)
@@ -366,7 +366,7 @@ def _listed(numbers: Sequence[int], around: int = 0) -> str:
     """Return the numbers as text, at most a few: those nearest to ``around``, else the first ones."""
     if not numbers:
         return "none"
-    kept = sorted(
+    shown = sorted(
         sorted(numbers, key=lambda n: abs(n - around))[:_SHOWN] if around else numbers[:_SHOWN]
     )
-    return ", ".join(f"{n:,}" for n in kept) + ", ..." * (len(kept) < len(numbers))
+    return ", ".join(f"{n:,}" for n in shown) + ", ..." * (len(shown) < len(numbers))

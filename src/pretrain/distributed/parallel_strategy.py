@@ -190,11 +190,11 @@ class ParallelStrategy(Strategy):
     def used_parameters(self, batch: Batch) -> set[str]:
         """Return the parameters that the gradient of a batch reaches on this rank, under FSDP2; all ranks must call."""
         with torch.compiler.set_stance("force_eager"):
-            found = find_used_parameters(
+            names = find_used_parameters(
                 self._root, self._units(), lambda: self.forward_no_sync(batch).total
             )
         self.reshard()
-        return {name.removeprefix("objective.") for name in found}
+        return {name.removeprefix("objective.") for name in names}
 
     def set_unused_parameters(self, unused: set[str], *, uneven: bool) -> None:
         super().set_unused_parameters(unused, uneven=uneven)

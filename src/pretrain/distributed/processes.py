@@ -281,10 +281,10 @@ class Processes(World):
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
         peers = self.store_peers()
-        made, failure = self._tried_on_rank_zero(make)
+        result_of_zero, failure = self._tried_on_rank_zero(make)
         raise_on_all_ranks(peers, failure)
-        found: T = peers.all_gather_object(made)[0]
-        return found
+        result: T = peers.all_gather_object(result_of_zero)[0]
+        return result
 
     def _tried_on_rank_zero(self, make: Callable[[], T]) -> tuple[T | None, Exception | None]:
         """Call ``make`` on rank zero; return its result, or its failure, which the caller raises on all ranks."""
@@ -365,18 +365,18 @@ class GroupPeers:
         self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
     ) -> list[list[Tensor]]:
         """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.Peers`."""
-        found, works = [], []
+        received, works = [], []
         for shard, owner in zip(shards, owners, strict=True):
             group = self._group if shard.device.type == "cpu" else dist.group.WORLD
             group = group if len(ranks) == self.size else self._replica
             room = [torch.empty_like(shard) for _ in ranks] if owner == self.rank else []
             works.append(dist.gather(shard, room or None, owner, group=group, async_op=True))
-            found.append(room)
+            received.append(room)
         for work in works:
             if work is not None:
                 work.wait()
         self.heartbeat()
-        return found
+        return received
 
     def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
         """Return the JSON values of all ranks, in rank order; ``progress`` says whether it is a heartbeat."""
@@ -415,9 +415,9 @@ def gather_json(value: Any, size: int, group: Any) -> list[Any]:
     longest = max(int(length) for length in lengths)
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(data)] = data
-    found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
-    dist.all_gather(found, padded, group=group)
+    received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(received, padded, group=group)
     return [
         json.loads(part[: int(length)].numpy().tobytes())
-        for part, length in zip(found, lengths, strict=True)
+        for part, length in zip(received, lengths, strict=True)
     ]

@@ -65,12 +65,12 @@ def add_across(tensors: Sequence[Tensor], group: Any, rank: int, size: int) -> N
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Group successive tensors that are exchanged in one message."""
-    found: list[list[Tensor]] = []
+    buckets: list[list[Tensor]] = []
     filled = _BUCKET
     for tensor in tensors:
         if filled + tensor.numel() > _BUCKET:
-            found.append([])
+            buckets.append([])
             filled = 0
-        found[-1].append(tensor)
+        buckets[-1].append(tensor)
         filled += tensor.numel()
-    return found
+    return buckets

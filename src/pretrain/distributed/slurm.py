@@ -110,8 +110,8 @@ def script(
     sections, _ = read_file(path)
     command = "finetune" if _has_task(sections) else "train"
     processes = max(1, gpus_per_node)
-    given = settings_in(sections, {"train": TrainConfig, "parallel": ParallelConfig})
-    train, parallel = given["train"], given["parallel"]
+    sections_read = settings_in(sections, {"train": TrainConfig, "parallel": ParallelConfig})
+    train, parallel = sections_read["train"], sections_read["parallel"]
     tp, micro = int(parallel.get("tp", 1)), int(train.get("micro_rows", 0))
     batch = int(train.get("batch_rows", 0)) or (32 if command == "finetune" else 0)
     if nodes * processes % tp:

@@ -87,13 +87,13 @@ def cuts_of(model: Model) -> tuple[dict[str, int], frozenset[str]]:
 
 
 def _token_embedding(backbone: Backbone) -> nn.Embedding:
-    found = getattr(backbone, "token_embedding", None)
-    if not isinstance(found, nn.Embedding):
+    embedding = getattr(backbone, "token_embedding", None)
+    if not isinstance(embedding, nn.Embedding):
         raise ConfigError(
             f"{type(backbone).__name__} has no nn.Embedding called token_embedding, which tensor parallelism cuts. "
             "Name it so, and look tokens up with self.look_up(self.token_embedding, ids); or leave parallel.tp at 1."
         )
-    return found
+    return embedding
 
 
 def _planned(backbone: Backbone, block: nn.Module) -> Iterator[tuple[str, str, Any]]:

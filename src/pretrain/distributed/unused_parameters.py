@@ -29,11 +29,11 @@ def find_used_parameters(
     """
     prefixes = {id(module): f"{name}." if name else "" for name, module in root.named_modules()}
     # The tensor is kept as well, so that its id cannot be reused.
-    known: dict[int, tuple[Tensor, str]] = {}
+    parameters: dict[int, tuple[Tensor, str]] = {}
 
     def look(module: nn.Module, _: Any) -> None:
         for name, parameter in module.named_parameters():
-            known[id(parameter)] = (parameter, prefixes[id(module)] + name)
+            parameters[id(parameter)] = (parameter, prefixes[id(module)] + name)
 
     hooks = [unit.register_forward_pre_hook(look) for unit in units]
     try:
@@ -42,21 +42,21 @@ def find_used_parameters(
     finally:
         for hook in hooks:
             hook.remove()
-    return {known[end][1] for end in ends if end in known}
+    return {parameters[end][1] for end in ends if end in parameters}
 
 
 def _ends(start: Any) -> set[int]:
     """Return the ``id`` of each leaf of the autograd graph below a node."""
-    found, seen, todo = set(), {start}, [start]
+    leaves, seen, todo = set(), {start}, [start]
     while todo:
         node = todo.pop()
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            leaves.add(id(node.variable))
         for other, _ in getattr(node, "next_functions", ()):
             if other is not None and other not in seen:
                 seen.add(other)
                 todo.append(other)
-    return found
+    return leaves
 
 
 def fill_missing_gradients(units: Sequence[Any], *, uneven: bool) -> None:
@@ -91,8 +91,10 @@ def drop_zero_gradients(params: Mapping[str, nn.Parameter], world: World) -> Non
         params: parameters that no gradient reached before the first step; missing gradients were filled with zeros.
         world: the processes.
     """
-    held = [p for _, p in sorted(params.items()) if p.grad is not None]
-    reached = world.all_reduce_sum([float(local(p.grad).any()) for p in held if p.grad is not None])
-    for p, count in zip(held, reached, strict=True):
+    with_gradient = [p for _, p in sorted(params.items()) if p.grad is not None]
+    reached = world.all_reduce_sum(
+        [float(local(p.grad).any()) for p in with_gradient if p.grad is not None]
+    )
+    for p, count in zip(with_gradient, reached, strict=True):
         if not count:
             p.grad = None

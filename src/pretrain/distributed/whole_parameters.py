@@ -39,10 +39,10 @@ class MatrixCollectives:
         longest = max(layout.region(name, rank).numel for rank in members)
         padded = part.new_zeros(longest)
         padded[: part.numel()] = part.reshape(-1)
-        found = [torch.empty_like(padded) for _ in members]
-        dist.all_gather(found, padded, group=group)
+        shards = [torch.empty_like(padded) for _ in members]
+        dist.all_gather(shards, padded, group=group)
         full = part.new_empty(layout.shapes[name])
-        for rank, flat in zip(members, found, strict=True):
+        for rank, flat in zip(members, shards, strict=True):
             region = layout.region(name, rank)
             full[region.slices()] = flat[: region.numel].view(region.shape)
         return full
@@ -61,19 +61,19 @@ class MatrixCollectives:
         size, rank = self._world.size, self._world.rank
         owners = [(first + i) % size for i in range(len(wholes))]
         mine = [i for i, owner in enumerate(owners) if owner == rank]
-        made = iter(make(torch.stack([wholes[i] for i in mine])) if mine else ())
-        found = [
-            next(made).contiguous() if owner == rank else torch.empty_like(whole)
+        own_results = iter(make(torch.stack([wholes[i] for i in mine])) if mine else ())
+        results = [
+            next(own_results).contiguous() if owner == rank else torch.empty_like(whole)
             for owner, whole in zip(owners, wholes, strict=True)
         ]
         works = [
-            dist.broadcast(one, owner, async_op=True)
-            for one, owner in zip(found, owners, strict=True)
+            dist.broadcast(result, owner, async_op=True)
+            for result, owner in zip(results, owners, strict=True)
         ]
         for work in works:
             if work is not None:
                 work.wait()
-        return found
+        return results
 
     def full_shape(self, name: str) -> tuple[int, ...]:
         """Return the full shape of a parameter."""

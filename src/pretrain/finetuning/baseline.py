@@ -193,9 +193,9 @@ def lsa_baseline(
 
     ``corpus`` is the text of pre-training, or an ``Lsa`` fitted on it, which many subsets can share.
     """
-    found = corpus if isinstance(corpus, Lsa) else Lsa(corpus, seed=seed)
-    name = f"LSA of at most {found.dimensions} dimensions"
-    variants = [({"features": name, "stop_words": words}, space) for words, space in found.spaces]
+    lsa = corpus if isinstance(corpus, Lsa) else Lsa(corpus, seed=seed)
+    name = f"LSA of at most {lsa.dimensions} dimensions"
+    variants = [({"features": name, "stop_words": words}, space) for words, space in lsa.spaces]
     return _tuned(lambda train: variants, columns, grid, metric, seed)
 
 
@@ -323,17 +323,17 @@ def _targets(columns: Sequence[Sequence[Any]], metric: str) -> list[Any]:
         return numbers
     ids: dict[Hashable, int] = {}
     try:
-        found = [[ids.setdefault(label, len(ids)) for label in column] for column in columns]
+        class_ids = [[ids.setdefault(label, len(ids)) for label in column] for column in columns]
     except TypeError:
         raise DataError(
             "A label is a list, but a classical baseline supports only one class per row."
         ) from None
-    if len(set(found[0])) < 2:
+    if len(set(class_ids[0])) < 2:
         raise DataError(
-            f"All {len(found[0]):,} training rows have the same label, so there is nothing to tell apart: draw the "
+            f"All {len(class_ids[0]):,} training rows have the same label, so there is nothing to tell apart: draw the "
             f"subset stratified by class, or take more rows."
         )
-    return [np.asarray(column, np.int64) for column in found]
+    return [np.asarray(column, np.int64) for column in class_ids]
 
 
 def _are_pairs(texts: Sequence[Sequence[Text]], labels: Sequence[Sequence[Any]]) -> bool:

@@ -186,12 +186,12 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
         valid_rows=len(choose),
     )
     notes.tokens, notes.seconds["pre-training"] = _pretraining(job)
-    baselines, kept = _baselines(job), ScoreFile(Path(job.settings.train.out, COMPARISON))
-    kept.begin(trials_key(job))
+    baselines, trials = _baselines(job), ScoreFile(Path(job.settings.train.out, COMPARISON))
+    trials.begin(trials_key(job))
     for count in counts:
         subsets = [train.take(stratified_subset(strata, count, seed)) for seed in range(seeds)]
         for arm in (PRETRAINED, SCRATCH):
-            rates, scores, seconds = _arm(job, arm, subsets, choose, score, kept)
+            rates, scores, seconds = _arm(job, arm, subsets, choose, score, trials)
             arms.setdefault(arm, {})[count] = scores
             chosen = {f"{name} at {count}": rate for name, rate in rates.items()}
             notes.settings.setdefault(arm, {}).update(chosen)
@@ -202,20 +202,20 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
             shown = " ".join(f"{job.figure(x):.3f}" for x in scores)
             note(f"{arm} at {count:,} labels: {shown} ({words})")
         for name, fit in baselines.items():
-            found = []
+            fits = []
             for seed, rows in enumerate(subsets):
                 named = [job.task.named(part, job.data.learned) for part in (rows, choose, score)]
                 columns = job.task.baseline_columns(*named)
-                with kept.interrupts_explained():
-                    found.append(fit(*columns, metric=job.monitor, seed=seed))
-            arms.setdefault(name, {})[count] = [one["score_test"] for one in found]
-            notes.settings.setdefault(name, {})[f"C at {count}"] = [one["C"] for one in found]
+                with trials.interrupts_explained():
+                    fits.append(fit(*columns, metric=job.monitor, seed=seed))
+            arms.setdefault(name, {})[count] = [result["score_test"] for result in fits]
+            notes.settings.setdefault(name, {})[f"C at {count}"] = [result["C"] for result in fits]
     notes.unit = job.unit
     for by_count in arms.values():
         by_count.update({n: [job.figure(x) for x in scores] for n, scores in by_count.items()})
     comparison = Comparison(job.monitor, counts, arms, list(range(seeds)), len(score), notes)
     job.compared_lr = saved["lr"]
-    kept.end(asdict(comparison), saved)
+    trials.end(asdict(comparison), saved)
     return comparison
 
 
@@ -232,15 +232,15 @@ def kept_comparison(job: Job) -> Comparison | None:
     return Comparison.from_json(body["comparison"])
 
 
-def _counts(asked: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
+def _counts(label_counts: Sequence[int] | None, rows: int, recurring: int) -> list[int]:
     """Numbers of labels to compare at; a request for all rows means all that are left without the recurring ones."""
-    if not asked:
+    if not label_counts:
         return [rows]
-    return sorted({rows if rows < n <= rows + recurring else int(n) for n in asked})
+    return sorted({rows if rows < n <= rows + recurring else int(n) for n in label_counts})
 
 
 def _arm(
-    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, kept: ScoreFile
+    job: Job, arm: str, subsets: Sequence[Table], choose: Table, score: Table, trials: ScoreFile
 ) -> tuple[dict[str, float], list[float], float]:
     """The learning rates with the best mean on ``choose``, their scores on ``score``, one per seed, and the seconds."""
     lrs, task = job.settings.optim.lrs, job.build(seed=0)
@@ -253,23 +253,23 @@ def _arm(
         lrs = [float(f"{middle * f:.2g}") for f in _FACTORS]
     limit, _ = job.steps(len(subsets[0]))
     rates = {lr: job.rates(task, lr, None if fixed is None else out) for lr in lrs}
-    found: dict[float, list[list[float]]] = {}
+    scores_of: dict[float, list[list[float]]] = {}
     taken = 0.0
     for lr, used in rates.items():
         for seed, rows in enumerate(subsets):
             score_it = partial(job.score, rows, choose, score, rates=used, limit=limit, seed=seed)
             words = f"lr {lr!r}{rate_of_muon(used)}"
             name = f"{arm} at {len(rows)} labels, {limit}, {words}, seed {seed}"
-            scores, seconds = kept.trial(name, partial(score_it, scratch=arm == SCRATCH))
-            found.setdefault(lr, []).append(scores)
+            scores, seconds = trials.trial(name, partial(score_it, scratch=arm == SCRATCH))
+            scores_of.setdefault(lr, []).append(scores)
             taken += seconds
 
     def mean(lr: float) -> float:
-        chosen_by = [pair[0] for pair in found[lr]]
+        chosen_by = [pair[0] for pair in scores_of[lr]]
         return float(np.mean(chosen_by)) if np.isfinite(chosen_by).all() else -math.inf
 
     best = max(lrs, key=mean)
-    return rates[best], [pair[1] for pair in found[best]], taken
+    return rates[best], [pair[1] for pair in scores_of[best]], taken
 
 
 def _baselines(job: Job) -> dict[str, Callable[..., dict[str, Any]]]:
@@ -398,11 +398,11 @@ class Comparison:
         self.arms = {n: self.arms[n] for n in (*_SHORT, *self.arms) if n in self.arms}
         for name, scores in self.arms.items():
             for count in self.counts if name in (PRETRAINED, SCRATCH) else scores:
-                found = len(scores.get(count, ()))
-                if found != len(self.seeds):
+                num_scores = len(scores.get(count, ()))
+                if num_scores != len(self.seeds):
                     raise DataError(
-                        f"Arm {name!r} has {found} scores at {count} labels but there are {len(self.seeds)} seeds; "
-                        f"every arm needs one score per seed (nan for a run that failed)."
+                        f"Arm {name!r} has {num_scores} scores at {count} labels but there are {len(self.seeds)} "
+                        f"seeds; every arm needs one score per seed (nan for a run that failed)."
                     )
 
     @property
@@ -565,9 +565,9 @@ class Comparison:
             counts, seeds = ([int(n) for n in raw[key]] for key in ("counts", "seeds"))
             if not isinstance(raw["metric"], str):
                 raise TypeError("the metric is not text")
-            found = cls(raw["metric"], counts, arms, seeds, int(raw["test_rows"]), notes)
-            found.table()  # content that cannot be shown raises here and not in a notebook
-            return found
+            comparison = cls(raw["metric"], counts, arms, seeds, int(raw["test_rows"]), notes)
+            comparison.table()  # content that cannot be shown raises here and not in a notebook
+            return comparison
         except (LookupError, TypeError, ValueError, AttributeError, PretrainError) as error:
             raise DataError(
                 f"This is not a saved comparison ({type(error).__name__}: {error}). Give the text that "

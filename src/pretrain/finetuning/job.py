@@ -138,7 +138,7 @@ class Job:
         check_loggers(settings.train.loggers)
         if settings.model.family is not None:
             own_family(settings.model.family)
-        source, given = model, settings.model.checkpoint
+        source, named = model, settings.model.checkpoint
         by_name = model is None or isinstance(model, str | os.PathLike)
         if by_name:
             source = settings.model.checkpoint = resolve_checkpoint(settings)
@@ -154,13 +154,13 @@ class Job:
             job.weights = current_world().broadcast_result(
                 lambda: hash_weights(source, opened=False)
             )
-            given = f"{given} {job.weights}"
+            named = f"{named} {job.weights}"
         if not settings.train.out:
-            settings.train.out = f"runs/{task.name}-{job.key(given)}"
+            settings.train.out = f"runs/{task.name}-{job.key(named)}"
             out = Path(settings.train.out)
             if by_name and has_begun(out):
                 # The run may have begun with an earlier commit of the model, which may name other classes.
-                settings.model.checkpoint = given
+                settings.model.checkpoint = named
                 if resolve_checkpoint(settings) != source:
                     return cls.open(None, settings, objects, quiet=quiet)
                 settings.model.checkpoint = source
@@ -258,9 +258,9 @@ class Job:
 
     def chosen(self, task: Task, lr: float | None, out: Path) -> dict[str, float]:
         """Return the learning rates of a run if it chose them on the held-out rows; empty if the settings give them."""
-        given = self.settings.optim.lr
-        searched = given == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
-        return self.rates(task, lr, out) if lr and searched and isinstance(given, str) else {}
+        configured = self.settings.optim.lr
+        searched = configured == "sweep" or self.compared_lr is not None or (out / SWEEP).exists()
+        return self.rates(task, lr, out) if lr and searched and isinstance(configured, str) else {}
 
     def fixed_lr(self, task: Task, out: Path) -> float | None:
         """Learning rate that is already fixed, by the settings or because the run began with it; else None."""
@@ -296,10 +296,10 @@ class Job:
             lr = self.sweep(task)
         if has_begun(out) and not settings.train.limit:
             states, epochs = map(run_state, run_checkpoints(out)), settings.train.epochs
-            known = [state["total_steps"] for state in states if state.get("total_steps")]
+            lengths = [state["total_steps"] for state in states if state.get("total_steps")]
             # Earlier versions counted every epoch in whole steps; a run that began with that length keeps it.
-            if known and (not epochs or known[0] == max(1, round(epochs * epoch))):
-                limit = f"{known[0]} steps"
+            if lengths and (not epochs or lengths[0] == max(1, round(epochs * epoch))):
+                limit = f"{lengths[0]} steps"
         return lr, limit
 
     def trainer(
@@ -461,15 +461,15 @@ class Job:
 
         def restored() -> Task:
             # A sharded model cannot be used on one rank alone, so a whole one is built when it is needed.
-            found = task if shared is None else self.build(seed=self.settings.train.seed)
+            task_restored = task if shared is None else self.build(seed=self.settings.train.seed)
             if chosen is not None:
-                load_weights(found, chosen, {})
+                load_weights(task_restored, chosen, {})
                 block = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
                 known = (
                     block.get("pretrain", {}) | self.measured_with()
                 )  # may differ after a resumption
-                found.model.extra_config["pretrain"] = known
-            return found.eval()
+                task_restored.model.extra_config["pretrain"] = known
+            return task_restored.eval()
 
         rates = self.chosen(task, rates_of_run(run.path).get("lr"), run.path)
         notes = [*notes, *chosen_rates_line(rates)]
@@ -531,15 +531,17 @@ class Job:
         _, epoch = self.steps(len(train))
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
-        kept, found = ScoreFile(Path(self.settings.train.out, TRIALS), scores=1), {}
-        kept.begin(trials_key(self))
+        trials, score_of = ScoreFile(Path(self.settings.train.out, TRIALS), scores=1), {}
+        trials.begin(trials_key(self))
         for lr in self.settings.optim.lrs or grid(self.lr(task)):
             rates = self.rates(task, lr)
-            one = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
-            (found[lr],), _ = kept.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", one)
-        best = max(found, key=lambda lr: found[lr] if math.isfinite(found[lr]) else -math.inf)
+            trial = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
+            (score_of[lr],), _ = trials.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", trial)
+        best = max(
+            score_of, key=lambda lr: score_of[lr] if math.isfinite(score_of[lr]) else -math.inf
+        )
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
-        for lr, score in found.items():
+        for lr, score in score_of.items():
             muon = rate_of_muon(self.rates(task, lr))
             mark = "  <- chosen" if lr == best else ""
             note(f"  {lr:<8g} {self.figure(score):.4f}{muon}{mark}")
@@ -589,8 +591,8 @@ class Job:
         task.eval()
 
         def measured() -> list[float]:
-            found = [measure_as_in_run(task, part, self.settings) for part in others]
-            return [-lower_is_better(figures, self.monitor) for figures in found]
+            figures_of_parts = [measure_as_in_run(task, part, self.settings) for part in others]
+            return [-lower_is_better(figures, self.monitor) for figures in figures_of_parts]
 
         return world.broadcast_result(measured)
 

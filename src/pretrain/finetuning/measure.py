@@ -87,7 +87,7 @@ def labelled(
     Raises:
         DataError: as for ``read_table``, or a column that the task needs is missing.
     """
-    given = dict(columns)
+    named = dict(columns)
     options = {} if section is None else section.reading(source)
     if encoding is not None:
         options["encoding"] = encoding
@@ -95,14 +95,14 @@ def labelled(
         # Nearly any bytes are text in an encoding of Windows, so UTF-8 would be misread without an error.
         options["encoding"] = of_run if needs_encoding(Path(source), of_run) else None
     table = task.read(source, name="data", **options)
-    table = task.gathered(table, {**(section.columns if section is not None else {}), **given})
+    table = task.gathered(table, {**(section.columns if section is not None else {}), **named})
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}
-        given = {**known, **given}
-    inputs = roles_known(task, given)
+        named = {**known, **named}
+    inputs = roles_known(task, named)
     say_unread(task, table, inputs)
     roles = [role for role in task.roles if role.target or role in inputs]
-    return roles_table(table, choose_columns(table, roles, columns_of(task.model, table, given)))
+    return roles_table(table, choose_columns(table, roles, columns_of(task.model, table, named)))
 
 
 def measure(
@@ -173,18 +173,18 @@ def measure_in_parts(
     assert chosen is not None
     world.mark("evaluate", run.step)
     load_weights(trainer.objective, chosen, {}, layout=strategy.layout, peers=world.peers())
-    found: list[dict[str, float]] = []
+    figures: list[dict[str, float]] = []
     for rows in parts:
         if rows is None:
-            found.append({})
+            figures.append({})
             continue
         batch_rows = evaluation_rows(
             trainer.objective, rows, trainer.train.batch_rows, trainer.device
         )
         precision = trainer.eval_precision
-        found.append(
+        figures.append(
             evaluate_rows(
                 trainer.objective, rows, precision, batch_rows=batch_rows, strategy=strategy
             )
         )
-    return found
+    return figures

@@ -58,14 +58,14 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
     Raises:
         DataError: a file cannot be written.
     """
-    place = Path(out) if out is not None else result.run.path / PAGE
+    page = Path(out) if out is not None else result.run.path / PAGE
     if not current_world().is_rank_zero:
-        return place
+        return page
     text = render(result)
     readme = result.model.card = model_card(result)
     write_page(result.run.path / "README.md", readme)
     result.keep()
-    return write_page(place, text)
+    return write_page(page, text)
 
 
 def render(result: Finetuned) -> str:
@@ -122,11 +122,11 @@ def _tiles(result: Finetuned) -> list[tuple[str, str]]:
 
 def _comparison(result: Finetuned) -> str:
     """The comparison with training from scratch: chart and full report."""
-    found = result.comparison
-    if found is None:
+    comparison = result.comparison
+    if comparison is None:
         return ""
-    text = f'<pre class="plain">{escape(str(found.table()))}</pre>'
-    return chart(found.svg, 720, 320) + card(text)
+    text = f'<pre class="plain">{escape(str(comparison.table()))}</pre>'
+    return chart(comparison.svg, 720, 320) + card(text)
 
 
 def _curves(result: Finetuned, history: History) -> str:
@@ -160,7 +160,7 @@ def _number(value: Any) -> Any:
 
 def _mistakes(result: Finetuned) -> list[str]:
     """Scores of every class, the confusion matrix and the worst mistakes, as far as the task has them."""
-    found = []
+    sections = []
     try:
         confusion = result.confusion()
     except DataError:  # a task without one class for each row, or nothing held out
@@ -169,12 +169,12 @@ def _mistakes(result: Finetuned) -> list[str]:
         rows = [list(row.values()) for row in confusion.per_class()]
         head = ["class", "precision", "recall", "F1", "support"]
         title = "Confusion" if confusion.small else "Most confused"
-        found = [section("Classes", table(head, rows)), section(title, confusion.html())]
+        sections = [section("Classes", table(head, rows)), section(title, confusion.html())]
     try:
         errors = result.errors(_MISTAKES)
     except DataError:  # the task has no correct answers to compare with
-        return found
-    return [*found, section("Worst mistakes", errors.html(_TEXT) if errors else "")]
+        return sections
+    return [*sections, section("Worst mistakes", errors.html(_TEXT) if errors else "")]
 
 
 def _pictures(result: Finetuned) -> str:

@@ -71,47 +71,45 @@ def look(
         PretrainError: the rows cannot be used; the message says what to do.
     """
     model = tokenizer if model is None else model
-    given = {"train": data, "valid": valid, "test": test, **keywords}
-    settings, objects = from_keywords(None, "none" if model is None else model, task, given)
+    arguments = {"train": data, "valid": valid, "test": test, **keywords}
+    settings, objects = from_keywords(None, "none" if model is None else model, task, arguments)
     cls = task_class(settings.task.name)
     check_options(cls, settings.task.options, settings.spell)
-    found = open_data(settings, objects, cls, classes_of(model, cls))
-    notes = list(found.notes)
-    classes = {name: _classes(cls, getattr(found, name), found.learned) for name in found.counts}
+    read = open_data(settings, objects, cls, classes_of(model, cls))
+    notes = list(read.notes)
+    classes = {name: _classes(cls, getattr(read, name), read.learned) for name in read.counts}
     if not any(classes.values()):  # of parts of a row: words, pixels, objects
-        notes += found.learned.classes
+        notes += read.learned.classes
     common: dict[str, Any] = {
-        "name": found.names["train"],
+        "name": read.names["train"],
         "task": task,
-        "rows": found.counts,
+        "rows": read.counts,
         "classes": {name: counts for name, counts in classes.items() if counts},
         "notes": notes,
     }
-    if model is None and {"image", "audio"} & set(found.train.names):
+    if model is None and {"image", "audio"} & set(read.train.names):
         return Overview(**common)
     if model is None:
-        words = [_words(row.values()) for row in found.train.rows()]
+        words = [_words(row.values()) for row in read.train.rows()]
         notes.append("lengths are in words: name a model to count its tokens and see its examples")
         return Overview(**common, lengths=words)
-    made = Job(model, settings, found, cls, quiet=True).build(seed=0)
-    rows = made.encode(found.train)
+    task_of_model = Job(model, settings, read, cls, quiet=True).build(seed=0)
+    rows = task_of_model.encode(read.train)
     for reason, places in rows.dropped.items():
-        notes.append(
-            f"{len(places):,} rows are left out: {reason} ({found.train.where(places[0])})"
-        )
+        notes.append(f"{len(places):,} rows are left out: {reason} ({read.train.where(places[0])})")
     for remark, places in rows.remarks.items():
-        notes.append(f"{len(set(places)):,} rows: {remark} ({found.train.where(places[0])})")
+        notes.append(f"{len(set(places)):,} rows: {remark} ({read.train.where(places[0])})")
     if rows.size:  # images and audio, which have no tokens to show
-        notes.append(made.sizes(rows))
+        notes.append(task_of_model.sizes(rows))
         return Overview(**common)
     return Overview(
         **common,
-        beyond=made.beyond,
+        beyond=task_of_model.beyond,
         tokenizer=os.path.basename(str(model)) if isinstance(model, str | os.PathLike) else "model",
         lengths=rows.lengths,
-        max_length=made.max_length,
+        max_length=task_of_model.max_length,
         cut=len(rows.cut),
-        examples=_examples(made, found.train, rows),
+        examples=_examples(task_of_model, read.train, rows),
     )
 
 

@@ -172,10 +172,10 @@ def classical_baseline(result: Finetuned) -> float | None:
     are so many rows that it would take more than a few seconds.
     """
     data, metric, task = result.data, result.monitor, result.task
-    held = data.valid if data.test is None else data.test
+    judged = data.valid if data.test is None else data.test
     if not len(data.valid) or importlib.util.find_spec("sklearn") is None:
         return None
-    if (outputs := task.baseline_outputs(data.train, held, result.labels or ())) is not None:
+    if (outputs := task.baseline_outputs(data.train, judged, result.labels or ())) is not None:
         return task.summarize(0.0, 0.0, outputs, {}).get(metric)
     if task.baseline is None or metric not in METRICS:
         return None
@@ -183,14 +183,14 @@ def classical_baseline(result: Finetuned) -> float | None:
     if len(data.train) * classes > _CELLS:
         return None
     try:
-        tables = [task.named(table, data.learned) for table in (data.train, data.valid, held)]
+        tables = [task.named(table, data.learned) for table in (data.train, data.valid, judged)]
         columns = task.baseline_columns(*tables)
         if (kind := VECTORS.get(task.baseline)) is not None:
-            found = vector_baseline(task.baseline, *columns, grid=kind.quick, metric=metric)
+            baseline = vector_baseline(task.baseline, *columns, grid=kind.quick, metric=metric)
         elif sum(len(str(text)) for texts in columns[::2] for text in texts) <= _CHARACTERS:
-            found = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
+            baseline = tfidf_baseline(*columns, grid=(1.0, 10.0), stop_words=(None,), metric=metric)
         else:
             return None
     except DataError:
         return None
-    return float(found["score_test"])
+    return float(baseline["score_test"])

@@ -177,7 +177,7 @@ class Finetuned:
             DataError: the task has no single class per row, or nothing was held out.
         """
         labels = self.labels or ()
-        both = [(truth, found.get("label")) for truth, found in self.answers]
+        both = [(truth, answer.get("label")) for truth, answer in self.answers]
         pairs = [(a, b) for a, b in both if isinstance(a, str) and isinstance(b, str)]
         if not pairs or not labels:
             raise DataError(

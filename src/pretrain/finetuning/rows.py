@@ -104,7 +104,7 @@ def open_data(
         options["checkpoint_labels"] = labels
     options |= begun or {}
     learned = task.learn(train, options)
-    every = train = task.tidy(train, learned, options)
+    tidied = train = task.tidy(train, learned, options)
     notes, names = list(learned.notes), {"train": whole.name}
     groups = _groups(whole, section.group, "training", required=True)
 
@@ -115,28 +115,28 @@ def open_data(
             notes.extend(_shared_groups(groups, others, section.group, what))
         return task.tidy(_by_role(read, task, columns), learned, options)
 
-    wanted = objects.get("valid", section.valid)
-    if isinstance(wanted, int | float):
-        names["valid"] = f"{float(wanted):.0%} of {whole.name}"
-        train, valid = _split(train, float(wanted), learned, settings, groups, notes)
+    valid_source = objects.get("valid", section.valid)
+    if isinstance(valid_source, int | float):
+        names["valid"] = f"{float(valid_source):.0%} of {whole.name}"
+        train, valid = _split(train, float(valid_source), learned, settings, groups, notes)
     else:
-        valid = held_out(wanted, "validation")
+        valid = held_out(valid_source, "validation")
         names["valid"] = valid.name
     test = None
-    if (tested := objects.get("test", section.test)) is not None:
-        test = held_out(tested, "test")
-    elif (tested := objects.get("spare_test")) is not None:
+    if (test_source := objects.get("test", section.test)) is not None:
+        test = held_out(test_source, "test")
+    elif (test_source := objects.get("spare_test")) is not None:
         try:  # the test split of a public data set often has no labels
-            test = _labelled(held_out(tested, "test"), every, task)
+            test = _labelled(held_out(test_source, "test"), tidied, task)
         except DataError as error:
             notes.append(f"the test split is not used: {error}")
     if test is not None:
         names["test"] = test.name
-    given = train
+    all_rows = train
     train, recurring = _without_recurring(train, valid, test, task, notes)
     if len(learned.labels or ()) > 1:
-        notes.extend(_lost_classes(given, train, "training"))
-    if isinstance(wanted, int | float) and wanted > 0 and not len(valid):
+        notes.extend(_lost_classes(all_rows, train, "training"))
+    if isinstance(valid_source, int | float) and valid_source > 0 and not len(valid):
         notes.append("too few rows for a validation split: nothing is held out")
     return Data(
         train,
@@ -148,7 +148,7 @@ def open_data(
         _fingerprint(train, valid, test),
         columns,
         recurring,
-        len(given) - len(train),
+        len(all_rows) - len(train),
     )
 
 
@@ -182,15 +182,17 @@ def _without_recurring(
     """
     roles = [role.name for role in task.roles if role.name in train.names and not role.target]
     roles = ["image"] if {"image", "question"} <= set(roles) else roles
-    given, recurring = train, {}
-    for part, other, what in (("valid", valid, "validation"), ("test", test, "test")):
+    all_rows, recurring = train, {}
+    for part, other, part_name in (("valid", valid, "validation"), ("test", test, "test")):
         if other is not None and len(other):
-            _, count = drop_duplicates(given, other, roles, what)
+            _, count = drop_duplicates(all_rows, other, roles, part_name)
             with muted():  # the call above has printed it, and the report repeats it
-                train, _ = drop_duplicates(train, other, roles, what)
+                train, _ = drop_duplicates(train, other, roles, part_name)
             if count:
                 recurring[part] = count
-                notes.append(f"{count:,} training rows recur in the {what} rows and were left out")
+                notes.append(
+                    f"{count:,} training rows recur in the {part_name} rows and were left out"
+                )
     if not len(train):
         raise DataError(
             "No training row is left: all of them recur among the validation or test rows. Give other held-out rows."
@@ -273,23 +275,23 @@ def _same_image(table: Table) -> list[str] | None:
     if "image" not in table.names or not _TEXTS & set(table.names):
         return None
     column = table.columns["image"]
-    found = [getattr(image, "digest", f"row {i}") for i, image in enumerate(column)]
-    return found if len(set(found)) < len(found) else None
+    digests = [getattr(image, "digest", f"row {i}") for i, image in enumerate(column)]
+    return digests if len(set(digests)) < len(digests) else None
 
 
 def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
     """Columns that the settings name; if all ``labels`` are names of columns, each label is one column."""
-    given, labels = dict(settings.data.columns), settings.task.options.get("labels")
+    columns, labels = dict(settings.data.columns), settings.task.options.get("labels")
     role = next((role for role in task.roles if role.many), None)
     if (
         role is not None
-        and role.name not in given
+        and role.name not in columns
         and isinstance(labels, list | tuple)
         and not any(known in table.columns for known in role.known)
         and all(label in table.columns for label in labels)
     ):
-        given[role.name] = list(labels)
-    return given
+        columns[role.name] = list(labels)
+    return columns
 
 
 def _shared_groups(
@@ -340,7 +342,7 @@ def _fingerprint(*tables: Table | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]) -> TaskRows:
+def encode(task: Task, table: Table, part_name: str, max_cut: float, notes: list[str]) -> TaskRows:
     """Encode rows as examples; add to ``notes`` what was truncated and what was dropped.
 
     Raises:
@@ -349,23 +351,23 @@ def encode(task: Task, table: Table, what: str, max_cut: float, notes: list[str]
     rows = task.encode(table)
     for reason, places in rows.dropped.items():
         some = ", ".join(table.where(i) for i in places[:3]) + ", ..." * (len(places) > 3)
-        notes.append(f"{len(places):,} {what} rows left out, {reason}: {some}")
+        notes.append(f"{len(places):,} {part_name} rows left out, {reason}: {some}")
     if getattr(task, "labels", ()) and rows.dropped:
-        notes.extend(_lost_classes(table, table.take(sorted(set(rows.owners))), what))
+        notes.extend(_lost_classes(table, table.take(sorted(set(rows.owners))), part_name))
     room = task.model.backbone.max_length
     longer = f"set {option('max_length', room)}, which this model has positions for, "
     cure = f"{longer if task.max_length < room else ''}{task.shorten}"
     if not len(rows):
-        why = "; ".join(f"{reason}: {len(found)}" for reason, found in rows.dropped.items())
+        why = "; ".join(f"{reason}: {len(places_of)}" for reason, places_of in rows.dropped.items())
         raise DataError(
-            f"None of the {len(table):,} {what} rows can be used ({why or 'there are none'})."
+            f"None of the {len(table):,} {part_name} rows can be used ({why or 'there are none'})."
             + (f" {cure[0].upper()}{cure[1:]}." if rows.cut else "")
         )
     for remark, places in rows.remarks.items():
-        notes.append(f"{len(set(places)):,} of {len(table):,} {what} rows: {remark}")
+        notes.append(f"{len(set(places)):,} of {len(table):,} {part_name} rows: {remark}")
     if rows.cut:
         share = len(rows.cut) / len(table)
-        text = f"{len(rows.cut):,} of {len(table):,} {what} rows ({share:.2%}) exceed {task.max_length} tokens"
+        text = f"{len(rows.cut):,} of {len(table):,} {part_name} rows ({share:.2%}) exceed {task.max_length} tokens"
         if share > max_cut and not task.beyond_chosen:
             raise DataError(
                 f"{text} and would be cut, the first is {table.where(rows.cut[0])}. "

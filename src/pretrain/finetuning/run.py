@@ -94,8 +94,8 @@ def finetune(
     Raises:
         PretrainError: a setting, the rows or the checkpoint cannot be used; the message says what to do.
     """
-    given = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
-    settings, objects = from_keywords(config, model, task, given)
+    arguments = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
+    settings, objects = from_keywords(config, model, task, arguments)
     if compare is not None:
         check_comparison(compare, settings, label_counts, seeds)
     quiet = quiet or not current_world().is_rank_zero
@@ -135,9 +135,9 @@ def check_devices(model: Any, objects: Mapping[str, Any], compare: str | None) -
             f"name its directory, {tail}"
         )
     if objects:
-        given = ", ".join(f"{name} (a {type(value).__name__})" for name, value in objects.items())
+        rows = ", ".join(f"{name} (a {type(value).__name__})" for name, value in objects.items())
         raise ConfigError(
-            f"devices starts other processes, which cannot see rows in the memory of this one: {given}. Write them to "
+            f"devices starts other processes, which cannot see rows in the memory of this one: {rows}. Write them to "
             f"a file (.jsonl, .csv, .parquet) and name it, {tail}"
         )
     if compare is not None:
@@ -161,18 +161,21 @@ def closing_lines(result: Finetuned) -> list[str]:
 def follow_up(result: Finetuned) -> list[str]:
     """Return what can be done with the model, in the spelling of the interface in use."""
     path, task, kind = str(result.path), result.task.name, result.model.head_kind
-    place = shlex.quote(path)
+    shell_path = shlex.quote(path)
     call = example_call(result)
-    ways = [(f"pretrain predict {place} FILE", call)]
+    ways = [(f"pretrain predict {shell_path} FILE", call)]
     if task in ("chat", "preference"):
-        ways = [(f"pretrain chat {place}", call), (f'pretrain generate {place} "Hello" --chat', "")]
+        ways = [
+            (f"pretrain chat {shell_path}", call),
+            (f'pretrain generate {shell_path} "Hello" --chat', ""),
+        ]
     elif task == "language-modelling":
         name = "generate" if kind == "causal-lm" else "fill-mask"
-        ways = [(f"pretrain {name} {place} TEXT", call)]
+        ways = [(f"pretrain {name} {shell_path} TEXT", call)]
     elif task == "embedding":
-        ways = [(f"pretrain embed {place} FILE --out vectors.npy", call)]
+        ways = [(f"pretrain embed {shell_path} FILE --out vectors.npy", call)]
     lines = [either(way, f"pretrain.load({path!r}).{call}" if call else "") for way, call in ways]
-    evaluate = (f"pretrain evaluate {place} --data FILE", f"pretrain.evaluate({path!r}, ROWS)")
+    evaluate = (f"pretrain evaluate {shell_path} --data FILE", f"pretrain.evaluate({path!r}, ROWS)")
     return ["next:", *(f"    {line}" for line in [*lines, either(*evaluate)] if line)]
 
 

@@ -202,8 +202,8 @@ class TuneConfig(Sections):
     def spell(self, name: str) -> str:
         """Return an option of the task as it was given: in a file, or in the interface that is used."""
         key = f"task.options.{name}"
-        place = self.origins.get(key)
-        return option_name(name) if place is None else f"{place}: {key}"
+        origin = self.origins.get(key)
+        return option_name(name) if origin is None else f"{origin}: {key}"
 
     def check(self) -> None:
         """See `Sections.check`."""
@@ -308,8 +308,8 @@ def from_keywords(
         for f in dataclasses.fields(TuneConfig.SECTIONS[key])
         if f.init
     }
-    columns, given = dict[str, Any](), dict[str, Any]()  # those of the base are merged with them
-    objects: dict[str, Any] = {}
+    # Those of the base are merged with the first two.
+    columns, task_options, objects = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for key, value in _with_held_out_splits(keywords).items():
         if value is None:
             continue
@@ -322,18 +322,18 @@ def from_keywords(
         elif key in roles:
             columns[key] = value
         elif key in options:
-            given[key] = _with_text_keys(value)
+            task_options[key] = _with_text_keys(value)
         elif key in places:
             sections.setdefault(places[key], {})[key] = value
         elif any(key in entry.names for entry in NAMES):  # read, or answered, by TuneConfig.load
             sections[key] = value
         else:
-            known = sorted({*roles, *options, *places})
+            all_names = sorted({*roles, *options, *places})
             raise ConfigError(
                 f"{key} is no column, option or setting of the task {name}."
-                + did_you_mean(key, known)
+                + did_you_mean(key, all_names)
             )
-    sections["task"]["options"] = {**given, **sections["task"].get("options", {})}
+    sections["task"]["options"] = {**task_options, **sections["task"].get("options", {})}
     section = sections.setdefault("data", {})
     section["columns"] = {**columns, **section.get("columns", {})}
     for key, value in objects.items():
@@ -357,9 +357,9 @@ def _use_parts(
     """Take held-out rows from the source of the training rows, if it has such parts and no others are given."""
     data = sections["data"]
     train = objects.get("train", data.get("train", base.data.train))
-    given = {"valid": base.data.valid != TuneData().valid, "test": base.data.test is not None}
+    is_given = {"valid": base.data.valid != TuneData().valid, "test": base.data.test is not None}
     for part in task.parts(train):
-        if part in given and not given[part] and part not in data and part not in objects:
+        if part in is_given and not is_given[part] and part not in data and part not in objects:
             data[part] = os.fspath(train)
 
 
@@ -381,8 +381,8 @@ def _is_section(key: str, value: Any) -> bool:
 
 def _with_held_out_splits(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Add the held-out splits of the rows as ``valid`` and ``spare_test``, which is used if it has labels."""
-    found = dict(keywords)
-    for key, (_, part) in held_out_splits(found.get("train")).items():
-        if found.get(key) is None:
-            found["spare_test" if key == "test" else key] = part
-    return found
+    splits = dict(keywords)
+    for key, (_, part) in held_out_splits(splits.get("train")).items():
+        if splits.get(key) is None:
+            splits["spare_test" if key == "test" else key] = part
+    return splits

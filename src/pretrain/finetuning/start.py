@@ -137,8 +137,8 @@ def begun_as(out: Path | None, task: type[Task], source: Any = None) -> dict[str
         )
         return {"begun_objective": record} if record.get("name") == task.__name__ else {}
     kind, labels = named_classes(out)
-    found: dict[str, Any] = {"begun_objective": recorded_objective(out)}
-    return found | ({"begun_labels": labels} if labels and kind == task.head_kind else {})
+    facts: dict[str, Any] = {"begun_objective": recorded_objective(out)}
+    return facts | ({"begun_labels": labels} if labels and kind == task.head_kind else {})
 
 
 def write_counts(model: Model) -> dict[int, int]:

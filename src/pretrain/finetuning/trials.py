@@ -68,14 +68,14 @@ class ScoreFile:
         Raises:
             Interrupted: see `interrupts_explained`.
         """
-        found = self.body["trials"].get(name)
-        if found is None:
+        recorded = self.body["trials"].get(name)
+        if recorded is None:
             began = time.monotonic()
             with self.interrupts_explained():
                 scores = train()
-            found = self.body["trials"][name] = [*scores, time.monotonic() - began]
+            recorded = self.body["trials"][name] = [*scores, time.monotonic() - began]
             self._write()
-        *scores, seconds = (math.nan if value is None else float(value) for value in found)
+        *scores, seconds = (math.nan if value is None else float(value) for value in recorded)
         return scores, seconds
 
     def end(self, comparison: dict[str, Any], rates: Mapping[str, float]) -> None:
@@ -91,7 +91,7 @@ class ScoreFile:
         return (
             isinstance(value, list)
             and len(value) == self._scores + 1
-            and all(one is None or isinstance(one, int | float) for one in value)
+            and all(score is None or isinstance(score, int | float) for score in value)
         )
 
     @contextlib.contextmanager
@@ -116,12 +116,12 @@ def trials_key(job: Job) -> str:
     if job.weights is None:
         job.build(seed=0)
     # The weights and the fingerprint stand for the places of the model and of the rows.
-    own = {"model.checkpoint", "data.train", "data.valid", "data.test", "optim.lrs"}
-    own |= resumable(job.settings)
+    left_out = {"model.checkpoint", "data.train", "data.valid", "data.test", "optim.lrs"}
+    left_out |= resumable(job.settings)
     settings = {
         f"{section}.{name}": value
         for section, values in job.settings.to_dict().items()
         for name, value in values.items()
-        if f"{section}.{name}" not in own and value is not None
+        if f"{section}.{name}" not in left_out and value is not None
     }
     return run_key({**settings, "weights": job.weights}, job.data.fingerprint)

@@ -205,27 +205,27 @@ def _limits(
     memory: float,
 ) -> list[str]:
     """Name what limits the speed and the setting that changes it."""
-    found = []
+    limits = []
     if shares["data"] > 0.1:
-        found.append(
+        limits.append(
             f"{shares['data']:.0%} of the time is spent waiting for rows: the machine is busy, or making a row costs "
             "more than learning from it. Prepare the data first (pretrain prepare)."
         )
     if precision == "fp32" and multiplies_bf16_fast(device):
-        found.append("This device is faster in half precision: train.precision=bf16.")
+        limits.append("This device is faster in half precision: train.precision=bf16.")
     if device.type != "cuda":
-        return found
+        return limits
     if settings.parallel.compile is False:
-        found.append("Compiled blocks are faster in longer runs: parallel.compile=true.")
+        limits.append("Compiled blocks are faster in longer runs: parallel.compile=true.")
     if shares["update"] < 0.1:
-        found.append(
+        limits.append(
             "The GPU is done before the host has started the next operation: the host is the limit. More rows at a "
             "time (train.micro_rows=0 chooses as many as fit) give it more to do for each of them."
         )
     free = free_memory(device)
     several = settings.train.micro_rows and settings.train.micro_rows < settings.train.batch_rows
     if several and free > memory:
-        found.append(
+        limits.append(
             "Half of the memory is free: larger micro-batches fit (train.micro_rows=0 chooses them)."
         )
-    return found
+    return limits

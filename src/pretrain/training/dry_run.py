@@ -174,7 +174,7 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
     Raises:
         TrainingError: they are far apart, and ``parallel.compile`` is not ``auto``, which then runs eager blocks.
     """
-    found = []
+    passes = []
     # Eager with two seeds, to measure the effect of dropout alone.
     for stance, seed in (("default", 0), ("force_eager", 0), ("force_eager", 1)):
         trainer.optimizers.zero_grad()
@@ -186,13 +186,13 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
             if p.grad is not None
         ]
         mine = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()])
-        found.append((loss, math.sqrt(trainer.world.all_reduce_sum([float(mine) ** 2])[0])))
-    (loss, norm), (plain, wanted), other = found
-    far = abs(loss - plain) > _LOSS * abs(plain) + _DRAWS * abs(plain - other[0])
-    if far or abs(norm - wanted) > _NORM * wanted + _DRAWS * abs(wanted - other[1]):
+        passes.append((loss, math.sqrt(trainer.world.all_reduce_sum([float(mine) ** 2])[0])))
+    (loss, norm), (eager, eager_norm), other = passes
+    far = abs(loss - eager) > _LOSS * abs(eager) + _DRAWS * abs(eager - other[0])
+    if far or abs(norm - eager_norm) > _NORM * eager_norm + _DRAWS * abs(eager_norm - other[1]):
         wrong = (
             f"Compiled, the first batch has a loss of {loss:.4g} and a gradient of norm {norm:.4g}; without the "
-            f"compiler it has {plain:.4g} and {wanted:.4g}. torch {torch.__version__} compiles this model wrongly: "
+            f"compiler it has {eager:.4g} and {eager_norm:.4g}. torch {torch.__version__} compiles this model wrongly: "
         )
         if trainer.parallel.compile != "auto":
             raise TrainingError(

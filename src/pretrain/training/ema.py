@@ -57,9 +57,9 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, shadow in self._shadow.items():
-            kept = self._params[name].clone()
+            trained = self._params[name].clone()
             self._params[name].copy_(shadow)
-            shadow.copy_(kept)
+            shadow.copy_(trained)
 
     def other(self) -> dict[str, Tensor]:
         """Return the weights that are not in the model now: inside ``applied`` the raw ones. Empty if disabled."""

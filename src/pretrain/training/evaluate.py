@@ -78,16 +78,16 @@ def evaluate_rows(
         )
     take = range(rows) if not limit or limit >= rows else [i * rows // limit for i in range(limit)]
     starts = range(0, len(take), batch_rows)
-    share, of = (0, 1)
+    dp_rank, dp_size = (0, 1)
     if strategy is not None and split:
-        share, of = strategy.world.dp_rank, strategy.world.sizes.dp
-    found: dict[int, Loss] = {}
+        dp_rank, dp_size = strategy.world.dp_rank, strategy.world.sizes.dp
+    losses: dict[int, Loss] = {}
     was_training = objective.training
     objective.eval()
     try:
         with torch.inference_mode() if strategy is None else strategy.without_gradient():
-            for turn in range(-(-len(starts) // of)):
-                k = turn * of + share
+            for round_index in range(-(-len(starts) // dp_size)):
+                k = round_index * dp_size + dp_rank
                 if stopped is not None and stopped():
                     raise EvaluationStopped
                 if strategy is not None:
@@ -105,10 +105,12 @@ def evaluate_rows(
                     moved = to_device(batch, precision.device)
                     loss = objective(moved) if strategy is None else strategy.forward_no_sync(moved)
                 if k < len(starts):
-                    found[k] = _plain(loss)
+                    losses[k] = _plain(loss)
     finally:
         objective.train(was_training)
-    total, count, metrics = _together(found, len(starts), objective, strategy if of > 1 else None)
+    total, count, metrics = _together(
+        losses, len(starts), objective, strategy if dp_size > 1 else None
+    )
     if count == 0:
         raise NoTargets(
             f"None of the {len(take)} held-out rows has a target, so there is nothing to evaluate. "
@@ -154,39 +156,39 @@ def _plain(loss: Loss) -> Loss:
 
 
 def _together(
-    found: dict[int, Loss], batches: int, objective: Objective, strategy: Strategy | None
+    losses: dict[int, Loss], batches: int, objective: Objective, strategy: Strategy | None
 ) -> tuple[float, float, dict[str, Any]]:
     """Return total, targets and metrics over all batches, summed in order: the same numbers on every rank."""
     if strategy is not None:
-        mine = {
+        own_losses = {
             str(k): [float(loss.total), float(loss.count), to_plain(loss.metrics)]
-            for k, loss in found.items()
+            for k, loss in losses.items()
             if strategy.world.tp_rank == 0
         }
-        found = {
+        losses = {
             int(k): Loss(torch.tensor(total), torch.tensor(count), from_plain(metrics))
-            for part in strategy.world.all_gather_object(mine)
+            for part in strategy.world.all_gather_object(own_losses)
             for k, (total, count, metrics) in part.items()
         }
     total, count = 0.0, 0.0
     metrics: dict[str, Any] = {}
     for k in range(batches):
-        total += float(found[k].total)
-        count += float(found[k].count)
-        _gather(metrics, found[k].metrics, objective)
+        total += float(losses[k].total)
+        count += float(losses[k].count)
+        _gather(metrics, losses[k].metrics, objective)
     return total, count, metrics
 
 
-def _gather(found: dict[str, Any], metrics: Mapping[str, Any], objective: Objective) -> None:
+def _gather(total: dict[str, Any], metrics: Mapping[str, Any], objective: Objective) -> None:
     """Add the metrics of one batch: tensors are summed, lists are joined."""
     for key, new in metrics.items():
-        before = found.get(key)
+        before = total.get(key)
         if isinstance(new, list) and isinstance(before, list):
             before.extend(new)  # a copy per batch would take quadratic time
         elif before is None:
-            found[key] = list(new) if isinstance(new, list) else new
+            total[key] = list(new) if isinstance(new, list) else new
         elif isinstance(new, Tensor) and isinstance(before, Tensor) and new.shape == before.shape:
-            found[key] = before + new
+            total[key] = before + new
         else:
             shapes = [tuple(v.shape) if isinstance(v, Tensor) else "list" for v in (before, new)]
             raise TrainingError(

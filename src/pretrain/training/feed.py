@@ -134,10 +134,10 @@ class Feed:
     def _split(self, position: int, micro_rows: int) -> list[Batch]:
         if self._total_rows is not None:
             self._objective.progress = min(1.0, position / self._total_rows)
-        place = position + self._first
-        examples = self._loader.examples(place, self.share_rows)
-        rngs = row_rngs(self._loader.seed, "collate", place, self.share_rows)
-        rows, batches = self._loader.indices(place, self.share_rows), []
+        first_row = position + self._first
+        examples = self._loader.examples(first_row, self.share_rows)
+        rngs = row_rngs(self._loader.seed, "collate", first_row, self.share_rows)
+        rows, batches = self._loader.indices(first_row, self.share_rows), []
         for i in range(0, self.share_rows, micro_rows):
             end = i + micro_rows
             batch = self._objective.collate(examples[i:end], rngs[i:end])
@@ -168,8 +168,8 @@ class Feed:
             return at, rows, self._split(at, rows)
 
         places = ((at, self._batch_rows) for at in itertools.count(position, self._batch_rows))
-        with contextlib.closing(self._loader.stream(places, make)) as made:
-            for at, rows, batches in made:
+        with contextlib.closing(self._loader.stream(places, make)) as stream:
+            for at, rows, batches in stream:
                 yield batches if rows == self.micro_rows else self.step_at(at)
 
 

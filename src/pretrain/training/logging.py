@@ -47,13 +47,13 @@ class RunLog:
         self.records: list[dict[str, Any]] = []
         self.last = ""
         with writing(path):
-            found = LogFile() if keep_until is None else open_log(path, last)
-            if found.damage:
-                self._set_aside(found)
-            kept = [
-                r for r in found.records if keep_until is None or r.get("step", 0) <= keep_until
+            log = LogFile() if keep_until is None else open_log(path, last)
+            if log.damage:
+                self._set_aside(log)
+            records = [
+                r for r in log.records if keep_until is None or r.get("step", 0) <= keep_until
             ]
-            self._write_anew(kept)
+            self._write_anew(records)
 
     def _write_anew(self, records: Sequence[dict[str, Any]]) -> None:
         lines = self._lines(records)
@@ -72,18 +72,18 @@ class RunLog:
         Another file with the same lines is only opened: some network file systems change inodes.
         """
         with writing(self.path):
-            there = os.lstat(self.path) if os.path.lexists(self.path) else None
-            same = False
-            if there and stat.S_ISREG(there.st_mode) and there.st_size == self._size:
-                if os.path.samestat(there, os.fstat(self._file.fileno())):
+            status = os.lstat(self.path) if os.path.lexists(self.path) else None
+            unchanged = False
+            if status and stat.S_ISREG(status.st_mode) and status.st_size == self._size:
+                if os.path.samestat(status, os.fstat(self._file.fileno())):
                     return
-                same = self.path.read_bytes() == self._lines(self.records)
+                unchanged = self.path.read_bytes() == self._lines(self.records)
             self._file.close()
-            aside = (
-                "" if same or not there else f" What stood there is kept as {self._move_aside()}."
-            )
+            aside = ""
+            if status and not unchanged:
+                aside = f" What stood there is kept as {self._move_aside()}."
             self._write_anew(self.records)
-            if not same:
+            if not unchanged:
                 note(
                     f"{self.path} was removed or changed by another program while the run was going on. All of its "
                     f"lines are written again.{aside}"

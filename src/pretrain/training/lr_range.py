@@ -185,10 +185,10 @@ def lr_range_test(
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found = judged(trainer.rates, trainer.losses)
-    if muon is None or found.lr is None:
-        return found
-    return dataclasses.replace(found, muon_lr=float(f"{muon * found.lr:.1e}"))
+    suggested = judged(trainer.rates, trainer.losses)
+    if muon is None or suggested.lr is None:
+        return suggested
+    return dataclasses.replace(suggested, muon_lr=float(f"{muon * suggested.lr:.1e}"))
 
 
 def _muon_beside(optim: OptimConfig) -> float | None:
@@ -209,12 +209,12 @@ def _muon_beside(optim: OptimConfig) -> float | None:
 
 def smooth(losses: list[float]) -> list[float]:
     """Return the running mean of the losses, without the pull of its start; it ends at the first non-finite loss."""
-    found, mean, weight = [], 0.0, 0.0
+    means, mean, weight = [], 0.0, 0.0
     for loss in losses:
         mean += _SMOOTHING * (loss - mean)
         weight += _SMOOTHING * (1 - weight)
-        found.append(mean / weight)
-    return found
+        means.append(mean / weight)
+    return means
 
 
 def diverged(smoothed: list[float]) -> bool:

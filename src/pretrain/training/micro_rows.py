@@ -50,12 +50,16 @@ def candidates(trainer: Trainer) -> list[int]:
     size for which the estimate of memory was too low.
     """
     rule, share = trainer.micro_rows, trainer.feed.share_rows
-    found = [rule // k for k in (4, 2) if rule % k == 0 and share % (rule // k) == 0]
+    smaller = [rule // k for k in (4, 2) if rule % k == 0 and share % (rule // k) == 0]
     if trainer.world.size > 1:
-        return [*found, rule]
-    held, _, _ = common_resources(trainer.device, trainer.world)
-    more = [rows for rows in (2 * rule, 4 * rule) if share % rows == 0]
-    return [*found, rule, *(rows for rows in more if held is None or _needed(trainer, rows) < held)]
+        return [*smaller, rule]
+    available, _, _ = common_resources(trainer.device, trainer.world)
+    larger = [rows for rows in (2 * rule, 4 * rule) if share % rows == 0]
+    return [
+        *smaller,
+        rule,
+        *(rows for rows in larger if available is None or _needed(trainer, rows) < available),
+    ]
 
 
 def _needed(trainer: Trainer, rows: int) -> float:

@@ -80,13 +80,13 @@ class Optimizers:
         for opt in self.optimizers:
             opt.step()
             for group in opt.param_groups:
-                held = [p for p in group["params"] if p in self._anchors]
-                if held:
+                anchored = [p for p in group["params"] if p in self._anchors]
+                if anchored:
                     # Above 1 the pull would overshoot the anchor, and diverge.
                     share = min(1.0, group["lr"] * self._pull)
                     with torch.no_grad():
-                        anchors = [local(self._anchors[p]) for p in held]
-                        torch._foreach_lerp_([local(p) for p in held], anchors, share)
+                        anchors = [local(self._anchors[p]) for p in anchored]
+                        torch._foreach_lerp_([local(p) for p in anchored], anchors, share)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -95,19 +95,19 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments as ``{"exp_avg/blocks.0.weight": tensor}``; scalars become 0-d tensors."""
-        found = {f"anchor/{self._names[p]}": value for p, value in self._anchors.items()}
+        tensors = {f"anchor/{self._names[p]}": value for p, value in self._anchors.items()}
         for opt in self.optimizers:
             for p, state in opt.state.items():
                 for key, value in state.items():
                     tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-                    found[f"{key}/{self._names[p]}"] = tensor.detach()
+                    tensors[f"{key}/{self._names[p]}"] = tensor.detach()
         for opt in self.optimizers:
             for group in opt.param_groups:
                 # Marks parameters without moments, as they had no gradient yet; other missing moments are an error.
                 for p in group["params"]:
                     if p not in opt.state:
-                        found[f"absent/{self._names[p]}"] = torch.zeros(())
-        return found
+                        tensors[f"absent/{self._names[p]}"] = torch.zeros(())
+        return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the tensors that ``state`` returned.
@@ -202,7 +202,7 @@ def weights_of(module: nn.Module) -> set[Tensor]:
     name contains ``weight``, such as the parts of a parametrized one. Tables (``nn.Embedding``), norms, and other
     parameters, such as positions, class tokens, mask tokens and queries, are looked up or added.
     """
-    found: set[Tensor] = set()
+    multiplied: set[Tensor] = set()
     others: set[Tensor] = set()
     for path, owner in module.named_modules():
         multiplies = isinstance(owner, nn.Linear | _ConvNd)
@@ -211,8 +211,8 @@ def weights_of(module: nn.Module) -> set[Tensor]:
             if isinstance(owner, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.RMSNorm):
                 others.add(p)
             elif p.ndim >= 2 and (multiplies or "weight" in (last if parametrized else name)):
-                found.add(p)
-    return found - others  # a tied head multiplies by a table
+                multiplied.add(p)
+    return multiplied - others  # a tied head multiplies by a table
 
 
 def muon_weights(module: nn.Module, hidden: Iterable[nn.Module]) -> set[Tensor]:
@@ -255,26 +255,26 @@ def build_optimizers(
     decaying = weights_of(module)
     orthogonal = muon_weights(module, hidden) if settings.name == "muon" else set()
     matrices = [p for p in names if p in orthogonal]
-    rest = [p for p in names if p not in orthogonal]
+    others = [p for p in names if p not in orthogonal]
     anchors = {p: p.detach().clone() for p in names if settings.l2_sp and p not in fresh}
 
     def groups(params: Iterable[Tensor], lr: float) -> list[dict[str, Any]]:
-        found: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+        members_of: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
         for p in params:
             decay = settings.weight_decay if p in decaying and p not in anchors else 0.0
-            found[decay, (scales or {}).get(p, 1.0)].append(p)
+            members_of[decay, (scales or {}).get(p, 1.0)].append(p)
         return [
             {"params": members, "weight_decay": decay, "lr": lr * scale}
-            for (decay, scale), members in found.items()
+            for (decay, scale), members in members_of.items()
         ]
 
     optimizers: list[torch.optim.Optimizer] = []
-    if rest:
+    if others:
         fused = device.type in ("cpu", "cuda", "mps")
         adamw = CautiousAdamW if settings.cautious else torch.optim.AdamW
         optimizers.append(
             adamw(
-                groups(rest, float(settings.lr)),
+                groups(others, float(settings.lr)),
                 betas=settings.betas,
                 eps=settings.eps,
                 fused=fused,

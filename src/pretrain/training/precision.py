@@ -69,16 +69,18 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         ConfigError: the device is unknown or not available, or it is mps and this process is one of several.
     """
-    known = ("auto", "cpu", "cuda", "mps")
-    if name.split(":")[0] not in known:
-        raise ConfigError(f"{option_name('device')} is {name!r}." + did_you_mean(name, known))
-    there = {
+    kinds = ("auto", "cpu", "cuda", "mps")
+    if name.split(":")[0] not in kinds:
+        raise ConfigError(f"{option_name('device')} is {name!r}." + did_you_mean(name, kinds))
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    device = torch.device(next(kind for kind in there if there[kind]) if name == "auto" else name)
-    if not there[device.type]:
+    device = torch.device(
+        next(kind for kind in available if available[kind]) if name == "auto" else name
+    )
+    if not available[device.type]:
         foreign = (device.type == "mps") != (sys.platform == "darwin")  # no build has it here
         raise ConfigError(
             f"{option_name('device')} is {name!r}, but this machine or this build of torch has no {device.type} "

@@ -308,18 +308,18 @@ def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:
     rates = {"optim.lr": optim.lr} | (
         {"optim.muon_lr": optim.muon_lr} if optim.name == "muon" else {}
     )
-    found = [
+    lines = [
         f"{key} is 0, so no step changes the weights that have this rate; set a rate above 0"
         for key, rate in rates.items()
         if not rate
     ]
     warm = warmup_steps(optim.warmup, steps)
     if warm > steps:
-        found.append(
+        lines.append(
             f"the warm-up of {warm:,} steps is longer than the run, whose rate ends at {steps / warm:.0%} of its peak; "
             "lower optim.warmup (below 1 it is a share of the steps), or raise train.limit"
         )
-    return found
+    return lines
 
 
 def remarks(trainer: Trainer, steps: int) -> list[str]:
@@ -330,23 +330,23 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
         steps: steps of the whole run.
     """
     train, data, held_out = trainer.train, trainer.train_data, trainer.eval_data
-    found = []
+    lines = []
     if steps < _FEW_STEPS:
-        found.append(
+        lines.append(
             f"{steps} steps are few: most models learn little in less than {_FEW_STEPS}; raise train.limit, or lower "
             f"train.batch_rows ({train.batch_rows})"
         )
     documents = getattr(data, "num_documents", 0)
     if not documents:  # of prepared text only
-        return found
+        return lines
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
     if epochs > _MANY_EPOCHS:
-        found.append(
+        lines.append(
             f"every text is read {epochs:.0f} times: beyond {_MANY_EPOCHS} or so a model learns it by heart; more text "
             "(data.train), or fewer steps (train.limit)"
         )
     if documents > 1 and getattr(held_out, "num_documents", 0) == 1:
-        found.append(
+        lines.append(
             "the held-out text is a single document, so its loss says little about other texts; hold out more with "
             "data.valid"
         )
@@ -357,11 +357,11 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
     if not trainer.about.get("parent") and tokens < _FEW_OCCURRENCES * entries:
         smaller = max(256, 1 << (max(1, tokens // (2 * _FEW_OCCURRENCES)).bit_length() - 1))
         if smaller < entries:
-            found.append(
+            lines.append(
                 f"the vocabulary of {entries:,} is large for {tokens:,} tokens: an entry occurs {tokens / entries:.0f} "
                 f"times on average, too few to learn it; about data.vocab_size {smaller} fits, or more text"
             )
-    return found
+    return lines
 
 
 def suggest(trainer: Trainer, epochs: float) -> str | None:

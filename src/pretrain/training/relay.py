@@ -53,15 +53,15 @@ class Relay(Progress):
 
 def replay(update: Mapping[str, Any], screen: Progress, out: Path) -> None:
     """Show what a `Relay` has written of a run in the directory ``out``."""
-    what = update["what"]
-    if what == "show":
+    method = update["what"]
+    if method == "show":
         screen.show(update["step"], update["figures"], update["total"])
-    elif what == "evaluation":
+    elif method == "evaluation":
         screen.evaluation(update["record"], RunState.from_json(update["state"]), update["note"])
-    elif what == "starting":
+    elif method == "starting":
         screen.starting(update["name"], update["seconds"])
-    elif what == "write":
+    elif method == "write":
         screen.write(update["line"])
-    elif what == "restore":
+    elif method == "restore":
         records = [r for r in read_log(out / "log.jsonl") if r.get("step", 0) <= update["step"]]
         screen.restore(records)

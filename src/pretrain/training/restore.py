@@ -70,10 +70,10 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
         child: hash_tensors(objective.get_submodule(child).state_dict())
         for child in objective.frozen
     }
-    found = {"tokenizer": tokenizer, **as_json(config), **frozen}
+    facts = {"tokenizer": tokenizer, **as_json(config), **frozen}
     if base is not None:
-        found["base weights"] = base
-    return found
+        facts["base weights"] = base
+    return facts
 
 
 def training_state(trainer: Trainer) -> TrainingState:
@@ -108,20 +108,20 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     check_same(trainer, checkpoint, training.state)
     # Earlier versions kept the rows of micro-batches and evaluations in the settings only.
     before = {key: old for key, (old, _) in trainer.changed.items()}
-    given = trainer.train.micro_rows
-    size = training.state.get("micro_rows", before.get("train.micro_rows", given))
-    if trainer.micro_rows_matter and size != given:
+    configured = trainer.train.micro_rows
+    size = training.state.get("micro_rows", before.get("train.micro_rows", configured))
+    if trainer.micro_rows_matter and size != configured:
         raise TrainingError(
-            f"{checkpoint} was trained with train.micro_rows {size} and this run has {given}. The size is part of the "
-            "result where a model has running statistics, and with parallel.reproducible. Restore the setting, or use "
-            "a new train.out."
+            f"{checkpoint} was trained with train.micro_rows {size} and this run has {configured}. The size is part of "
+            "the result where a model has running statistics, and with parallel.reproducible. Restore the setting, or "
+            "use a new train.out."
         )
     head: Any = trainer.objective.model.head
     if hasattr(head, "unit"):
         # Tensors in training/ are in the unit of the head of that run; earlier versions had no unit.
         head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
-    if given and given != size:
+    if configured and configured != size:
         state.micro_rows = (
             0  # the given size takes the place of one that was found when memory ran out
         )
@@ -148,7 +148,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     return state
 
 
-def check_same(trainer: Trainer, checkpoint: Path, kept: Mapping[str, Any]) -> None:
+def check_same(trainer: Trainer, checkpoint: Path, recorded: Mapping[str, Any]) -> None:
     """Check that a trainer goes on as a run began, by what its checkpoint keeps; earlier versions kept less.
 
     Another precision is only said, because a run may go on where ``train.precision`` "auto" means another.
@@ -156,29 +156,29 @@ def check_same(trainer: Trainer, checkpoint: Path, kept: Mapping[str, Any]) -> N
     Args:
         trainer: of the run that is resumed.
         checkpoint: for messages.
-        kept: of `training_state`, the plain values.
+        recorded: of `training_state`, the plain values.
 
     Raises:
         TrainingError: data, order, model, optimizer or objective differ.
     """
-    before = kept.get("identity", {})
+    before = recorded.get("identity", {})
     for key, value in identity(trainer).items():
-        then = before.get(key, value)
-        if then == value:
+        old = before.get(key, value)
+        if old == value:
             continue
         if key in trainer.origin:
             raise TrainingError(
-                f"{checkpoint} holds another model: it was trained with {key} {_short(then)}, but the model that "
+                f"{checkpoint} holds another model: it was trained with {key} {_short(old)}, but the model that "
                 f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
                 "train.out."
             )
         # Rows that are drawn anew have no fingerprint, and earlier versions kept none of rows without a stated one.
-        if None not in (then, value):
+        if None not in (old, value):
             raise TrainingError(
-                f"{checkpoint} was trained with {key} {then!r} and this run has {value!r}: going on would "
+                f"{checkpoint} was trained with {key} {old!r} and this run has {value!r}: going on would "
                 "repeat some rows and skip others. Restore what was changed, or use a new train.out."
             )
-    before = kept.get("optim", {})  # earlier versions did not keep it
+    before = recorded.get("optim", {})  # earlier versions did not keep it
     for key, value in optimizer_settings(trainer).items():
         if before.get(key, value) != value:
             raise TrainingError(
@@ -186,7 +186,7 @@ def check_same(trainer: Trainer, checkpoint: Path, kept: Mapping[str, Any]) -> N
                 "moments, its schedule or its averages do not fit. Restore the setting, or use a new train.out."
             )
     check_objective(trainer.objective, checkpoint)
-    computed, precision = kept["run"].get("facts", {}).get("precision"), trainer.precision
+    computed, precision = recorded["run"].get("facts", {}).get("precision"), trainer.precision
     if computed not in (None, precision.name):
         trainer.say(
             f"{checkpoint.name} was computed in {computed}, and the run goes on in {precision.name} "
@@ -202,19 +202,19 @@ def check_objective(objective: Objective, checkpoint: Path) -> None:
     """
     config = ModelDirectory(checkpoint, verify=False).json("config.json")
     block, labels = config.get("pretrain", {}), labels_named_by(config)
-    before, now = block.get("objective"), objective.record()
-    if not isinstance(before, Mapping) or "name" not in before:
+    recorded, now = block.get("objective"), objective.record()
+    if not isinstance(recorded, Mapping) or "name" not in recorded:
         return
-    then, now = _values(objective, before, now), _values(objective, now, before)
-    known = (then.keys() & now.keys()).difference(objective.frozen)
+    before, now = _values(objective, recorded, now), _values(objective, now, recorded)
+    known = (before.keys() & now.keys()).difference(objective.frozen)
     for key in sorted(known, key=lambda key: (key != "name", key)):
-        if not objective.same_argument(key, then[key], now[key], labels):
+        if not objective.same_argument(key, before[key], now[key], labels):
             raise TrainingError(
-                f"{checkpoint} was trained by {then['name']} with {key} {_short(then[key])} and this run has "
+                f"{checkpoint} was trained by {before['name']} with {key} {_short(before[key])} and this run has "
                 f"{_short(now[key])}, so it would go on with another loss. Restore the objective, or use a new "
                 "train.out."
             )
-    objective.continue_from(before)
+    objective.continue_from(recorded)
 
 
 def _values(
@@ -225,14 +225,14 @@ def _values(
     With ``init_args`` it leaves out nothing else; without them, only what ``describe`` tells in the ``other`` record
     is known to be a default.
     """
-    given = record.get("init_args")
+    init_args = record.get("init_args")
     facts = {key: value for key, value in record.items() if key != "init_args"}
     defaults = {
         key: as_json(p.default)
         for key, p in arguments(type(objective))[0].items()
-        if p.default is not p.empty and (given is not None or key in other)
+        if p.default is not p.empty and (init_args is not None or key in other)
     }
-    return defaults | dict(given or {}) | facts
+    return defaults | dict(init_args or {}) | facts
 
 
 def _short(value: Any) -> str:
@@ -260,16 +260,16 @@ def load_others(objective: Objective, path: Path) -> None:
     training = read_training_slices(
         checkpoint, None, SINGLE_PROCESS, quiet=True, stems=("objective",)
     )
-    found = training.tensors.get("objective", {})
+    tensors = training.tensors.get("objective", {})
     for name, tensor in wanted.items():
-        if name not in found or found[name].shape != tensor.shape:
+        if name not in tensors or tensors[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{checkpoint}/training has no {name!r} of shape {tuple(tensor.shape)}, which "
                 f"{type(objective).__name__} needs. It was trained with another objective or other arguments; "
                 "evaluate it with those of its run."
             )
         with torch.no_grad():
-            tensor.copy_(found[name])
+            tensor.copy_(tensors[name])
 
 
 def load_weights(

@@ -381,7 +381,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
         tokenizer = str(resolve_model_directory(_local_directory(settings.model.checkpoint)))
-    made: Prepared = prepare(
+    prepared_text: Prepared = prepare(
         data.train,
         source="text",
         tokenizer=tokenizer,
@@ -395,7 +395,7 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         cache_dir=data.cache,
         quiet=quiet,
     )
-    return made
+    return prepared_text
 
 
 def say_differences(settings: RunConfig, prepared: Prepared) -> None:
@@ -428,7 +428,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         TokenizerError: the tokenizer of the data does not match the checkpoint.
         ConfigError: the checkpoint has no head for the objective, or ``model.overrides`` is not valid.
     """
-    wanted = objective_class(settings.objective.class_path).head_kind
+    head = objective_class(settings.objective.class_path).head_kind
     tokenizer = data.tokenizer if isinstance(data, Prepared) else None
     if settings.model.checkpoint is not None:
         if (
@@ -465,8 +465,8 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         check_images(settings, data)
         # What the rows determine of a model: its labels, and the fields that the config of the family has.
         fields = {"labels", *(spec.name for spec in dataclasses.fields(family.config_class))}
-        known = {name: value for name, value in data.overrides.items() if name in fields}
-        overrides = {**known, **settings.model.overrides}
+        fixed = {name: value for name, value in data.overrides.items() if name in fields}
+        overrides = {**fixed, **settings.model.overrides}
         if family.padded and "max_positions" not in settings.model.overrides:
             overrides.pop("max_positions", None)  # other libraries pad to that of the family
         if (words := getattr(data.processor, "tokenizer", None)) is not None:
@@ -474,7 +474,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
     model = build(
         settings.model.family,
         resolve_size(settings.model, data),
-        head=wanted,
+        head=head,
         seed=settings.train.seed,
         # With several ranks, memory is allocated after sharding only.
         device="meta" if current_world().size > 1 else "cpu",
@@ -507,12 +507,12 @@ def check_labels(model: Model, data: Prepared | RowSource) -> None:
     Raises:
         DataError: the rows have other classes than the head of the model, or the same ones in another order.
     """
-    found = None if isinstance(data, Prepared) else data.overrides.get("labels")
-    if found is None or model.labels is None:
+    labels = None if isinstance(data, Prepared) else data.overrides.get("labels")
+    if labels is None or model.labels is None:
         return
-    same = found == len(model.labels) if isinstance(found, int) else tuple(found) == model.labels
+    same = labels == len(model.labels) if isinstance(labels, int) else tuple(labels) == model.labels
     if not same:
-        theirs = f"{found} labels" if isinstance(found, int) else f"the labels {_listed(found)}"
+        theirs = f"{labels} labels" if isinstance(labels, int) else f"the labels {_listed(labels)}"
         raise DataError(
             f"The rows have {theirs}, and the model {_listed(model.labels)}: the numbers of the rows would mean other "
             "classes. If only the order differs, name the labels in that of the model: "
@@ -532,11 +532,11 @@ def check_tokenizer(
     Raises:
         TokenizerError: they were not.
     """
-    known = model.tokenizer
-    if known is not None and tokenizer.fingerprint != known.fingerprint:
+    expected = model.tokenizer
+    if expected is not None and tokenizer.fingerprint != expected.fingerprint:
         raise TokenizerError(
             f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of {checkpoint} "
-            f"({len(known)} tokens): every id would mean something else. {remedy}{_local_directory(checkpoint)}"
+            f"({len(expected)} tokens): every id would mean something else. {remedy}{_local_directory(checkpoint)}"
         )
 
 
@@ -570,19 +570,19 @@ def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[st
         ConfigError: the overridden vocabulary is smaller than the tokenizer's.
     """
     vocab = len(tokenizer)
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "vocab_size": vocab if vocab < 1024 else -(-vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
         "pad_id": tokenizer.pad_id,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         **overrides,
     }
-    if isinstance(found["vocab_size"], int) and found["vocab_size"] < vocab:
+    if isinstance(config["vocab_size"], int) and config["vocab_size"] < vocab:
         raise ConfigError(
-            f"model.overrides.vocab_size is {found['vocab_size']}, but the tokenizer has {vocab} tokens. Leave "
+            f"model.overrides.vocab_size is {config['vocab_size']}, but the tokenizer has {vocab} tokens. Leave "
             "it out, or prepare the data with a smaller data.vocab_size."
         )
-    return found
+    return config
 
 
 def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
@@ -693,12 +693,12 @@ def _objective_of(
     cls = objective_class(name)
     accepted, anything = arguments(cls)
     if recorded.get("name") == cls.__name__:
-        if isinstance(kept := recorded.get("init_args"), Mapping):
-            options = dict(kept)
+        if isinstance(init_args := recorded.get("init_args"), Mapping):
+            options = dict(init_args)
         else:  # a description may hold facts that are no arguments
             chosen = before.objective
-            known = (recorded if anything else accepted).keys() - {"name", "task"}
-            options = {key: value for key, value in recorded.items() if key in known}
+            names = (recorded if anything else accepted).keys() - {"name", "task"}
+            options = {key: value for key, value in recorded.items() if key in names}
             if re.split("[.:]", chosen.class_path)[-1] == cls.__name__:
                 options |= chosen.init_args
     lacking = [k for k, p in accepted.items() if p.default is p.empty and k not in options]
@@ -729,8 +729,8 @@ def _held_out(
         settings = RunConfig.of_run(run_dir)
         if settings.data.source in SOURCES:
             with naming_paths(run_dir, settings):
-                found = open_rows(settings.data.source, settings.data.source_args)
-            return _held_out_rows(run_dir, found, model)
+                source = open_rows(settings.data.source, settings.data.source_args)
+            return _held_out_rows(run_dir, source, model)
         if settings.data.source is not None:
             raise DataError(
                 f"The rows of {run_dir} come from the function {settings.data.source}. pretrain calls no function that "
@@ -749,14 +749,14 @@ def _held_out(
     elif names_function(data):
         named = DataConfig() if run_dir is None else RunConfig.of_run(run_dir).data
         same = named.source == data
-        found = open_rows(data, named.source_args if same else {})
-        return _held_out_rows(run_dir if same else None, found, model)
-    elif (there := prepared_in(data)) is not None:
+        source = open_rows(data, named.source_args if same else {})
+        return _held_out_rows(run_dir if same else None, source, model)
+    elif (opened := prepared_in(data)) is not None:
         for key, value in reading.items():
             role = "names a column of a table" if key == "text" else "says how text is read"
             spelt = column(key, value) if key == "text" else option(key, value)
             raise ConfigError(f"{spelt} {role}, and {data} holds prepared text. Leave it out.")
-        prepared, rows = there, there.valid
+        prepared, rows = opened, opened.valid
     else:
         if model.tokenizer is None:
             raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
@@ -775,28 +775,28 @@ def _read_as_training(
     text, encoding = reading.get("text", "text"), reading.get("encoding")
     separator = reading.get("separator", before.get("separator"))
     legacy = check_encoding(before.get("encoding")) if encoding is None else None
-    found, weights = resolve_sources(
+    sources, weights = resolve_sources(
         data, text=text, separator=separator, encoding=encoding, legacy=legacy
     )
-    unsaid, taken = options_read(found) - {"text", *reading}, []
-    if "separator" in unsaid and separator is not None:
-        taken.append(option("separator", separator))
+    not_given, adopted = options_read(sources) - {"text", *reading}, []
+    if "separator" in not_given and separator is not None:
+        adopted.append(option("separator", separator))
     elif "separator" not in reading:
         separator = None
-    if "encoding" in unsaid and legacy is not None:
-        files = sum(len(getattr(source, "legacy_files", ())) for source in found)
+    if "encoding" in not_given and legacy is not None:
+        files = sum(len(getattr(source, "legacy_files", ())) for source in sources)
         which = "for those files alone that are not UTF-8 and do not say their encoding"
-        taken.append(f"{option('encoding', legacy)} {which}: {files or 'none'}")
-    if taken:
-        note(f"the text is read as that of training was, with {', '.join(taken)}")
-    if unsaid and "lost" in before:
+        adopted.append(f"{option('encoding', legacy)} {which}: {files or 'none'}")
+    if adopted:
+        note(f"the text is read as that of training was, with {', '.join(adopted)}")
+    if not_given and "lost" in before:
         note(
             f"{before['lost']} If prepared text was there, it alone says how it was read; give the "
-            f"{' and '.join(map(option_name, sorted(unsaid)))} of this text if it is not "
-            f"{'read so' if taken else 'in UTF-8, one document in a file'}"
+            f"{' and '.join(map(option_name, sorted(not_given)))} of this text if it is not "
+            f"{'read so' if adopted else 'in UTF-8, one document in a file'}"
         )
     prepared: Prepared = prepare(
-        found if weights is None else dict(zip(found, weights, strict=True)),
+        sources if weights is None else dict(zip(sources, weights, strict=True)),
         source="text",
         tokenizer=str(resolve_model_directory(_local_directory(path))),
         row_length=min(before["row_length"], model.backbone.max_length or 1 << 20),

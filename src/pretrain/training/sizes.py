@@ -96,8 +96,8 @@ def sizes(family: str) -> Sizes:
     Raises:
         ConfigError: there is no such family.
     """
-    found = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
-    figures = found["figures"].get(family, {})
+    measurements = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
+    figures = measurements["figures"].get(family, {})
     cls, rows = own_family(family), []
     texts = cls.processor_class is None
     inputs, passed = f"with a vocabulary of {_VOCABULARY:,}", f"{_TOKENS:,} tokens"
@@ -130,4 +130,4 @@ def sizes(family: str) -> Sizes:
         shape = (config.num_layers, config.hidden_size, config.num_heads)
         rows.append(Size(name, *shape, count, needed, **figures.get(name, {})))
     assumed = f"{inputs}. Memory is an estimate: AdamW, bf16, {passed} in a forward pass."
-    return Sizes(family, tuple(rows), assumed, found["measured"])
+    return Sizes(family, tuple(rows), assumed, measurements["measured"])

@@ -68,17 +68,17 @@ def began_with(checkpoint: str, out: Path) -> str:
 def _began_with(checkpoint: str, out: Path) -> str:
     newest = next(iter(run_checkpoints(out)), None) if out.is_dir() else None
     run = None if hub_name(checkpoint) is not None else enclosing_run(Path(checkpoint))
-    wanted = None if newest is None else state_of(newest).get("identity", {}).get("base weights")
-    if newest is None or run is None or wanted is None:
+    expected = None if newest is None else state_of(newest).get("identity", {}).get("base weights")
+    if newest is None or run is None or expected is None:
         return checkpoint
     for path in (Path(checkpoint), *models_of_run(run)):
         with contextlib.suppress(CheckpointError, OSError):
             directory = ModelDirectory(resolve_model_directory(path), verify=True)
-            found = directory.weights_hash(directory.weight_files())
+            digest = directory.weights_hash(directory.weight_files())
             # Without a manifest its weights are hashed when they are read.
-            if found is None and path == Path(checkpoint):
+            if digest is None and path == Path(checkpoint):
                 return checkpoint
-            if found == wanted:
+            if digest == expected:
                 if path != Path(checkpoint):
                     note(f"{out} began with the weights of {path}, before {run} was trained on")
                 return str(path)
@@ -180,5 +180,5 @@ def hash_weights(model: Model, *, opened: bool) -> str | None:
     if opened and model.files_hash is not None:
         return model.files_hash
     left_out = model.fresh if opened else ()
-    found = {name: t for name, t in stored_tensors(model).items() if name not in left_out}
-    return None if any(t.is_meta for t in found.values()) else hash_tensors(found)
+    weights = {name: t for name, t in stored_tensors(model).items() if name not in left_out}
+    return None if any(t.is_meta for t in weights.values()) else hash_tensors(weights)

@@ -188,8 +188,8 @@ class Trainer:
         stated = self.about.get("fingerprint")
         if stated is not None:
             return str(stated)
-        found, again = (hash_rows(self.train_data).hexdigest() for _ in range(2))
-        return found if found == again else None
+        digest, digest_again = (hash_rows(self.train_data).hexdigest() for _ in range(2))
+        return digest if digest == digest_again else None
 
     def fit(
         self,
@@ -348,11 +348,12 @@ class Trainer:
 
     def _keep_micro_rows(self) -> None:
         """Keep the micro-batches of the steps before, if they were measured or memory ran out with larger ones."""
-        kept, alone, free = self.state.micro_rows, self.world.size == 1, not self.train.micro_rows
+        rows, alone = self.state.micro_rows, self.world.size == 1
+        automatic = not self.train.micro_rows
         # A larger size than that of the rule may not fit here; only a single process can reduce it again.
-        usable = (alone and free) if kept > self.micro_rows else (alone or free)
-        if kept and usable and self.feed.share_rows % kept == 0:
-            self.split(kept)
+        usable = (alone and automatic) if rows > self.micro_rows else (alone or automatic)
+        if rows and usable and self.feed.share_rows % rows == 0:
+            self.split(rows)
 
     def _fix_statistics(self, *, new: bool) -> None:
         """Keep the running statistics of a trained model if micro-batches are too small to estimate them."""
@@ -473,8 +474,8 @@ class Trainer:
         of the result: losses that compare rows, running statistics, ``parallel.reproducible``.
         """
         before = self.micro_rows
-        kept = self.world.size > 1 or self.objective.couples_examples or self.micro_rows_matter
-        if kept or before == 1:
+        must_stay = self.world.size > 1 or self.objective.couples_examples or self.micro_rows_matter
+        if must_stay or before == 1:
             return False
         fewer = [r for r in range(1, before // 2 + 1) if self.train.batch_rows % r == 0]
         self.split(max(fewer), record=True)
@@ -545,18 +546,18 @@ class Trainer:
     def _evaluate(self, *, last: bool) -> bool:
         """Evaluate on the held-out rows and log the figures; return True if they are to be saved as the best so far."""
         began = time.monotonic()
-        found = run_validation(self, last=last)
-        if found is None:
+        validation = run_validation(self, last=last)
+        if validation is None:
             return False
-        self.metrics, self.peak = dict(found.figures), peak_flops(self.precision)
-        self.plan.reserve = 1.0 + 1.2 * found.seconds
+        self.metrics, self.peak = dict(validation.figures), peak_flops(self.precision)
+        self.plan.reserve = 1.0 + 1.2 * validation.seconds
         self._restore_files()
-        self.journal.evaluation(self.state, self.metrics, found.samples, found.note)
+        self.journal.evaluation(self.state, self.metrics, validation.samples, validation.note)
         if remark := self._evaluation_time.add(time.monotonic() - began, self):
             self.say(remark)
         if last:
             self.about |= ngram_baseline(self)
-        return found.improved and self.train.best
+        return validation.improved and self.train.best
 
     def _evaluation_work(self) -> float:
         """Return the work of one evaluation in steps; 0 where each is worth its cost, as of figures that scatter."""
