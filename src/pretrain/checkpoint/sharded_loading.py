@@ -73,8 +73,8 @@ Put = Callable[[str, Tensor], None]
 def latest_on_all_ranks(run_dir: str | Path, peers: Peers) -> Path | None:
     """Return the checkpoint with the highest step that a run can resume from; None if the run has no checkpoints.
 
-    It is the same on all ranks. Every byte is verified, and each file is hashed by one rank. Newer checkpoints that
-    are broken, or whose training folder was deleted, are reported on stderr.
+    All ranks get the same checkpoint. Every byte is verified, and each file is hashed by one rank. Newer checkpoints
+    that are broken, or whose training folder was deleted, are reported on stderr.
 
     Raises:
         CheckpointError: there are checkpoints but none is complete, or the directory cannot be read.
@@ -493,8 +493,8 @@ class StoredTensors:
         """Read a region of a tensor, by reading all of its rows.
 
         Returns:
-            The region in the dtype of the file. It may be a view of a buffer that the next call with the same rows also
-            returns a view of.
+            The region in the dtype of the file. The tensor may be a view of a buffer, of which the next call with the
+            same rows returns a view, too.
         """
         info = self.info(key)
         if not info.shape:

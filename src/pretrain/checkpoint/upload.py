@@ -26,8 +26,8 @@ def push_to_hub(
 ) -> str:
     """Save a model and write its files to a repository on the Hub, which is created if it does not exist.
 
-    The files are those of ``save``: weights, configuration, tokenizer, model card and manifest. They replace the model
-    that the repository holds, whose files stay in its history; other files stay as they are.
+    The files are those of ``save``: weights, configuration, tokenizer, model card and manifest. The upload replaces
+    the model in the repository, whose files stay in its history; other files stay as they are.
 
     Args:
         model: the model; an adapter must have a base that is on the Hub.

@@ -205,10 +205,10 @@ class _Tail:
 
 
 def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
-    """Return the environment of all processes: that of this one, as torchrun would set it for processes of one host.
+    """Return the environment of the started processes: that of this process, with what torchrun sets on one host.
 
-    They get a share of the cores, the module paths of this process, and loopback as their network. What an outer
-    launcher has set is replaced.
+    The processes get a share of the cores, the module paths of this process, and loopback as their network. Variables
+    of an outer launcher are replaced.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     env |= {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices)}

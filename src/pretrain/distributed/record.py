@@ -112,7 +112,7 @@ def process_state(pid: int) -> str:
 def say(record: Mapping[str, Any], rank: int, size: int, own: str, code: int) -> None:
     """Print the record to stderr: a sentence, the record in JSON (the same on all ranks), and this process's stack.
 
-    It writes to the file descriptor, because the hung main thread may hold the locks of Python's buffers.
+    The text goes to the file descriptor itself, because the hung main thread may hold the locks of Python's buffers.
     """
     others = "".join(f" Rank {one['rank']} too: {one['what']}." for one in record["also"])
     lines = [

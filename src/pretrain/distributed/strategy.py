@@ -181,7 +181,7 @@ class Strategy:
     ) -> tuple[list[float], float]:
         """Return the losses of all micro-batches of the global batch in order, and the norm of its gradient.
 
-        This is the only synchronisation with the device in a step. All ranks get the same numbers.
+        A step synchronises with the device in this method only. All ranks get the same numbers.
 
         Args:
             totals: summed losses of the micro-batches of this rank.

@@ -192,7 +192,7 @@ def reduce_partial_gradients(gradients: Mapping[str, Tensor], tp: TensorParallel
 
     Args:
         gradients: by parameter name, with the same names on all ranks of the group; gradients of other parameters are
-            not changed. They may be equal slices, also after a reduction over other ranks: sums commute.
+            not changed. The gradients may be equal slices, also after a reduction over other ranks: sums commute.
         tp: the sharding of the model.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

@@ -462,7 +462,8 @@ class Watchdog:
         Args:
             kind: kind of the loss of rank 0, unless another loss is known.
             what: what has happened to rank 0.
-            unanswered: the store does not answer. That ends rank 0 as well, so its end is then not the cause.
+            unanswered: the store does not answer. A dead store ends rank 0 as well, so the end of rank 0 is not the
+                cause.
         """
         first = self._members[0]
         known = self._notice.get("want") or first.beat["error"]

@@ -188,7 +188,7 @@ class World:
     def broadcast_result(self, make: Callable[[], T]) -> T:
         """Call ``make`` on rank zero and return its JSON value on all ranks.
 
-        It may take any time: the other ranks wait on the store, where no timeout of a process group applies.
+        The call may take any time: the other ranks wait on the store, where no timeout of a process group applies.
 
         Raises:
             PretrainError: on all ranks, the error that ``make`` raised.

@@ -365,8 +365,8 @@ class Comparison:
     """Scores of all arms at a few label counts, with statistics, verdicts and report.
 
     Args:
-        metric: name of the score. Those of ``training.validation.LOWER_IS_BETTER`` are reported as they are, all others
-            are in [0, 1] or a correlation and are reported in points, 100 times the score.
+        metric: name of the score. Scores of ``training.validation.LOWER_IS_BETTER`` are reported as they are, all
+            others are in [0, 1] or a correlation and are reported in points, 100 times the score.
         counts: numbers of labels, ascending.
         arms: arm -> label count -> one test score per seed. ``"pretrained"`` and ``"scratch"`` are required, with
             every count; every other arm is a baseline.

@@ -51,9 +51,7 @@ _CURVES = 4
 def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -> Path:
     """Write the page, and the model card as README.md of the run; return the path of the page.
 
-    Only rank zero writes.
-
-    It is ``report.html`` of the run unless ``out`` names another file.
+    Only rank zero writes. The page is ``report.html`` of the run unless ``out`` names another file.
 
     Raises:
         DataError: a file cannot be written.

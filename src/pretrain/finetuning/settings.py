@@ -127,7 +127,7 @@ class TuneOptim(OptimConfig):
     """Peak learning rate; "auto" derives it from the model's width and depth, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
     """Learning rates of the sweep, and of both arms of a comparison; not given, 1/3, 1 and 3 times the automatic
-    one, in a comparison 1 and 3 times. That of Muon, muon_lr, changes in proportion."""
+    one, in a comparison 1 and 3 times. The rate of Muon, muon_lr, changes in proportion."""
     muon_lr: float = setting(0.002, 0.0, 100.0)
     betas: tuple[float, float] = setting((0.9, 0.999), 0.0, 1.0 - 1e-9)
     weight_decay: float = setting(0.01, 0.0, 100.0)
@@ -308,7 +308,7 @@ def from_keywords(
         for f in dataclasses.fields(TuneConfig.SECTIONS[key])
         if f.init
     }
-    # Those of the base are merged with the first two.
+    # The columns and options of the base settings are merged with these two.
     columns, task_options, objects = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for key, value in _with_held_out_splits(keywords).items():
         if value is None:

@@ -267,8 +267,8 @@ def automatic_lr(model: Model, *, adapter: bool = False) -> float:
     Models of the usual shape have a layer for every 64 of width: BERT-base gets 3.6e-5 and BERT-large 1.7e-5, as in
     appendix A.3 of their paper (1810.04805), two layers of 128 get 1.3e-3. Deeper and thinner ones do best between what
     the width alone and the width times the depth would give them (docs/lab-log.md). The rate is at most 2e-3, above
-    which models of 64 no longer gain, and at least 1e-5, with which larger ones are fine-tuned. That of an adapter is
-    ten times as high, and at most 4e-3: at 1.3e-2 adapters of two layers of 128 did not learn.
+    which models of 64 no longer gain, and at least 1e-5, with which larger ones are fine-tuned. The rate of an adapter
+    is ten times as high, and at most 4e-3: at 1.3e-2 adapters of two layers of 128 did not learn.
     """
     width, layers = int(model.backbone.config.hidden_size), len(model.backbone.blocks())
     low, high = _LR_BOUNDS

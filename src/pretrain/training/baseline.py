@@ -26,8 +26,8 @@ _ROWS_AT_ONCE = 512
 def ngram_baseline(trainer: Trainer) -> dict[str, float]:
     """Fit a Kneser-Ney model to the tokens that the run has seen; return and print its held-out loss.
 
-    It is evaluated on the tokens on which the last evaluation was made, all targets of the held-out rows. Only runs
-    whose objective gives bits per byte have such a baseline, on prepared text. Counted on rank zero.
+    The n-gram model is evaluated on the tokens of the last evaluation of the run, all targets of the held-out rows.
+    Only runs on prepared text whose objective gives bits per byte have such a baseline. Rank zero counts the n-grams.
 
     Returns:
         What a checkpoint records: ``kneser_ney_nats`` per target and ``kneser_ney_tokens``; empty without a baseline.

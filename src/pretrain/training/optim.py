@@ -198,8 +198,8 @@ def resolve_lr(
 def weights_of(module: nn.Module) -> set[Tensor]:
     """Return the weights by which ``module`` multiplies, which alone decay.
 
-    These are parameters of two dimensions or more of linear layers and convolutions, and those of other modules whose
-    name contains ``weight``, such as the parts of a parametrized one. Tables (``nn.Embedding``), norms, and other
+    The returned parameters have two dimensions or more and belong to linear layers and convolutions, or have a name
+    that contains ``weight``, such as the parts of a parametrized weight. Tables (``nn.Embedding``), norms, and other
     parameters, such as positions, class tokens, mask tokens and queries, are looked up or added.
     """
     multiplied: set[Tensor] = set()

@@ -29,9 +29,9 @@ _STEPS, _EPOCHS = 500, 10
 
 
 def resolve_amounts(train: TrainConfig, data: Examples) -> TrainConfig:
-    """Return the settings with automatic rows of a step and an automatic limit replaced by those for the rows.
+    """Return the settings with an automatic batch size and an automatic limit replaced by numbers for these rows.
 
-    They depend on the number of rows only, never on the machine, so that a run can be repeated and resumed anywhere.
+    Both depend on the number of rows only, never on the machine, so that a run can be repeated and resumed anywhere.
     """
     limit, batch = train.limit, train.batch_rows
     if batch and limit != "auto":

@@ -57,10 +57,10 @@ def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def origin(objective: Objective, base: str | None) -> dict[str, Any]:
-    """Return what a run takes from its starting models.
+    """Return what a run takes from its starting models, by name.
 
-    These are the config, the tokenizer or other processor, the frozen modules of the objective, and a hash of the
-    weights that it starts from, if that is known.
+    The table holds the config, the tokenizer or other processor, a hash of each frozen module of the objective, and
+    ``base``, the hash of the weights that the run starts from, if that is known.
     """
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}

@@ -173,7 +173,7 @@ def resolve_by_data(settings: RunConfig, data: Prepared | RowSource) -> None:
 def resolve_size(model: ModelConfig, data: Prepared | RowSource) -> str:
     """Return the model size of the settings; an automatic one by the tokens of the training text.
 
-    It depends on the text only, never on the machine, so that a run can be repeated and resumed anywhere.
+    That size depends on the text only, never on the machine, so that a run can be repeated and resumed anywhere.
     """
     if model.size != "auto" or model.checkpoint is not None:
         return model.size
@@ -236,7 +236,7 @@ def rows_of(settings: RunConfig, *, quiet: bool) -> Prepared | RowSource:
 
 
 def check_free(out: Path) -> None:
-    """Refuse a directory in which a new run would hide or replace what is there.
+    """Refuse an output directory with files that a new run would hide or replace.
 
     Raises:
         ConfigError: it holds a model or prepared data, or the result of a run whose checkpoints are gone.

@@ -115,7 +115,7 @@ class RunDirectory:
         return unused(self.path.with_name(f"{self.path.name}.rescued-{k}") for k in count(1))
 
     def way_back(self, fallback: Path) -> str:
-        """Return the command that gives the fallback directory the name of the run; what is in its place stays whole.
+        """Return the command that gives the fallback directory the name of the run; a directory of that name is kept.
 
         A directory that is empty is removed here, because `mv` would move the fallback directory into it.
         """

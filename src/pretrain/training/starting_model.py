@@ -54,13 +54,13 @@ def resolve_source(name: str, before: str | None) -> str:
 
 
 def began_with(checkpoint: str, out: Path) -> str:
-    """Return the directory that has the weights which the run in ``out`` began with, for a run that is resumed.
+    """Return the directory with the weights that the run in ``out`` began with, for a run that is resumed.
 
-    That is ``checkpoint`` itself, as a rule. If it is a run that has been trained on since, one of its checkpoints may
-    still have them.
+    As a rule the directory is ``checkpoint`` itself. If ``checkpoint`` is a run that has been trained on since, one of
+    the checkpoints of that run may still have the weights.
 
     Raises:
-        CheckpointError: none has them, and ``out`` trains an adapter of them. On all ranks.
+        CheckpointError: no checkpoint has the weights, and ``out`` trains an adapter on them. On all ranks.
     """
     return current_world().broadcast_result(lambda: _began_with(checkpoint, out))
 
@@ -106,7 +106,7 @@ def parent_step(checkpoint: str) -> dict[str, int]:
 
 
 def origin(checkpoint: str | None) -> str | None:
-    """Return what a checkpoint records of the one that it started from: a model of the Hub, or a directory's name."""
+    """Return the name that a new checkpoint records for its starting checkpoint: of the Hub, or of a directory."""
     if not checkpoint:
         return None
     name = hub_name(checkpoint)

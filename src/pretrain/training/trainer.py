@@ -205,8 +205,8 @@ class Trainer:
         end.
 
         Args:
-            begin: called on rank zero when the directory is locked for this run, before anything is read from it. It
-                returns the settings with which the run is resumed that differ from those of before.
+            begin: called on rank zero when the directory is locked for this run, before anything is read from it;
+                returns the settings of a resumed run that have changed, with their old and new values.
             end: called on all ranks when everything is saved, while the watchdog still runs.
             resume: called on rank zero when a checkpoint has been read and found to be one of this run.
             locked: the caller holds the lock of the run directory already.

@@ -170,7 +170,7 @@ def improves(
         better = loss < state.loss_at_best
     if not better and last and (chance := _chance(state, figures)):
         better = value - state.best_score <= chance
-    if better:  # what is compared with is always the figure of the checkpoint that is kept
+    if better:  # a later figure is compared with that of the kept checkpoint
         state.best_score, state.best_step = value, state.step
         state.loss_at_best = loss if loss is not None and math.isfinite(loss) else None
     state.evals_since_best = 0 if better else state.evals_since_best + 1
