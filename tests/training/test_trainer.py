@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import json
 import os
 import signal
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ import pretrain
 from pretrain.data.row_source import hash_rows
 from pretrain.errors import ConfigError, DataError, RunLocked, TrainingError
 from pretrain.objectives.base import Loss, Objective
+from pretrain.training import trainer as trainer_module
 from pretrain.training.precision import LossScale
-from pretrain.training.trainer import Hook
+from pretrain.training.trainer import Hook, Trainer
 from tiny import Rows, losses, objective, tokenizer, trainer
 
 
@@ -479,3 +483,19 @@ def test_weights_that_no_gradient_can_reach_are_named(tmp_path: Path) -> None:
         goal = objective()
     with pytest.raises(ConfigError, match="inference_mode"):
         trainer(tmp_path, goal, Rows(8)).fit()
+
+
+def test_the_table_of_a_trainer_says_which_method_sets_what() -> None:
+    table: dict[str, set[str]] = {}
+    for line in (trainer_module.__doc__ or "").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and cells[0] not in ("attribute", "---"):
+            table |= {name: set(cells[1].split(", ")) for name in cells[0].split(", ")}
+    found: dict[str, set[str]] = {}
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(Trainer))).body
+    for method in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(method):
+            stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if stored and ast.unparse(node.value) == "self":
+                found.setdefault(node.attr, set()).add(method.name)
+    assert found == table

@@ -2,6 +2,28 @@
 
 Order, masking and dropout are functions of (seed, position) and (seed, step), so a resumed run needs no random state.
 What a step computes is in `pretrain.training.step`.
+
+Which method of `Trainer` sets an attribute, and when (a test holds the code against this table). Other modules read a
+trainer and set nothing on it; `take_step`, `run_validation` and `Plan.replan` change fields of its ``state``.
+
+| attribute | set by | when |
+|---|---|---|
+| objective, train_data, eval_data, optim, train, parallel, lr_reason | __init__ | once |
+| out, world, origin | __init__ | once |
+| hooks, quiet | __init__ | once; a caller may set them before ``fit`` |
+| device, journal, _stop | fit | once, before the set-up |
+| precision, scaler, plan, row_length, layers, optimizers, average, feed | _set_up | once |
+| planned, _saver | _set_up | once |
+| strategy, eval_precision, params | _place | once, in the set-up |
+| _began, _evaluation_time | _loop | once, after the set-up |
+| changed, _run_directory | __init__, fit | empty, then once |
+| state | __init__, _set_up | new, then replaced by that of the resumed checkpoint |
+| compiled | _set_up, run_eagerly | decided, then again if the compiler fails in the dry run |
+| micro_rows | _set_up, split | chosen, then resumed, measured, or halved when memory ran out |
+| metrics | __init__, fit, _evaluate | empty, then those of the log, then those of each evaluation |
+| peak | __init__, _set_up, _evaluate | 0, then measured, also with each evaluation |
+| about | __init__, _evaluate | given, then with the n-gram baseline of the last evaluation |
+| _checkpoint | __init__, _set_up, _save | None, then the resumed one, then the last one saved |
 """
 
 from __future__ import annotations
@@ -14,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -113,8 +135,24 @@ class Trainer:
         CheckpointError: in ``fit``: the output directory cannot be written or is in use.
     """
 
-    # Set by ``fit`` (device, stop) and by ``_set_up`` (the others).
+    # Which method sets what, and when: see the table of this module.
+    objective: Final[Objective]
+    train_data: Final[Examples]
+    eval_data: Final[Examples | None]
+    optim: Final[OptimConfig]
+    train: Final[TrainConfig]
+    parallel: Final[ParallelConfig]
+    lr_reason: Final[
+        str
+    ]  # how the learning rate was derived, for the lines at the start; "" if it was set
+    out: Final[Path]
+    world: Final[World]
+    origin: Final[dict[str, Any]]
+    hooks: list[Hook]
+    quiet: bool
+
     device: torch.device
+    journal: Journal
     precision: Precision
     eval_precision: Precision
     scaler: LossScale
@@ -123,13 +161,16 @@ class Trainer:
     layers: Layers
     optimizers: Optimizers
     average: WeightAverage
-    saver: Saver
     compiled: tuple[bool, str]  # whether the blocks are, and why
     micro_rows: int
     feed: Feed
     plan: Plan
+    planned: int  # total steps before this start, of a run that is resumed
     row_length: int
-    stop: StopRequest
+    _stop: StopRequest
+    _saver: Saver
+    _began: float
+    _evaluation_time: EvaluationTime
 
     def __init__(
         self,
@@ -159,9 +200,9 @@ class Trainer:
         self.optim, self.lr_reason = resolve_lr(optim or OptimConfig(), objective, self.out)
         self.state = RunState(recut=self.train.recut)
         self.metrics: dict[str, float] = {}
-        self.checkpoint: Path | None = None
-        self.changed: Changed = {}
-        self.run_directory: RunDirectory | None = None  # on rank zero only, which writes the log
+        self._checkpoint: Path | None = None
+        self.changed: Changed = {}  # settings of a resumed run -> old and new value
+        self._run_directory: RunDirectory | None = None  # on rank zero only, which writes the log
         objective.train(
             objective.training
         )  # puts the frozen modules of the objective into evaluation mode
@@ -221,7 +262,7 @@ class Trainer:
             stack.enter_context(new_directory.removed_on_failure())
             self.device = stack.enter_context(enter_world(self))
             stack.enter_context(isolated_torch_state(self.device))
-            self.stop = stack.enter_context(catch_signals())
+            self._stop = stack.enter_context(catch_signals())
             if not locked:
                 stack.enter_context(run_lock(self.out, world))
             stack.enter_context(new_directory.emptied_on_failure())
@@ -243,7 +284,7 @@ class Trainer:
                 if resumed and resume is not None:
                     world.on_rank_zero(resume)
                 if world.is_rank_zero:
-                    self.run_directory = stack.enter_context(
+                    self._run_directory = stack.enter_context(
                         contextlib.closing(RunDirectory(self.out))
                     )
                 self.metrics = last_metrics(self._history())
@@ -284,7 +325,7 @@ class Trainer:
             collectives=self.strategy.matrix_collectives(),
         )
         self.average = WeightAverage(self.objective.model, self.optim.ema)
-        self.saver = Saver(
+        self._saver = Saver(
             self.out,
             background=train.async_save,
             layout=self.strategy.layout if world.size > 1 else None,
@@ -302,7 +343,7 @@ class Trainer:
         )
         if checkpoint is not None:
             with self.journal.starting(f"reading {checkpoint.name}"):
-                self.state, self.checkpoint = restore(self, checkpoint), checkpoint
+                self.state, self._checkpoint = restore(self, checkpoint), checkpoint
             self.plan.keep(self.state)
         timed = self.plan.limit.kind == "minutes"
         loader.recut = self.state.recut
@@ -376,7 +417,7 @@ class Trainer:
         """Let a signal end the start-up at once; several processes go on to the first step, and stop together."""
         if self.world.size > 1:
             return contextlib.nullcontext()
-        return self.stop.at_once(
+        return self._stop.at_once(
             "No step was made since the start, so there is nothing to save. The same command starts again."
         )
 
@@ -397,12 +438,12 @@ class Trainer:
             ) from error
 
     def _loop(self) -> Run:
-        state, stop, stopped = self.state, self.stop, "limit"
+        state, stop, stopped = self.state, self._stop, "limit"
         self._began = time.monotonic() - state.seconds  # the start-up does not count as training
         self._evaluation_time = EvaluationTime()
         steps = self.feed.steps(state.rows)
         self.objective.train()
-        with garbage_collection_paused(), self.saver:
+        with garbage_collection_paused(), self._saver:
             try:
                 # A resumed run may have been shortened to a step that it has passed.
                 pending = state.eval_pending or state.last_eval < state.step >= state.total_steps
@@ -437,11 +478,16 @@ class Trainer:
                 counts[1] = float(sum(self.objective.units(batch) for batch in batches))
         except PretrainError as error:
             failure = error
-        failing = self.saver.failed
-        lost = self.run_directory is not None and self.run_directory.lost(now=failing)
-        flags = [float(failure is not None), float(failing), float(lost), float(self.saver.written)]
+        failing = self._saver.failed
+        lost = self._run_directory is not None and self._run_directory.lost(now=failing)
+        flags = [
+            float(failure is not None),
+            float(failing),
+            float(lost),
+            float(self._saver.written),
+        ]
         count, tokens, failed, save_failed, directory_lost, written, *asked = (
-            self.world.all_reduce_sum([*counts, *flags, *self.stop.flags()])
+            self.world.all_reduce_sum([*counts, *flags, *self._stop.flags()])
         )
         if failed:
             self.world.raise_on_all_ranks(failure)
@@ -450,10 +496,10 @@ class Trainer:
         if save_failed or written == self.world.size:
             self.world.mark("save", self.state.step)
         if save_failed:
-            self.saver.wait()  # raises on all ranks, some of which may still be writing
+            self._saver.wait()  # raises on all ranks, some of which may still be writing
         if written == self.world.size:
-            self.saver.publish()
-        self.stop.agree(asked)
+            self._saver.publish()
+        self._stop.agree(asked)
         return batches, count, int(tokens)
 
     @property
@@ -588,7 +634,7 @@ class Trainer:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
         """
         self._check_run_directory()
-        return self._save(self.saver)
+        return self._save(self._saver)
 
     def _save(self, saver: Saver) -> Path:
         state = self.state
@@ -605,7 +651,7 @@ class Trainer:
             state.probe_loss = self.probe()
             measured = {} if state.eval_pending or state.last_eval != state.step else self.metrics
             about = {"objective": self.objective.record(), "metrics": measured}
-            self.checkpoint = saver.save(
+            self._checkpoint = saver.save(
                 self.objective.model,
                 step=state.step,
                 tokens=state.tokens,
@@ -615,19 +661,19 @@ class Trainer:
                 protect={state.best_step} if self.train.best and state.best_step else set(),
             )
         gc.collect()  # cheap, because the heap is frozen; automatic collection is off
-        return self.checkpoint
+        return self._checkpoint
 
     def _check_run_directory(self) -> None:
         """Save the run to a fallback directory and end it if its own one is lost; a collective."""
-        lost = float(self.run_directory is not None and self.run_directory.lost(now=True))
+        lost = float(self._run_directory is not None and self._run_directory.lost(now=True))
         if any(self.world.all_reduce_sum([lost])):
             self._save_to_fallback()
         self._restore_files()
 
     def _restore_files(self) -> None:
         """Write log and settings again if another program removed them from the run directory."""
-        if self.run_directory is not None and not self.run_directory.lost(now=True):
-            self.run_directory.restore()
+        if self._run_directory is not None and not self._run_directory.lost(now=True):
+            self._run_directory.restore()
             self.journal.restore_log()
 
     def _save_to_fallback(self) -> None:
@@ -638,19 +684,19 @@ class Trainer:
         """
         happened, fallback = self.world.broadcast_object(
             ["", ""]
-            if self.run_directory is None
-            else [self.run_directory.what_happened(), str(self.run_directory.fallback_path())]
+            if self._run_directory is None
+            else [self._run_directory.what_happened(), str(self._run_directory.fallback_path())]
         )
         self.world.mark("save", self.state.step)
         with contextlib.suppress(PretrainError):
-            self.saver.wait()  # it may have failed to write to the lost directory
+            self._saver.wait()  # it may have failed to write to the lost directory
         layout = self.strategy.layout if self.world.size > 1 else None
         self._save(Saver(fallback, layout=layout, peers=self.world.peers()))
 
         def keep() -> str:
-            assert self.run_directory is not None
-            self.run_directory.write_settings_and_log(Path(fallback), self.journal.records)
-            return self.run_directory.way_back(Path(fallback))
+            assert self._run_directory is not None
+            self._run_directory.write_settings_and_log(Path(fallback), self.journal.records)
+            return self._run_directory.way_back(Path(fallback))
 
         raise TrainingError(
             f"The run directory {self.out} was {happened} while the run was going on, so it ends here. Step "
@@ -660,22 +706,22 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any rank has been asked to stop; must be called by all ranks, which get the same answer."""
-        self.stop.agree(self.world.all_reduce_sum(self.stop.flags()))
-        return self.stop.agreed is not None
+        self._stop.agree(self.world.all_reduce_sum(self._stop.flags()))
+        return self._stop.agreed is not None
 
     def _finish(self, stopped: str) -> Run:
         """Save a last checkpoint if needed, make the best one the result, print its path and return the run."""
         state = self.state
-        if state.last_save != state.step or self.checkpoint is None:
+        if state.last_save != state.step or self._checkpoint is None:
             self.save()
         self.world.mark("save", state.step)
-        self.saver.wait()
+        self._saver.wait()
         self._check_run_directory()
         if self.asked_to_stop():  # a signal may have arrived during the save
-            stopped = self.stop.agreed or stopped
-        best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self.checkpoint
+            stopped = self._stop.agreed or stopped
+        best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self._checkpoint
         best = best if best is not None and best.exists() else None
-        chosen = best or self.checkpoint
+        chosen = best or self._checkpoint
         assert chosen is not None
         result = self.world.broadcast_result(lambda: str(write_result(self.out, chosen)))
         run = Run(
@@ -684,7 +730,7 @@ class Trainer:
             stopped=stopped,
             metrics=self.metrics,
             history=self._history(),
-            checkpoint=self.checkpoint,
+            checkpoint=self._checkpoint,
             best=best,
             result=Path(result),
         )
