@@ -15,6 +15,8 @@ from pretrain.checkpoint.resolve import (
     model_candidates,
     models_of_run,
     resolve_model_directory,
+    run_by_name,
+    run_with_settings,
     training_state_directory,
 )
 from pretrain.checkpoint.result import write_result
@@ -98,3 +100,13 @@ def test_a_directory_with_a_configuration_is_opened_itself_whatever_lies_in_it(
             open_on_meta(run, SINGLE_PROCESS)
         (run / name).unlink()
     assert open_on_meta(run, SINGLE_PROCESS)[1] == run / "checkpoint-5"
+
+
+def test_the_run_around_a_path_by_its_name_its_checkpoints_and_its_settings(run: Path) -> None:
+    inside = [run, run / "checkpoint-7", run / "model"]  # whether they exist or not
+    assert {run_by_name(path) for path in inside} == {run}
+    assert run_by_name(run / "copy") == run / "copy" and enclosing_run(run / "copy") is None
+    assert run_with_settings(run) is None
+    (run / "run.yaml").write_text("")
+    assert {run_with_settings(path) for path in (*inside, run / "copy")} == {run}
+    assert run_with_settings(run.parent) is None

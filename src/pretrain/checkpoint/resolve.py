@@ -32,6 +32,7 @@ __all__ = [
     "models_of_run",
     "resolve_model_directory",
     "run_by_name",
+    "run_with_settings",
     "training_state_directory",
 ]
 
@@ -97,6 +98,11 @@ def run_by_name(path: Path) -> Path:
     """Return the parent of a path that is named like a checkpoint or a result, else ``path``; no file is looked at."""
     is_inside = path.name == RESULT or manifest.step_of(path.name) is not None
     return path.parent if is_inside else path
+
+
+def run_with_settings(path: Path) -> Path | None:
+    """Return the run whose settings apply: ``path`` or its parent, whichever has a run.yaml; None if neither has."""
+    return next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
 
 
 def _has_configuration(path: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.download import fetch_config
+from pretrain.checkpoint.resolve import run_with_settings
 from pretrain.config.check import check_count
 from pretrain.config.spelling import EVALUATE, option, option_name, using
 from pretrain.config.spelling import column as column_option
@@ -110,7 +111,7 @@ def evaluate(
     fine_tuned |= (
         model.backbone.default_task is not None and data is not None and not _are_rows(data)
     )
-    pretrained = data is None and (run := language.run_of(path)) and _settings_of(run) is None
+    pretrained = data is None and (run := run_with_settings(path)) and _settings_of(run) is None
     if objective is not None or not fine_tuned or pretrained:
         options |= {"precision": precision, "device": device}
         text = _text_column(path, columns or {}, named_task)
@@ -219,7 +220,7 @@ def _evaluate_task(
             f"{option('separator', reading['separator'])} is for the text of a language model, and {path} is measured "
             "on labelled rows. Leave it out."
         )
-    run_dir = language.run_of(path)
+    run_dir = run_with_settings(path)
     settings = _settings_of(run_dir)
     trained.labels_given = settings is not None and bool(settings.task.options.get("labels"))
     if data is None:

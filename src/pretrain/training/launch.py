@@ -137,7 +137,6 @@ def read_run(out: Path, stopped: str | None = None) -> Run:
     plain = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
     state = RunState.from_json(plain.get("run", plain))
     history = read_log(out / "log.jsonl")
-    best = out / f"checkpoint-{state.best_step}" if state.best_step else checkpoint
     ended = "limit" if state.step >= state.total_steps else "patience"
     return Run(
         path=out,
@@ -146,6 +145,6 @@ def read_run(out: Path, stopped: str | None = None) -> Run:
         metrics=last_metrics(history),
         history=history,
         checkpoint=checkpoint,
-        best=best if best.exists() else None,
+        best=state.best_kept(out, checkpoint),
         result=out / RESULT if (out / RESULT).is_dir() else None,
     )

@@ -23,7 +23,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.download import fetch_model, terms
 from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import run_checkpoints
-from pretrain.checkpoint.resolve import RESULT, resolve_model_directory
+from pretrain.checkpoint.resolve import RESULT, resolve_model_directory, run_with_settings
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import Sections, is_lost
 from pretrain.config.spelling import TRAIN, column, option, option_name, using
@@ -646,7 +646,7 @@ def evaluate(
             f"{path} was trained with {recorded['name']}, and is measured with {objective_class(name).__name__}; "
             f"name another with {option('objective')}"
         )
-    run_dir = run_of(path)
+    run_dir = run_with_settings(path)
     before = _settings_of(run_dir)
     rows = _held_out(path, run_dir, data, model, reading)
     if len(rows) == 0:
@@ -858,11 +858,6 @@ def _changed(model: Model, fingerprint: str | None) -> bool:
     block = model.extra_config.get("pretrain")
     recorded = block.get("fingerprint") if isinstance(block, Mapping) else None
     return recorded not in (None, fingerprint)
-
-
-def run_of(path: Path) -> Path | None:
-    """Return the run directory that ``path`` is, or that contains it; None if there is none."""
-    return next((p for p in (path, path.parent) if (p / "run.yaml").is_file()), None)
 
 
 def no_run(path: Path) -> str:

@@ -115,6 +115,11 @@ class RunState:
         plain["best_score"] = None if math.isinf(self.best_score) else self.best_score
         return plain
 
+    def best_kept(self, run_dir: Path, newest: Path | None) -> Path | None:
+        """Return the best checkpoint, or the newest if nothing was evaluated; None if it was not kept."""
+        best = run_dir / f"checkpoint-{self.best_step}" if self.best_step else newest
+        return best if best is not None and best.exists() else None
+
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> RunState:
         """Inverse of ``to_json``; also reads older states, which have ``best_loss`` and no monitor."""

@@ -719,8 +719,7 @@ class Trainer:
         self._check_run_directory()
         if self.asked_to_stop():  # a signal may have arrived during the save
             stopped = self._stop.agreed or stopped
-        best = self.out / f"checkpoint-{state.best_step}" if state.best_step else self._checkpoint
-        best = best if best is not None and best.exists() else None
+        best = state.best_kept(self.out, self._checkpoint)
         chosen = best or self._checkpoint
         assert chosen is not None
         result = self.world.broadcast_result(lambda: str(write_result(self.out, chosen)))
