@@ -224,11 +224,7 @@ def refuse_differences(peers: Peers, what: str, value: dict[str, Any]) -> None:
         return
     tables = peers.all_gather_object(value)
     first, differing = tables[0], tables[other]
-    key = next(
-        key
-        for key in sorted(first.keys() | differing.keys())
-        if first.get(key) != differing.get(key)
-    )
+    key = min(key for key in first | differing if first.get(key) != differing.get(key))
     raise CheckpointError(
         f"The processes do not agree on {what}: {key!r} is {first.get(key, 'absent')} on process 0 and "
         f"{differing.get(key, 'absent')} on process {other}. Were they started with other settings or another version?"

@@ -88,11 +88,7 @@ def introduce(device: torch.device, **more: Any) -> Hello:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         gpu = torch.cuda.get_device_properties(index)
-        about |= {
-            "index": index,
-            "name": gpu.name,
-            "uuid": str(getattr(gpu, "uuid", "")),
-        }
+        about |= {"index": index, "name": gpu.name, "uuid": str(getattr(gpu, "uuid", ""))}
         versions["cuda"] = str(torch.version.cuda)
         with contextlib.suppress(Exception):  # a build without NCCL
             nccl: Any = torch.cuda.nccl
@@ -259,11 +255,7 @@ def _unequal(everybody: Sequence[Hello]) -> str:
             while isinstance(first, Mapping) and isinstance(other, Mapping):
                 keys = sorted({*first, *other}, key=str)
                 key = next(k for k in keys if first.get(k) != other.get(k))
-                path, first, other = (
-                    f"{path}.{key}",
-                    first.get(key),
-                    other.get(key),
-                )
+                path, first, other = f"{path}.{key}", first.get(key), other.get(key)
             verb = "does" if len(others[0]) == 1 else "do"
             return (
                 f"{_who(everybody, others[0])} {verb} not match rank 0: {path} is {repr(other)[:80]} there, and "

@@ -222,11 +222,9 @@ def _environment(devices: int, threads: int, screen: Path) -> dict[str, str]:
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)  # default: interface of the host name
     standard = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
     paths = [os.path.abspath(path) for path in sys.path if path and os.path.isdir(path)]
-    import_paths = [
-        p for p in paths if not any(os.path.realpath(p).startswith(s) for s in standard)
-    ]
+    added = [p for p in paths if not any(os.path.realpath(p).startswith(s) for s in standard)]
     env["PYTHONPATH"] = os.pathsep.join(
-        dict.fromkeys([*import_paths, *env.get("PYTHONPATH", "").split(os.pathsep)])
+        dict.fromkeys([*added, *env.get("PYTHONPATH", "").split(os.pathsep)])
     ).strip(os.pathsep)
     return env
 

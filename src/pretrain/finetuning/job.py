@@ -531,17 +531,15 @@ class Job:
         _, epoch = self.steps(len(train))
         limit = f"{max(50, min(4 * epoch, _SWEEP_STEPS))} steps"
         seed = self.settings.train.seed
-        trials, score_of = ScoreFile(Path(self.settings.train.out, TRIALS), scores=1), {}
+        trials, scores = ScoreFile(Path(self.settings.train.out, TRIALS), scores=1), {}
         trials.begin(trials_key(self))
         for lr in self.settings.optim.lrs or grid(self.lr(task)):
             rates = self.rates(task, lr)
             trial = partial(self.score, train, valid, rates=rates, limit=limit, seed=seed)
-            (score_of[lr],), _ = trials.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", trial)
-        best = max(
-            score_of, key=lambda lr: score_of[lr] if math.isfinite(score_of[lr]) else -math.inf
-        )
+            (scores[lr],), _ = trials.trial(f"lr {lr!r}{rate_of_muon(rates)}, {limit}", trial)
+        best = max(scores, key=lambda lr: scores[lr] if math.isfinite(scores[lr]) else -math.inf)
         note(f"learning rates, {limit} each, by {self.monitor} on the held-out rows:")
-        for lr, score in score_of.items():
+        for lr, score in scores.items():
             muon = rate_of_muon(self.rates(task, lr))
             mark = "  <- chosen" if lr == best else ""
             note(f"  {lr:<8g} {self.figure(score):.4f}{muon}{mark}")

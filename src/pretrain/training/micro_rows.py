@@ -53,13 +53,10 @@ def candidates(trainer: Trainer) -> list[int]:
     smaller = [rule // k for k in (4, 2) if rule % k == 0 and share % (rule // k) == 0]
     if trainer.world.size > 1:
         return [*smaller, rule]
-    available, _, _ = common_resources(trainer.device, trainer.world)
+    room, _, _ = common_resources(trainer.device, trainer.world)
     larger = [rows for rows in (2 * rule, 4 * rule) if share % rows == 0]
-    return [
-        *smaller,
-        rule,
-        *(rows for rows in larger if available is None or _needed(trainer, rows) < available),
-    ]
+    fitting = [rows for rows in larger if room is None or _needed(trainer, rows) < room]
+    return [*smaller, rule, *fitting]
 
 
 def _needed(trainer: Trainer, rows: int) -> float:
