@@ -73,14 +73,15 @@ def write_result(run_dir: Path, checkpoint: Path, texts: Mapping[str, bytes] | N
 def _holds(target: Path, source: manifest.Manifest) -> bool:
     """Whether the result is whole and has the step and the weights of a checkpoint."""
     try:
-        found = manifest.read_manifest(target)
+        result = manifest.read_manifest(target)
     except (CheckpointError, OSError):
         return False
-    own, wanted = (
-        {name: record for name, record in one.required.items() if name.endswith(_WEIGHTS)}
-        for one in (found, source)
-    )
-    return found.step == source.step and own == wanted and manifest.complete(target)
+    same = result.step == source.step and _weights(result) == _weights(source)
+    return same and manifest.complete(target)
+
+
+def _weights(listed: manifest.Manifest) -> dict[str, Record]:
+    return {name: record for name, record in listed.required.items() if name.endswith(_WEIGHTS)}
 
 
 def check_result(run_dir: Path) -> None:

@@ -193,7 +193,7 @@ def load_slices(
     peers: Peers,
     put: Put | None = None,
     *,
-    own: AbstractSet[str] = frozenset(),
+    keep: AbstractSet[str] = frozenset(),
     base: bool = False,
     verified: bool = False,
     quiet: bool = True,
@@ -208,7 +208,7 @@ def load_slices(
         peers: the ranks.
         put: called with the name of a parameter or persistent buffer and its shard on the CPU, and the model is not
             changed; None copies the shard into the parameter. Empty shards are left out.
-        own: parameters that keep their values, whatever the directory holds.
+        keep: parameters that keep their values, whatever the directory holds.
         base: the directory is that of the base of the model's adapter; the adapter is not changed.
         verified: the hashes have just been compared by ``latest_on_all_ranks``.
         quiet: do not print the report line.
@@ -222,7 +222,7 @@ def load_slices(
         CheckpointError: a tensor of the body is missing, or one has the wrong shape or type. On all ranks.
     """
     with errors_on_all_ranks(peers), files.reading(path):
-        filler = _ShardFiller(model, TensorSharding(layout, peers), put, own)
+        filler = _ShardFiller(model, TensorSharding(layout, peers), put, keep)
         directory = ModelDirectory(manifest.checked_directory(path), verify=True)
         if model.adapter is not None and not base:
             values = checkpoint.adapter_files.adapted_values(directory, model, filler.full)
@@ -252,8 +252,8 @@ def load_slices(
             stored.check_unchanged()
             if put is None:
                 model.fresh |= fresh
-                model.reset_buffers(fresh - own)
-            for name in sorted((fresh - own) & {name for name, _ in model.named_parameters()}):
+                model.reset_buffers(fresh - keep)
+            for name in sorted((fresh - keep) & {name for name, _ in model.named_parameters()}):
                 value = torch.empty(filler.shapes[name], dtype=torch.float32, device="cpu")
                 model.init_parameter(name, value, seed=0)
                 filler.put_whole(name, value)
@@ -269,10 +269,10 @@ class _ShardFiller:
     """The shards of a model's parameters on this rank, its persistent buffers, and the functions that fill them."""
 
     def __init__(
-        self, model: Model, sharding: TensorSharding, put: Put | None, own: AbstractSet[str]
+        self, model: Model, sharding: TensorSharding, put: Put | None, keep: AbstractSet[str]
     ) -> None:
         self._tensors = stored_tensors(model)
-        self._sharding, self._put, self._own = sharding, put or self._copy, own
+        self._sharding, self._put, self._keep = sharding, put or self._copy, keep
         self._keys: dict[str, str] = {}
         self.full = sharding.full({name: local(p) for name, p in self._tensors.items()})
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.full.items()}
@@ -305,7 +305,7 @@ class _ShardFiller:
     def put_stored(self, entry: Entry, key: str, stored: StoredTensors) -> None:
         """Read this rank's shards of the parameters that a tensor on disk holds."""
         self._keys[entry.disk] = key
-        if not self._own.isdisjoint(entry.memory):
+        if not self._keep.isdisjoint(entry.memory):
             return
         info = stored.info(key)
         check_stored(entry, info.dtype, info.shape, self.shapes)

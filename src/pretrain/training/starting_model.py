@@ -156,7 +156,7 @@ def open_source(
             directory,
             cut.layout,
             world.peers(),
-            own=cut.fresh,
+            keep=cut.fresh,
             base=cut.adapter is not None,
             quiet=quiet,
         )
