@@ -21,6 +21,7 @@ from contract import check_objective
 from pretrain.cli.main import main
 from pretrain.config.spelling import EVALUATE, FINETUNE, using
 from pretrain.data.images import ImageProcessor
+from pretrain.data.images.boxes import BoxTable
 from pretrain.data.images.decode import FileItem
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError, ModelError
@@ -253,6 +254,53 @@ def test_every_form_of_rows_gives_the_same_examples(place: Path, tmp_path: Path)
             assert np.array_equal(np.asarray(example["image"]), row["image"])
             assert example["boxes"].tolist() == row["boxes"]
             assert [NAMES[k] for k in example["labels"]] == row["label"]
+
+
+def test_boxes_of_the_datasets_library_may_be_corners(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in fashionpedia; they were read as left, top, width and height whatever box_format said."""
+    rows = squares(6)
+    listed = [
+        {
+            "image": row["image"],
+            "objects": {
+                "bbox": row["boxes"],
+                "category": [NAMES.index(label) for label in row["label"]],
+            },
+        }
+        for row in rows
+    ]
+    goal = task(box_format="xyxy")
+    assert goal.describe()["box_format"] == "xyxy" and "box_format" not in task().describe()
+    # Earlier versions recorded no box_format for corners, and their runs go on.
+    assert goal.same_argument("box_format", None, "xyxy", ())
+    assert not goal.same_argument("box_format", None, "xywh", ())
+    table = goal.gathered(goal.read(listed), {})
+    assert goal.written(table).columns["boxes"] == [row["boxes"] for row in rows]
+    told = {"labels": list(NAMES), "box_format": "xyxy"}
+    tidied = goal.tidy(table, goal.learn(table, told), told)
+    for source in (table, tidied):  # the first as rows that are evaluated later
+        found = [example["boxes"].tolist() for example in goal.encode(source)]
+        assert found == [row["boxes"] for row in rows]
+    swapped = [{**listed[0], "objects": {"bbox": [[9, 9, 3, 3]], "category": [0]}}]
+    with (
+        pytest.raises(DataError, match="ends before it begins. By the box_format 'xyxy'"),
+        using(EVALUATE),
+    ):
+        goal.encode(goal.gathered(goal.read(swapped), {}))
+    coco = BoxTable("a.json", {"image": [rows[0]["image"]]}, categories=NAMES)
+    goal.tidy(coco, goal.learn(table, told), told)
+    assert "box_format='xyxy' is not used, because COCO" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", [1, 1.02, 1.9])
+def test_shares_that_exceed_one_are_no_pixels(most: float) -> None:
+    rows = squares(2)
+    shares = [{**r, "boxes": (np.array(r["boxes"]) / 32).tolist()} for r in rows]
+    shares[1]["boxes"][0][2:] = [most, most]
+    with pytest.raises(DataError, match="shares of the image"):
+        rows_of(task(), shares, labels=list(NAMES))
+    whole = [{**r, "boxes": [[0, 0, 2, 2]], "label": [r["label"][0]]} for r in rows]
+    assert len(rows_of(task(), whole, labels=list(NAMES))) == 2
 
 
 def test_the_targets_of_the_map(place: Path) -> None:

@@ -28,6 +28,7 @@ from pretrain.data.images.boxes import (
     SIZE,
     BoxTable,
     Corners,
+    Usual,
     gathered_boxes,
     read_boxes,
     stated_size,
@@ -44,6 +45,7 @@ from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.image_task import ImageTask, class_figures
 from pretrain.objectives.regions import region_boxes
 from pretrain.objectives.tasks import Learned, class_codes
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.data.images.decode import Stored
@@ -78,8 +80,9 @@ class ObjectDetection(ImageTask):
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not where left and right have a meaning.
         codes: class number of every spelling of a label; by default the labels themselves.
-        box_format: ``xyxy`` (left, top, right, bottom) or ``xywh`` (left, top, width, height) of boxes in a column;
-            those of COCO and Pascal VOC are read as they are defined.
+        box_format: ``xyxy`` (left, top, right, bottom) or ``xywh`` (left, top, width, height) of boxes in a column. Not
+            given, it is ``xyxy``, and ``xywh`` for the column ``objects`` of the datasets library; those of COCO and
+            Pascal VOC are read as they are defined.
         max_length: of texts only; None.
 
     Row options: ``labels``, the class names in order.
@@ -103,7 +106,7 @@ class ObjectDetection(ImageTask):
         crop: float = 0.5,
         flip: bool = False,
         codes: Mapping[str, int] | None = None,
-        box_format: str = _FORMATS[0],
+        box_format: str | None = None,
         max_length: int | None = None,
     ) -> None:
         self.refuse_length(max_length)
@@ -128,9 +131,13 @@ class ObjectDetection(ImageTask):
 
     def written(self, table: Table) -> Table:
         """Give boxes whose source defines their numbers in the box format of the run, in which they are read again."""
-        if self.box_format == _FORMATS[0] or "boxes" not in table.names:
+        if self.box_format is None or "boxes" not in table.names:
             return table
-        boxes = [[_as_extent(box) for box in row or ()] for row in table.columns["boxes"]]
+        form = self.box_format
+        boxes = [
+            [_as_extent(box) if form == "xywh" else _as_given(box, form) for box in row or ()]
+            for row in table.columns["boxes"]
+        ]
         return table.with_columns({**table.columns, "boxes": boxes}, table.label_names)
 
     @classmethod
@@ -176,12 +183,17 @@ class ObjectDetection(ImageTask):
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
         """Replace every image by a ``Picture``, boxes by four numbers each, and labels by names."""
         columns = {**table.columns, "image": pictures(table)}
+        if isinstance(table, BoxTable) and options.get("box_format") == "xyxy":
+            note(
+                f"{table.name}: {option('box_format', 'xyxy')} is not used, because COCO defines its boxes as left, "
+                "top, width and height"
+            )
         if {"boxes", "label"} <= set(table.names):
             labels = learned.labels or ()
             own = {label: k for k, label in enumerate(labels)}
             chosen = bool(options.get("labels"))
             known = LabelMap(labels, {**own, **learned.options["codes"]}, chosen)
-            found, numbers = _boxes_of(table, known, options.get("box_format", _FORMATS[0]))
+            found, numbers = _boxes_of(table, known, options.get("box_format"))
             columns["boxes"] = [[Corners(box) for box in row] for row in found]
             columns["label"] = [[labels[k] for k in row] for row in numbers]
         return table.with_columns(columns, {})
@@ -218,9 +230,14 @@ class ObjectDetection(ImageTask):
         return self.encode_inputs(table, targets=True, target=target)[0]
 
     def describe(self) -> dict[str, Any]:
-        # The default is left out, as in the descriptions of earlier runs.
-        default = self.box_format == _FORMATS[0]
-        return super().describe() | ({} if default else {"box_format": self.box_format})
+        given = {} if self.box_format is None else {"box_format": self.box_format}
+        return super().describe() | given
+
+    def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
+        """Compare ``box_format``, which earlier versions left out where it was ``xyxy``; rows are compared anyway."""
+        if key == "box_format":
+            return bool((then or _FORMATS[0]) == (now or _FORMATS[0]))
+        return super().same_argument(key, then, now, labels)
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """The boxes of the training image with the median number of them, for every image."""
@@ -464,22 +481,29 @@ def _as_extent(box: Any) -> Any:
     return [left, top, right - left, bottom - top]
 
 
-def _read_as(box: Any, form: str) -> str:
+def _as_given(box: Any, form: str | None) -> Any:
+    """Return the numbers of a box of the datasets library as they stand, if they are corners already."""
+    return box.given if form == "xyxy" and isinstance(box, Usual) else box
+
+
+def _read_as(box: Any, form: str | None) -> str:
     """Return what the numbers of a box are taken for, and who says so."""
     if isinstance(box, Corners):
         return "Its source says that these are left, top, right, bottom; correct the box."
-    if form != _FORMATS[0]:
+    if form == "xywh":
         return f"By the box_format {form!r} boxes are left, top, width, height."
     if trains():
         other = option("box_format", "xywh")
         return (
             f"Boxes are left, top, right, bottom; if these are left, top, width, height: {other}."
         )
+    if form is not None:
+        return f"By the box_format {form!r} boxes are left, top, right, bottom."
     return "The model records no box_format, so left, top, right, bottom is assumed; convert other boxes."
 
 
 def _boxes_of(
-    table: Table, known: LabelMap, form: str
+    table: Table, known: LabelMap, form: str | None
 ) -> tuple[list[list[list[float]]], list[list[int]]]:
     """Return the boxes of every row, as left, top, right, bottom, and their classes.
 
@@ -487,11 +511,12 @@ def _boxes_of(
         ConfigError: ``form`` is none that is known.
         DataError: a box or a label that cannot be used; names the row.
     """
-    if form not in _FORMATS:
+    if form is not None and form not in _FORMATS:
         raise ConfigError(f"box_format is {form!r}; it must be {' or '.join(map(repr, _FORMATS))}.")
     labels, boxes = _lists(table, "label"), list[list[list[float]]]()
     shares: list[bool] = []  # of the rows with a box
-    for i, row in enumerate(_lists(table, "boxes")):
+    for i, cell in enumerate(_lists(table, "boxes")):
+        row = [_as_given(box, form) for box in cell]
         if len(row) != len(labels[i]):
             raise DataError(
                 f"{table.where(i)} has {len(row)} boxes and {len(labels[i])} labels; each box needs one."
@@ -506,8 +531,8 @@ def _boxes_of(
                 f"{str(row)[:80]}."
             )
         if array.any():
-            shares.append(bool(array.min() >= 0 and array.max() <= 1))
-        if form != _FORMATS[0]:
+            shares.append(_are_shares(array))
+        if form == "xywh":
             own = [not isinstance(box, Corners) for box in row]
             array[own, 2:] += array[own, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
@@ -523,6 +548,16 @@ def _boxes_of(
     flat, inside = flattened(labels, table.where)
     ids = iter(known.ids(flat, names=table.label_names.get("label"), where=inside))
     return boxes, [[next(ids) for _ in row] for row in labels]
+
+
+def _are_shares(boxes: np.ndarray) -> bool:
+    """Whether the numbers of a row, in whatever form, look like shares of the image: a box of it ends within 2 pixels.
+
+    Shares may exceed 1 a little, and up to 2 where corners were taken for left, top, width and height.
+    """
+    fractions = bool((boxes != np.round(boxes)).any())
+    low, high = (-1, 2) if fractions else (0, 1)
+    return bool(boxes.min() >= low and boxes.max() <= high)
 
 
 def _focal(logits: Tensor, bumps: Tensor) -> Tensor:

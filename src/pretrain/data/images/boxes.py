@@ -36,6 +36,7 @@ __all__ = [
     "SIZE",
     "BoxTable",
     "Corners",
+    "Usual",
     "annotations_of",
     "gathered_boxes",
     "read_boxes",
@@ -204,7 +205,7 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
             raise DataError(
                 f"{table.where(i)}: {len(found)} boxes (bbox) and {len(names)} classes (category) in {_OBJECTS}."
             )
-        boxes.append([_corners(box) for box in found])
+        boxes.append([Usual(box) for box in found])
         labels.append(list(names))
     columns = {n: column for n, column in table.columns.items() if n != _OBJECTS}
     known = dict(table.label_names)
@@ -241,6 +242,18 @@ def _object_lists(cell: Any, where: str) -> list[Sequence[Any]]:
 
 class Corners(list[Any]):
     """Left, top, right and bottom of a box, where its file says what its numbers are."""
+
+
+class Usual(Corners):
+    """Corners of a box of the datasets library, whose numbers usually are left, top, width and height.
+
+    Attributes:
+        given: the box as it stands; in some data sets its numbers are corners already.
+    """
+
+    def __init__(self, box: Any) -> None:
+        super().__init__(_corners(box))
+        self.given = box
 
 
 def _corners(box: Any) -> Corners:
