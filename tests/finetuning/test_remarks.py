@@ -264,3 +264,19 @@ def test_several_labels_that_are_the_same_for_all_rows_are_said(
         said = any("same answer to all 3" in line for line in remarks(result))
         assert said == (answers == [["animal"]] * 3)
     assert asked == [0, 1, 2, 0, 1]  # no rows are predicted after the second answer
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"), [(["cat"], False), (["cat"] * 4, False), (["cat", "cat", "dog"], True)]
+)
+def test_rows_of_one_class_do_not_tell_whether_a_model_tells_classes_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[str], said: bool
+) -> None:
+    held = [{"text": f"held out {k}", "label": label} for k, label in enumerate(labels)]
+    options = {**QUICK, "valid": held, "lr": 1e-9, "limit": "1 steps", "out": tmp_path / "run"}
+    result = pretrain.finetune(model_of(), rows_of(48), "classification", **options)
+    result.metrics["mcc"] = 0.0
+    monkeypatch.setattr(
+        result.task, "predict", lambda *_, **__: iter([{"label": "cat"}] * len(held))
+    )
+    assert any("same answer" in line for line in remarks(result)) == said

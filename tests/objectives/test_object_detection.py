@@ -303,6 +303,17 @@ def test_shares_that_exceed_one_are_no_pixels(most: float) -> None:
     assert len(rows_of(task(), whole, labels=list(NAMES))) == 2
 
 
+def test_one_class_in_different_places_is_not_the_same_answer() -> None:
+    goal = task()
+    places = [
+        {"label": ["dark"], "score": [0.9], "box": [[k, 0.0, k + 9.0, 9.0]]} for k in (0.0, 5.0)
+    ]
+    first, second = map(goal.choices, places)
+    assert len(first) == 1 and first != second
+    nothing = goal.choices({"label": [], "score": [], "box": []})
+    assert nothing == [[]] and goal.choices({}) == []
+
+
 def test_the_targets_of_the_map(place: Path) -> None:
     goal = task(crop=1.0, flip=True)
     row = {"image": np.full((32, 32), 9, np.uint8), "boxes": [[4, 8, 20, 24]], "label": ["dark"]}

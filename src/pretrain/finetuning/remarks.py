@@ -128,20 +128,23 @@ def held_out_unlike_test(
 
 
 def _constant(result: Finetuned) -> str | None:
-    """Remark if all held-out rows get the same answer."""
-    figures, table = result.metrics, result.data.valid
+    """Remark if all held-out rows get the same answer, although they differ in the right one."""
+    figures, task, table = result.metrics, result.task, result.data.valid
     # A correlation above or below 0 proves that answers differ. No other figure does, so rows are predicted again, a
     # few at a time, up to the first other answer.
     if any(name in figures and abs(figures[name]) > 0 for name in ("mcc", "pearson")):
         return None
+    right = [{task.answer_key: truth} for truth in task.truth(table) or () if truth is not None]
+    if right and len({repr(choice) for answer in right for choice in task.choices(answer)}) == 1:
+        return None
     answers: set[str] = set()
     answered = 0
-    for answer in result.task.predict(table, batch_rows=32):
+    for answer in task.predict(table, batch_rows=32):
         answered += 1
-        answers |= {repr(choice) for choice in result.task.choices(answer)}
+        answers |= {repr(choice) for choice in task.choices(answer)}
         if len(answers) > 1:
             return None
-    if not answers:
+    if not answers or answered < 2:
         return None
     return (
         f"the model gives the same answer to all {answered:,} held-out rows ({answers.pop()[:60]}): it has learnt "

@@ -420,6 +420,10 @@ class ObjectDetection(ImageTask):
             "box": [[round(float(x), 2) for x in box] for box in found[:, :4]],
         }
 
+    def choices(self, answer: Mapping[str, Any]) -> list[Any]:
+        """Classes and boxes together: a model of one class has learnt where its objects are."""
+        return [[*zip(answer["label"], answer["box"], strict=True)]] if "label" in answer else []
+
     @classmethod
     def baseline_outputs(cls, train: Table, held: Table, labels: Sequence[str]) -> Any:
         """True boxes and those of regions of likely pixels; None if that would take more than a few seconds."""
