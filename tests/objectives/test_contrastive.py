@@ -245,6 +245,34 @@ def test_one_of_several_texts_is_enough_and_each_must_find_its_image() -> None:
     assert contrastive.recalls(images, far)["text_to_image@5"] == 0
 
 
+def test_a_text_that_several_images_have_is_found_by_each_of_them() -> None:
+    """It counted as wrong for all of them, so that a perfect model of few captions had the figure 0."""
+    images = F.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), dim=-1)
+    kinds = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    texts, ids = [kinds[k // 2][None] for k in range(4)], [torch.tensor([k // 2]) for k in range(4)]
+    assert contrastive.recalls(images, texts, ids) == dict.fromkeys(
+        ("image_to_text", "image_to_text@5", "text_to_image", "text_to_image@5"), 1.0
+    )
+    assert contrastive.recalls(images, texts)["image_to_text"] == 0
+    swapped = contrastive.recalls(images, texts[2:] + texts[:2], ids[2:] + ids[:2])
+    assert swapped["image_to_text"] == swapped["text_to_image"] == 0
+    several = [torch.cat([kinds[:1], kinds[1:]]), texts[1], texts[2], texts[3]]
+    found = contrastive.recalls(images, several, [torch.tensor([0, 1]), *ids[1:]])
+    assert found["image_to_text"] == 1 and found["text_to_image"] == 1
+    # Texts of one vector that are not alike, as unknown characters make them, still count as wrong.
+    blind = contrastive.recalls(images, [kinds[0][None]] * 4, [torch.tensor([k]) for k in range(4)])
+    assert blind["image_to_text"] == 0
+    row = {**rows(1)[0], "text_ids": np.array([7])}
+    further = {**row, "input_ids": np.array([10, 4, 11, 4]), "lengths": np.array([2, 2])}
+    batch = objective().collate(
+        [row, {**further, "text_ids": np.array([8, 7])}], [], evaluation=True
+    )
+    assert batch["text_ids"].tolist() == [7, 8, 7]
+    with torch.no_grad():
+        metrics = objective().eval()(batch).metrics
+    assert [ids.tolist() for ids in metrics["text_ids"]] == [[7], [8, 7]]
+
+
 def test_training_draws_one_of_several_texts_and_evaluation_takes_all() -> None:
     several = np.array([10, 20, 4, 11, 21, 22, 4])
     row = {**rows(1)[0], "input_ids": several, "lengths": np.array([3, 4])}

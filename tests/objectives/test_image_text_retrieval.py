@@ -175,7 +175,8 @@ def test_fine_tuning_finds_the_texts_of_images(family: str, tmp_path: Path) -> N
         model(family), source, task="image-text-retrieval", valid=1 / 6, limit="100 steps", lr=5e-3,
         batch_rows=15, out=str(tmp_path / "run"),
     )  # fmt: skip
-    assert result.trivial["image_to_text@5"] == pytest.approx(5 / 6)
+    # Of six images four share a caption with another one, so guessing among five nearly always finds one of those.
+    assert result.trivial["image_to_text@5"] == pytest.approx((2 * 5 / 6 + 4) / 6)
     found = pretrain.evaluate(tmp_path / "run")
     assert found["image_to_text"] == pytest.approx(result.metrics["image_to_text"])
     again = pretrain.evaluate(tmp_path / "run", folder(tmp_path / "b", copies=1))

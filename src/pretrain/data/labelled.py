@@ -22,7 +22,7 @@ from pretrain.utils.files import note
 
 __all__ = [
     "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata", "make_tag_map",
-    "normalised", "roles_table", "split",
+    "normalised", "roles_table", "split", "text_id",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target
@@ -446,6 +446,12 @@ def _shares(sizes: Sequence[int], fraction: float, seed: int) -> list[int]:
 # --------------------------------------------------------------------------------------------- duplicates
 
 _ASCII = {code: None for code in range(128) if not chr(code).isalnum() and not chr(code).isspace()}
+
+
+def text_id(text: str) -> int:
+    """64-bit hash of a text, without regard to differences in white space."""
+    plain = " ".join(text.split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little", signed=True)
 
 
 def normalised(text: str) -> str:

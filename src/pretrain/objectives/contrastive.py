@@ -11,7 +11,7 @@ Letters: n pairs on this rank, N in the whole batch, T tokens, P size of a vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -134,12 +134,13 @@ class Contrastive(Objective):
         """Read the images, draw a text of each, and pad the texts on the right.
 
         In evaluation the further texts of all rows stand after the first of each, and ``owners`` (M - n,) says to which
-        row of the batch they belong. See also ``padded_texts``.
+        row of the batch they belong; ``text_ids`` (M,) are equal for texts that are alike. See also ``padded_texts``.
         """
         pixels = pixel_values(self, examples, rngs, evaluation=evaluation)
         if "input_ids" not in examples[0]:  # images whose texts are to be found
             return {"pixel_values": pixels}
         texts, further, owners = list[np.ndarray](), list[np.ndarray](), list[int]()
+        first_ids, further_ids = list[int](), list[int]()
         for row, example in enumerate(examples):
             ids = np.asarray(example["input_ids"]).reshape(-1)
             lengths = example.get("lengths", [len(ids)])
@@ -149,7 +150,11 @@ class Contrastive(Objective):
             if evaluation:
                 further += several[1:]
                 owners += [row] * (len(several) - 1)
+                first_ids += list(example.get("text_ids", ()))[:1]
+                further_ids += list(example.get("text_ids", ()))[1:]
         batch = {"pixel_values": pixels, **padded_texts(self.towers, texts + further)}
+        if len(ids_of_texts := first_ids + further_ids) == len(texts) + len(further):
+            batch["text_ids"] = torch.tensor(ids_of_texts)
         return batch | ({"owners": torch.tensor(owners)} if owners else {})
 
     def count(self, batch: Batch) -> Tensor:
@@ -167,11 +172,11 @@ class Contrastive(Objective):
         if self.training:
             metrics["accuracy"] = right
         else:
-            own = [[text] for text in texts]
             owners = batch["owners"].tolist() if "owners" in batch else []
-            for row, text in zip(owners, every[len(images) :], strict=True):
-                own[row].append(text)
-            metrics["images"], metrics["texts"] = list(images), [torch.stack(t) for t in own]
+            metrics["images"] = list(images)
+            metrics["texts"] = _by_row(every, len(images), owners)
+            if "text_ids" in batch:
+                metrics["text_ids"] = _by_row(batch["text_ids"], len(images), owners)
         return Loss(total, self.count(batch).to(total.device), metrics)
 
     def compare(
@@ -219,13 +224,15 @@ class Contrastive(Objective):
     ) -> dict[str, float]:
         """How often the nearest of all held-out texts is one of the image, and the nearest image that of the text.
 
+        A text that several images have belongs to all of them, because nothing tells which one is meant.
         Those with ``@5`` say how often it is among the five nearest. Only the loss is computed within batches, so it
         depends on the batch size: smaller batches have a lower loss.
         """
         figures = {"loss": total / count if count else math.nan}
         if metrics.get("images"):
             images, texts = torch.stack(list(metrics["images"])), list(metrics["texts"])
-            figures |= recalls(images.float(), [text.float() for text in texts])
+            ids = metrics.get("text_ids")
+            figures |= recalls(images.float(), [text.float() for text in texts], ids)
         return figures
 
     def describe(self) -> dict[str, Any]:
@@ -296,34 +303,69 @@ class SigmoidContrastive(Contrastive):
         """Leave the scale free, as in the paper."""
 
 
-def recalls(images: Tensor, texts: Sequence[Tensor]) -> dict[str, float]:
+def recalls(
+    images: Tensor, texts: Sequence[Tensor], ids: Sequence[Tensor] | None = None
+) -> dict[str, float]:
     """Return how often the own text of an image, and the image of a text, is the nearest, or among the five nearest.
 
     Args:
         images: (N, P) unit vectors.
         texts: for each image those of its texts, (its texts, P).
+        ids: for each image a number of each of its texts, which is the same for texts that are alike; those belong to
+            all images that have one of them. None: all texts differ.
     """
-    image_owner = torch.arange(len(images))
-    text_owner = torch.repeat_interleave(image_owner, torch.tensor([len(t) for t in texts]))
+    owners = torch.repeat_interleave(torch.arange(len(images)), torch.tensor([*map(len, texts)]))
     every = torch.cat(list(texts))
+    kinds = torch.arange(len(every))
+    if ids is not None:
+        kinds = torch.unique(torch.cat(list(ids)), return_inverse=True)[1]
+    count = int(kinds.max()) + 1
+
+    def of_images(part: slice) -> Tensor:
+        here = (owners >= part.start) & (owners < part.stop)
+        held = torch.zeros(part.stop - part.start, count, dtype=torch.bool)
+        held[owners[here] - part.start, kinds[here]] = True
+        return held[:, kinds]
+
+    def of_texts(part: slice) -> Tensor:
+        rows, alike = (kinds[part, None] == kinds).nonzero(as_tuple=True)
+        held = torch.zeros(part.stop - part.start, len(images), dtype=torch.bool)
+        held[rows, owners[alike]] = True
+        return held
+
     figures = {}
     for name, ranks in (
-        ("image_to_text", _ranks(images, every, image_owner, text_owner)),
-        ("text_to_image", _ranks(every, images, text_owner, image_owner)),
+        ("image_to_text", _ranks(images, every, of_images)),
+        ("text_to_image", _ranks(every, images, of_texts)),
     ):
         figures[name] = float((ranks < 1).double().mean())
         figures[f"{name}@{_AT}"] = float((ranks < _AT).double().mean())
     return figures
 
 
-def _ranks(rows: Tensor, others: Tensor, row_owner: Tensor, other_owner: Tensor) -> Tensor:
-    """Number of others that belong to another owner and are as near as the best of the own; ties count against it."""
+def _ranks(rows: Tensor, others: Tensor, owned: Callable[[slice], Tensor]) -> Tensor:
+    """Number of others that are not owned and are as near as the best of those that are; ties count against it.
+
+    Args:
+        rows: (R, P) unit vectors.
+        others: (O, P) unit vectors.
+        owned: for a slice of the rows which of the others belong to each, (its rows, O).
+    """
     found = []
-    for part, owner in _parts(rows, row_owner):
-        scores, own = part @ others.T, owner[:, None] == other_owner
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, min(start + _CHUNK, len(rows)))
+        scores, own = rows[part] @ others.T, owned(part)
         best = scores.masked_fill(~own, -math.inf).max(dim=1, keepdim=True).values
         found.append(((scores >= best) & ~own).sum(1))
     return torch.cat(found)
+
+
+def _by_row(values: Tensor, count: int, owners: Sequence[int]) -> list[Tensor]:
+    """Return for each row its own value and the further ones, which stand behind the first ``count``."""
+    found = [[value] for value in values[:count]]
+    for row, value in zip(owners, values[count:], strict=True):
+        found[row].append(value)
+    return [torch.stack(own) for own in found]
 
 
 def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

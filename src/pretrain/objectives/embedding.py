@@ -8,7 +8,6 @@ Letters: n pairs on this rank, N in the whole batch, C candidates, D hidden.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import column as column_option
-from pretrain.data.labelled import Role
+from pretrain.data.labelled import Role, text_id
 from pretrain.data.labels import finite_numbers
 from pretrain.data.tables import shown
 from pretrain.data.task_rows import TaskRows
@@ -176,7 +175,7 @@ class Embedding(Task):
             arrays = [self.encoder.example(piece) for piece in pieces]
             example = {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0]}
             example["lengths"] = np.asarray([len(a["input_ids"]) for a in arrays], dtype=np.int64)
-            example["texts"] = np.asarray([_text_id(texts[p][n]) for p in parts], dtype=np.int64)
+            example["texts"] = np.asarray([text_id(texts[p][n]) for p in parts], dtype=np.int64)
             if scores is not None:
                 example["score"] = np.asarray(scores[i], dtype=np.float32)
             rows.add(i, example)
@@ -319,12 +318,6 @@ def _ranks(units: Tensor, texts: Tensor) -> Tensor:
         own = scores.gather(1, torch.arange(count)[rows, None])
         found.append(((scores >= own) & ~_alike(texts, rows)).sum(1))
     return torch.cat(found)
-
-
-def _text_id(text: str) -> int:
-    """64-bit hash of a text, without regard to differences in white space."""
-    plain = " ".join(text.split()).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little", signed=True)
 
 
 def _scores(table: Table) -> list[float]:

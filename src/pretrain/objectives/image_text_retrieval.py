@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -146,9 +147,17 @@ class ImageTextRetrieval(ImageTask, Contrastive):
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Return the shares that guessing finds."""
-        count = max(1, len(held_out))
+        held = list(captions_by_row(held_out).values())
+        having = Counter(text for texts in held for text in set(texts))  # images with each text
+        every = max(1, sum(map(len, held)))
+        chances = {
+            "image_to_text": [sum(having[text] for text in texts) / every for texts in held],
+            "text_to_image": [having[text] / len(held) for texts in held for text in texts],
+        }
         return {
-            name: min(1.0, (5 if "@" in name else 1) / count) for name in (self.figures or ())[1:]
+            f"{name}{at}": float(np.mean([min(1.0, count * share) for share in shares or [0.0]]))
+            for name, shares in chances.items()
+            for at, count in (("", 1), ("@5", 5))
         }
 
     # ------------------------------------------------------------------ answers

@@ -11,7 +11,14 @@ import numpy as np
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.data.images.rows import parts_of, pictures, read_images
 from pretrain.data.images.source import IMAGE, file_examples, processor_for
-from pretrain.data.labelled import Role, choose_columns, drop_duplicates, roles_table, split
+from pretrain.data.labelled import (
+    Role,
+    choose_columns,
+    drop_duplicates,
+    roles_table,
+    split,
+    text_id,
+)
 from pretrain.data.labels import printed_list
 from pretrain.data.row_source import RowSource
 from pretrain.data.tables import Table
@@ -201,7 +208,9 @@ def _captions(table: Table, i: int) -> list[str]:
 def _examples(
     table: Table, tokenizer: Tokenizer, max_length: int, what: str
 ) -> list[dict[str, Any]]:
-    fields, cut = caption_fields(table.columns["caption"], tokenizer, max_length)
+    # Training rows have no ids of texts, which would change the fingerprint of earlier runs.
+    ids = what != "training"
+    fields, cut = caption_fields(table.columns["caption"], tokenizer, max_length, ids=ids)
     if cut:
         note(
             f"{len(cut):,} {what} rows have a caption of more than {max_length} tokens, which is cut "
@@ -211,11 +220,12 @@ def _examples(
 
 
 def caption_fields(
-    captions: Sequence[Sequence[str]], tokenizer: Tokenizer, max_length: int
+    captions: Sequence[Sequence[str]], tokenizer: Tokenizer, max_length: int, *, ids: bool = True
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Return ``input_ids``, and ``lengths`` if there are several captions, of each row; and the rows that are cut.
 
-    Special tokens typed into a caption are read as plain text, so that it cannot end itself.
+    Special tokens typed into a caption are read as plain text, so that it cannot end itself. With ``ids`` the field
+    ``text_ids`` tells which captions are alike.
     """
     encodings = tokenizer.frame_texts(
         [text for texts in captions for text in texts], max_length=max_length, special=False
@@ -229,5 +239,7 @@ def caption_fields(
         fields = {"input_ids": np.concatenate([np.asarray(e.ids, np.int32) for e in here])}
         if len(here) > 1:
             fields["lengths"] = np.asarray([len(e.ids) for e in here], np.int32)
+        if ids:
+            fields["text_ids"] = np.asarray([text_id(text) for text in texts], np.int64)
         found.append(fields)
     return found, cut
