@@ -277,6 +277,19 @@ def test_answers_hold_the_numbers_of_the_masks(
         assert np.array_equal(again[0]["mask"].values, masks[0])
 
 
+def test_held_out_masks_of_0_and_255_are_remarked_on(place: Path) -> None:
+    """255 was the second class in the masks of another source, and all of its pixels were left out in silence."""
+    goal = task()
+    rows = [
+        {"image": np.zeros((16, 16, 3), np.uint8), "mask": np.eye(16, dtype=np.uint8) * n}
+        for n in (1, 255)
+    ]
+    table, read = Table("rows", {key: [row[key] for row in rows] for key in rows[0]}), goal.encode
+    assert not read(table).remarks  # another mask has the second class
+    (found,) = read(table.take([1])).remarks
+    assert "255 have no class" in found and not read(table.take([0])).remarks
+
+
 def test_a_number_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, masks = squares(6)
     np.savez(tmp_path / "some.npz", images=images, masks=masks, class_names=NAMES)

@@ -54,6 +54,12 @@ _BINARY = ("background", "foreground")
 _BAND = 1 << 23  # scores that are interpolated to the size of an image at once
 
 
+_ONE_CLASS = (
+    f"pixels of the masks that are {UNLABELLED} have no class and do not count, and all others have one class; if "
+    f"{UNLABELLED} stands for a class, write the number that it has in the training masks"
+)
+
+
 class Segmentation(ImageTask, ClassTask):
     """Predict the class of every pixel of an image.
 
@@ -174,6 +180,7 @@ class Segmentation(ImageTask, ClassTask):
         if not targets:
             return self.encode_inputs(table, targets=False)[0]
         masks, counts = self._masks(table), np.zeros(UNLABELLED + 1, np.int64)
+        unlabelled: list[int] = []
 
         def target(rows: TaskRows, i: int, image: Stored) -> Any:
             mask = masks[i]
@@ -185,10 +192,18 @@ class Segmentation(ImageTask, ClassTask):
                     f"upright) and its mask {mask.shape[0]} x {mask.shape[1]}. They must have one size; check that "
                     "they belong together, and that neither was scaled or turned alone."
                 )
-            counts[:] += np.bincount(mask.values.reshape(-1), minlength=len(counts))
+            inside = np.bincount(mask.values.reshape(-1), minlength=len(counts))
+            counts[:] += inside
+            if inside[UNLABELLED]:
+                unlabelled.append(i)
             return {"mask": mask}
 
         rows, _ = self.encode_inputs(table, targets=True, target=target)
+        if (
+            np.count_nonzero(counts[:UNLABELLED]) == 1
+        ):  # as in masks of 0 and 255, which training reads as two classes
+            for i in unlabelled:
+                rows.remark(i, _ONE_CLASS)
         self.balance_counts(counts[: len(self.labels)])
         return rows
 
