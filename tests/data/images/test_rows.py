@@ -94,6 +94,9 @@ def test_parts_of_a_folder(tmp_path: Path) -> None:
         ("train masks", []),
         ("test masks", []),
         ("train training test", None),
+        ("training_set test_set", ["test", "train"]),
+        ("Train-Set valset masks", ["train", "valid"]),
+        ("trainset dataset", []),
     ],
 )
 def test_parts_beside_other_folders(
@@ -109,6 +112,28 @@ def test_parts_beside_other_folders(
     labels = read_images(tmp_path, name="train").columns["label"]
     assert labels == (["cat"] if parts else sorted(folders.split()))
     assert ("no parts: 'masks'" in capsys.readouterr().err) == ("masks" in folders and bool(parts))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ("seg_train/cat/1 seg_test/cat/1", "'seg_test', 'seg_train' are taken for classes"),
+        ("val2017/a/1 train2017/a/1 masks/a/1", "'train2017', 'val2017' are taken for classes"),
+        ("express_train/1 bus/1", None),
+        ("flat_test/1 hearing_test/1", None),
+        ("photos/cat/1 photos/dog/1", "all images lie in 'photos'"),
+        ("cat/1 cat/2", None),
+    ],
+)
+def test_folders_that_may_not_be_classes_are_named(
+    files: str, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts of other names were trained on as two classes; all of it was one class without a word of why."""
+    for name in files.split():
+        png(tmp_path / f"{name}.png")
+    assert len(read_images(tmp_path)) == len(files.split())
+    err = capsys.readouterr().err
+    assert said in err if said else err == ""
 
 
 def test_links_are_followed_once_and_pipes_are_left_out(

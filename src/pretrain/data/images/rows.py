@@ -498,12 +498,12 @@ def _parts(path: Path, medium: Medium) -> dict[str, Any]:
                 f"{path} was saved by the datasets library: give datasets.load_from_disk(...) of it."
             )
         found: dict[str, Path] = {}
-        named = [name for name in folders if name.lower() in _PARTS]
-        uses = {_PARTS[name.lower()] for name in named}
+        named = {name: part for name in folders if (part := _part_named(name))}
+        uses = set(named.values())
         if not named or not (len(named) == len(folders) or ("train" in uses and len(uses) > 1)):
             return {"": path}
-        for name in named:
-            other = found.setdefault(_PARTS[name.lower()], path / name)
+        for name, part in named.items():
+            other = found.setdefault(part, path / name)
             if other.name != name:
                 raise DataError(
                     f"{path} has two folders for one part, {other.name} and {name}. Keep one, or name the folder that "
@@ -517,6 +517,22 @@ def _parts(path: Path, medium: Medium) -> dict[str, Any]:
     if medium is IMAGES and _IDX.match(path.name):
         return {"": "idx"}
     return {"": "file"}
+
+
+def _part_named(folder: str) -> str | None:
+    """Return the part that a name such as ``val`` or ``training_set`` means, or None."""
+    return _PARTS.get(re.sub(r"[_\- ]?set$", "", folder.lower()))
+
+
+def _like_parts(names: Iterable[str]) -> list[str]:
+    """Return the names with a word for a part (``seg_train``, ``val2017``), if they are of training and other rows."""
+    found = {
+        name: uses
+        for name in names
+        if (uses := {_PARTS[w] for w in re.findall(r"[a-z]+", name.lower()) if w in _PARTS})
+    }
+    several = set().union(*found.values())
+    return sorted(found) if "train" in several and len(several) > 1 else []
 
 
 def _folders(path: Path, names: Iterable[str]) -> list[str]:
@@ -576,6 +592,16 @@ def _folder(path: Path, medium: Medium) -> Table:
     inside = [file.relative_to(path).parts for file in found]
     if inside and all(len(parts) > 1 for parts in inside):
         columns["label"] = [parts[0] for parts in inside]
+        if like := _like_parts(set(columns["label"])):
+            note(
+                f"{path}: the folders {shown(like, 4)} are taken for classes; if they are parts of the data, name one "
+                "of them for each use, or call them train, val and test"
+            )
+        if len(set(columns["label"])) == 1 and all(len(parts) > 2 for parts in inside):
+            note(
+                f"{path}: all {medium.many} lie in {inside[0][0]!r}, which is taken for their class; if the folders in "
+                f"it are the classes, name {path / inside[0][0]}"
+            )
         empty = set(_folders(path, os.listdir(path)))
         if empty := empty - set(columns["label"]):
             note(
