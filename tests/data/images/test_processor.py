@@ -65,6 +65,9 @@ OPTIONS = [
     ("ConvNext", {"size": {"shortest_edge": 60}, "crop_pct": 0.9}),
     ("ConvNext", {"size": {"shortest_edge": 400}}),
     ("ConvNext", {"size": {"shortest_edge": 60}, "do_center_crop": True, "crop_size": 40}),
+    # A null, which is no default of the class.
+    *(("CLIP", {"crop_size": 30, key: None}) for key in ("do_center_crop", "do_rescale", "do_normalize")),
+    ("DeiT", {"do_center_crop": None}), ("CLIP", {"do_resize": None, "crop_size": 40}),
     # What a size of one number means.
     *((kind, {"size": 40, "do_center_crop": True, "crop_size": 32, **square})
       for kind in ("ViT", "DeiT", "CLIP", "Bit", "Siglip")
@@ -77,6 +80,8 @@ def test_settings_have_the_effect_that_they_have_in_transformers(
     kind: str, options: dict[str, Any]
 ) -> None:
     images = [photo(50, 67), photo(81, 45, seed=1)]
+    if kind == "CLIP" and options.get("do_center_crop", True) is None:
+        images = images[:1]  # which then keep their proportions
     mine, wanted = both(kind, images, **options)
     torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)
 

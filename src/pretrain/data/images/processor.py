@@ -74,6 +74,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 # Those that take a whole number for height and width, unless the file says otherwise; others for the shorter side.
 _SQUARES = ("ViTImageProcessor", "DeiTImageProcessor")
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 # The class that transformers takes for a model whose file names none, where it is not that of ViT.
 _OF_MODELS = {
     "deit": "DeiTImageProcessor",
@@ -198,6 +199,10 @@ class ImageProcessor(SavedProcessor):
             self.extra[key] = value
         elif value is not None:
             self.settings[key] = value
+        elif (
+            key in _STEPS
+        ):  # null is false in transformers, whatever the class does where the key is missing
+            self.settings[key] = False
 
     def _check(self) -> None:
         """Bring all settings into one form and check them."""
