@@ -240,6 +240,11 @@ def test_remarks_on_rates_that_train_nothing() -> None:
     assert rate_remarks(OptimConfig(muon_lr=0.0), 10) == []
     (line,) = rate_remarks(OptimConfig(name="muon", muon_lr=0.0), 10)
     assert line.startswith("optim.muon_lr is 0")
+    # A rate where a share of the peak is meant, as in nanoGPT.
+    (line,) = rate_remarks(OptimConfig(lr=6e-4, min_lr=6e-5), 10)
+    assert "ends at 3.6e-08" in line and line.endswith("set optim.min_lr=0.1")
+    assert rate_remarks(OptimConfig(lr=6e-4, min_lr=6e-5, schedule="constant"), 10) == []
+    assert rate_remarks(OptimConfig(lr=6e-4, min_lr=0.01), 10) == []
 
 
 def test_going_on_from_a_checkpoint_with_new_text(tmp_path: Path, text: Path) -> None:

@@ -41,6 +41,7 @@ __all__ = ["check_rows", "check_trainable", "frozen_beside", "numel", "preflight
 # up to 4 are as good as new text, and beyond 16 little is gained: arXiv 2305.16264, figure 5), and mean occurrences of
 # a vocabulary entry below which the vocabulary is said to be large.
 _FEW_STEPS, _MANY_EPOCHS, _FEW_OCCURRENCES = 50, 16, 50
+_TINY_SHARE = 1e-3  # optim.min_lr below it may be meant as a rate, as in other libraries
 
 # Between these numbers of epochs the recipe of `suggest` was measured to be better than the defaults; above the second
 # one with weight decay and dropout.
@@ -304,7 +305,7 @@ def describe(
 
 
 def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:
-    """Return a line on each learning rate that is 0, and on a warm-up that does not end in ``steps`` steps."""
+    """Return a line on each learning rate that is 0 or ends near it, and on a warm-up that does not end in the run."""
     rates = {"optim.lr": optim.lr} | (
         {"optim.muon_lr": optim.muon_lr} if optim.name == "muon" else {}
     )
@@ -313,6 +314,16 @@ def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:
         for key, rate in rates.items()
         if not rate
     ]
+    end, peak = optim.min_lr, optim.lr
+    if (
+        optim.schedule != "constant"
+        and isinstance(peak, float)
+        and 0 < end <= min(peak, _TINY_SHARE)
+    ):
+        found.append(
+            f"optim.min_lr is a share of the peak, so the rate ends at {end * peak:.2g}; if {end:g} is the rate "
+            f"itself, set optim.min_lr={end / peak:.3g}"
+        )
     warm = warmup_steps(optim.warmup, steps)
     if warm > steps:
         lines.append(
