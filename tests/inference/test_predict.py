@@ -785,6 +785,21 @@ def test_held_out_rows_have_the_columns_of_the_training_rows(tmp_path: Path) -> 
         )
 
 
+def test_a_model_of_pairs_refuses_rows_without_the_second_text(tmp_path: Path) -> None:
+    """They were answered and measured on the first text alone, also where a column had another name."""
+    rows = [{"text": f"the cat {k}", "pair": f"the dog {k}", "label": k % 2} for k in range(16)]
+    options: dict[str, Any] = {"valid": 0.25, "limit": "1 steps", "device": "cpu", "quiet": True}
+    tuned = pretrain.finetune(small("fill"), rows, "classification", out=tmp_path / "a", **options)
+    renamed = [{"text": row["text"], "other": row["pair"], "label": row["label"]} for row in rows]
+    for ask in (tuned.predict, tuned.evaluate):
+        for lacking in (renamed, [{k: row[k] for k in ("text", "label")} for row in rows]):
+            with pytest.raises(DataError, match="no column for pair"):
+                ask(lacking)
+    assert tuned.predict(renamed, columns={"pair": "other"}) == tuned.predict(rows)
+    with pytest.raises(DataError, match="reads text and pair"):
+        tuned.predict(["the cat 1", "the dog 1"])
+
+
 def test_inputs_that_are_read_in_part_are_counted(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

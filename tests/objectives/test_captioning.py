@@ -126,7 +126,9 @@ def test_what_a_batch_costs_is_the_same_in_parts(tokenizer: Tokenizer) -> None:
     assert whole == sum(parts) == sum(len(row["input_ids"]) + patches for row in rows)
 
 
-def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
+def test_exact_texts_are_counted_without_writing_them(
+    tuned: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = [{"image": row["image"], "question": row["question"]} for row in SCENES[:8]]
     answers = [found["answer"] for found in tuned.predict(asked)]
     exact = np.mean([a == row["text"] for a, row in zip(answers, SCENES[:8], strict=True)])
@@ -137,7 +139,13 @@ def test_exact_texts_are_counted_without_writing_them(tuned: Any) -> None:
     assert one["answer"] == answers[0]
     again = [found["answer"] for found in tuned.predict(asked[::-1])]
     assert again == answers[::-1]  # whichever questions are answered together
+    capsys.readouterr()
     assert isinstance(tuned.predict(SCENES[0]["image"])["answer"], str)
+    assert "was trained with question (what is asked about the image)" in capsys.readouterr().err
+    alone = {key: SCENES[0][key] for key in ("image", "text")}
+    for ask in (lambda: tuned.predict(alone), lambda: pretrain.evaluate(tuned.run.path, [alone])):
+        with pytest.raises(DataError, match="no column for question"):
+            ask()
     mistake = tuned.errors(3)[0]
     assert mistake["label"] != mistake["predicted"] and mistake["score"] is None
     assert mistake["beside"] in {row["question"] for row in SCENES}

@@ -101,7 +101,10 @@ def labelled(
         named = {**known, **named}
     inputs = roles_known(task, named)
     say_unread(task, table, inputs)
-    roles = [role for role in task.roles if role.target or role in inputs]
+    wanted = {role.name: role for role in inputs}
+    roles = [
+        wanted.get(role.name, role) for role in task.roles if role.target or role.name in wanted
+    ]
     return roles_table(table, choose_columns(table, roles, columns_of(task.model, table, named)))
 
 

@@ -315,18 +315,22 @@ def columns_read(
 
 def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
     """Name the columns that look like inputs of the task and belong to none of ``roles``."""
+    known = {role.name for role in roles}
     for role in roles_read(task):
-        if role not in roles and (names := [n for n in role.known if n in table.columns]):
+        if role.name not in known and (names := [n for n in role.known if n in table.columns]):
             note(f"the column {names[0]!r} is not read: the model was trained without {role.name}")
 
 
 def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
-    """Return the input roles that the model was trained with, as far as that is recorded, and those that are given."""
+    """Return the input roles that the model was trained with, as far as that is recorded, and those that are given.
+
+    A second text that all training rows had is required: without it the answers would be those to another input.
+    """
     recorded = _recorded(task.model, "columns")
     if not recorded:
         return roles_read(task)
     return [
-        role
+        replace(role, required=True) if role.constant else role
         for role in roles_read(task)
         if not role.constant or role.name in recorded or role.name in given
     ]
@@ -343,6 +347,12 @@ def _is_turn(value: Any) -> bool:
 def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Table | None, bool]:
     """Return the inputs as a table by role (None if there are none), and whether they are a single input."""
     if (found := task.inputs(inputs)) is not None:
+        for role in roles_known(task, {}):
+            if role.constant and found[0] is not None and role.name not in found[0].columns:
+                note(
+                    f"the model was trained with {role.name} ({role.help}), which these inputs lack: give dicts with "
+                    f"{roles_read(task)[0].name} and {role.name}"
+                )
         return found
     if hasattr(inputs, "tolist") and not hasattr(inputs, "columns"):  # an array, or one column
         inputs = inputs.tolist()
