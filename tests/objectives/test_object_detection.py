@@ -465,6 +465,30 @@ def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Pa
             ObjectDetection.read(file)
 
 
+def test_the_boxes_of_one_file_of_coco_under_several_ids_stand_together(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each id was a row, in which the boxes of the others were background."""
+    content = json.loads((place / "coco.json").read_text())
+    rows = len(content["images"])
+    image, box = content["images"][0], content["annotations"][0]
+    assert box["image_id"] == image["id"]
+    content["images"].append({**image, "id": "again"})
+    content["annotations"] += [
+        {**box, "image_id": "again"},
+        {**box, "image_id": "again", "bbox": [1, 2, 3, 4]},
+    ]
+    shutil.copytree(place, tmp_path / "copy")
+    (tmp_path / "copy" / "coco.json").write_text(json.dumps(content))
+    before, table = (
+        ObjectDetection.read(folder / "coco.json") for folder in (place, tmp_path / "copy")
+    )
+    assert len(table) == rows and table.columns["image"] == before.columns["image"]
+    assert table.columns["boxes"][0] == [*before.columns["boxes"][0], [1, 2, 4, 6]]
+    assert table.columns["boxes"][1:] == before.columns["boxes"][1:]
+    assert "1 images are listed again under another id" in capsys.readouterr().err
+
+
 def test_a_category_of_coco_without_a_box_is_a_class(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "images", tmp_path / "images")
     content = json.loads((place / "coco.json").read_text())

@@ -343,15 +343,24 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
         names = _by_id(path, content, "categories", "name")
         files = _by_id(path, content, "images", "file_name")
         extents = {one["id"]: [one.get(name) for name in _EXTENT] for one in content["images"]}
-        boxes: dict[Any, list[Any]] = {key: [] for key in files}
-        labels: dict[Any, list[str]] = {key: [] for key in files}
-        crowds = 0
+        # Several ids may stand for one file, whose boxes would else be background in the rows of the other ids.
+        by_file: dict[str, Any] = {}
+        first = {key: by_file.setdefault(file, key) for key, file in files.items()}
+        boxes: dict[Any, list[Any]] = {key: [] for key in by_file.values()}
+        labels: dict[Any, list[str]] = {key: [] for key in by_file.values()}
+        again, crowds, given = len(files) - len(by_file), 0, set[Any]()
         for one in content["annotations"]:
             if one.get("iscrowd"):
                 crowds += 1
                 continue
-            labels[one["image_id"]].append(names[one["category_id"]])
-            boxes[one["image_id"]].append(_corners(one["bbox"]))
+            image, label, box = first[one["image_id"]], one["category_id"], _corners(one["bbox"])
+            if again:
+                held = (image, label, str(box))
+                if one["image_id"] != image and held in given:
+                    continue
+                given.add(held)
+            labels[image].append(names[label])
+            boxes[image].append(box)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} looks like a file of COCO, but {error} is missing or no image or category has it as its id. Each "
@@ -359,11 +368,15 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
         ) from error
     if crowds:
         note(f"{path}: {crowds:,} boxes around crowds (iscrowd) are left out")
+    if again:
+        note(
+            f"{path}: {again:,} images are listed again under another id; the boxes of one file stand together"
+        )
     columns: dict[str, list[Any]] = {
-        "image": [*files.values()],
+        "image": [*by_file],
         "boxes": [*boxes.values()],
         "label": [*labels.values()],
-        SIZE.name: [extents[key] for key in files],
+        SIZE.name: [extents[key] for key in by_file.values()],
     }
     table = BoxTable(path.name, columns, origin=str(path), categories=tuple(names.values()))
     return _with_images(table, "image")
