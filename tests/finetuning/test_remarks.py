@@ -280,3 +280,7 @@ def test_rows_of_one_class_do_not_tell_whether_a_model_tells_classes_apart(
         result.task, "predict", lambda *_, **__: iter([{"label": "cat"}] * len(held))
     )
     assert any("same answer" in line for line in remarks(result)) == said
+    # A baseline that is right for all rows cannot be beaten.
+    for ours, beyond in ((1.0, False), (0.9, True)):
+        result.metrics["accuracy"], result.trivial["accuracy"] = ours, 1.0
+        assert any("nothing beyond" in line for line in remarks(result)) == beyond
