@@ -320,7 +320,7 @@ def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:
         and isinstance(peak, float)
         and 0 < end <= min(peak, _TINY_SHARE)
     ):
-        found.append(
+        lines.append(
             f"optim.min_lr is a share of the peak, so the rate ends at {end * peak:.2g}; if {end:g} is the rate "
             f"itself, set optim.min_lr={end / peak:.3g}"
         )
