@@ -70,7 +70,7 @@ def test_typing_errors(wrong: str, right: str) -> None:
         ({"max_cut": 2.0}, "max_cut"),
         ({"layer_decay": 1.5}, "layer_decay"),
         ({"batch_rows": 0}, "batch_rows"),
-        ({"precision": "fp8"}, "precision"),
+        ({"precision": "fp7"}, "precision"),
         ({"optim": {"lrr": 1}}, "lr"),
         ({"limit": "ten steps"}, "limit"),
         ({"valid": -0.5}, "share"),
