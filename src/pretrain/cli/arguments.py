@@ -317,9 +317,9 @@ DEVICE: Option = ("--device", str, "auto, cpu, cuda or mps", "auto")
 # How the file of examples is read.
 READING: tuple[Option, ...] = (
     ("--delimiter", str | None,
-     "delimiter of the cells of .csv or .tsv; not given, comma or tab, or what the header shows"),
-    ("--quoting", bool | None, "whether double quotes enclose cells of .csv or .tsv; not given, in .csv they do"),
-    ("--encoding", str | None, "encoding of the file, e.g. cp1252; not given, UTF-8"),
+     "delimiter of the cells of .csv or .tsv; by default comma or tab, or what the header shows"),
+    ("--quoting", bool | None, "whether double quotes enclose cells of .csv or .tsv; by default in .csv they do"),
+    ("--encoding", str | None, "encoding of the file, e.g. cp1252; by default UTF-8"),
 )  # fmt: skip
 
 
@@ -336,9 +336,9 @@ def sampling(new_tokens: int) -> tuple[Option, ...]:
     """Return the options of the generation of text; ``new_tokens`` is the number without any setting."""
     return (
         ("--max_new_tokens", int | None,
-         f"maximum number of new tokens; not given, that of generation_config.json, or {new_tokens}"),
+         f"maximum number of new tokens; by default that of generation_config.json, or {new_tokens}"),
         ("--temperature", float | None,
-         "0 takes the likeliest token; not given, that of generation_config.json, or 1 with --top_k, --top_p, "
+         "0 takes the likeliest token; by default that of generation_config.json, or 1 with --top_k, --top_p, "
          "--min_p or --seed, else 0"),
         ("--top_k", int | None, "sample from the k likeliest tokens"),
         ("--top_p", float | None, "sample from the likeliest tokens whose probabilities sum to this"),

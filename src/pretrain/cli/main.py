@@ -221,22 +221,22 @@ _PREPARE: tuple[Option, ...] = (
     ("--config", str | None,
      "YAML file of pretrain train: prepare its data; of several, each replaces settings of those before it",
      None, {"action": "append"}),
-    ("--out", str | None, "directory to write; not given, the cache"),
+    ("--out", str | None, "directory to write; by default the cache"),
     ("--tokenizer", str, "bpe, wordpiece, char, a path, or a name on the Hub (org/name)", "bpe"),
     ("--vocab_size", int, "size of the vocabulary to train", 8192),
     ("--row_length", int, "tokens in one row", 512),
     ("--valid", float | str, 'held-out fraction, source, or "last:0.1"', 0.01),
     ("--text", str | dict[str, str],
      "column of .jsonl, .csv, .tsv and .parquet files, or {file: column, ...}", "text"),
-    ("--separator", str | None, "text that separates the documents of a file; not given, a file is one"),
-    ("--encoding", str | None, "encoding of text files; not given, UTF-8"),
+    ("--separator", str | None, "text that separates the documents of a file; by default a file is one"),
+    ("--encoding", str | None, "encoding of text files; by default UTF-8"),
     ("--seed", int, "seed of the choice of held-out documents", 0),
-    ("--workers", int | None, "processes; not given, one per core"),
+    ("--workers", int | None, "processes; by default one per core"),
     ("--lowercase", None, "wordpiece only: ignore case and accents"),
     ("--keep_duplicates", None, "keep documents that occur again"),
-    ("--source", str | None, "text or images; not given, by what the sources are"),
-    ("--size", int | None, "of images: height and width; not given, their own"),
-    ("--channels", int | None, "of images: 3 or 1; not given, those of each"),
+    ("--source", str | None, "text or images; by default what the sources are"),
+    ("--size", int | None, "of images: height and width; by default their own"),
+    ("--channels", int | None, "of images: 3 or 1; by default those of each"),
     ("--quiet", None, "no progress bar and no table"),
 )  # fmt: skip
 
@@ -347,7 +347,7 @@ def _lr_range(args: Any) -> None:
 _FINETUNE: tuple[Option, ...] = (
     ("--compare", str | None, "scratch: also train the same model from random weights, and baselines"),
     ("--label_counts", list[int] | None,
-     "numbers of training rows at which to compare, e.g. [50,200]; not given, all rows"),
+     "numbers of training rows at which to compare, e.g. [50,200]; by default all rows"),
     ("--seeds", int, "paired seeds of the comparison", 5),
     *_TRAIN,
 )  # fmt: skip
@@ -398,17 +398,17 @@ def _slurm(args: Any) -> None:
 _PREDICT: tuple[Option, ...] = (
     *checkpoint(text="run or model directory"),
     ("file", str, "rows: .csv .tsv .jsonl .json .parquet .conll (also .gz)"),
-    ("--out", str | None, ".jsonl, .csv or .tsv (also .gz, .zst), or .parquet; not given, beside FILE"),
+    ("--out", str | None, ".jsonl, .csv or .tsv (also .gz, .zst), or .parquet; by default beside FILE"),
     ("--columns", dict[str, str], "column of each role, e.g. --columns.text review", {}),
     ("--task", str | None, "package.module:Class of the task, if it is your own"),
     ("--batch_rows", int, "examples in one forward pass", 64),
     ("--top_k", int | str | None,
-     "number of likeliest classes to write with their probabilities, or all; not given, the likeliest class, or those "
+     "number of likeliest classes to write with their probabilities, or all; by default the likeliest class, or those "
      "above the threshold"),
     ("--labels", list[str] | None,
-     "classes of a model of images and texts, e.g. [cat,dog]; not given, the vectors of the images"),
-    ("--threshold", float | None, "smallest score of an object that a model of boxes finds; not given, 0.3"),
-    ("--template", str | None, "prompt with {} for the name of a class; not given, This is a photo of {}."),
+     "classes of a model of images and texts, e.g. [cat,dog]; by default the vectors of the images"),
+    ("--threshold", float | None, "smallest score of an object that a model of boxes finds; by default 0.3"),
+    ("--template", str | None, "prompt with {} for the name of a class; by default This is a photo of {}."),
     DEVICE,
     *READING,
     QUIET,
@@ -440,7 +440,7 @@ _GENERATE: tuple[Option, ...] = (
     (
         "--stream",
         bool | None,
-        "print the text as it is made; not given, one prompt on a terminal is",
+        "print the text as it is made; by default that of one prompt on a terminal",
     ),
 )
 
@@ -498,15 +498,15 @@ def _fill_mask(args: Any) -> None:
 
 
 _TEXT_COLUMN: Option = (
-    "--text", str | None, "column of the text; not given, recognised by its name",
+    "--text", str | None, "column of the text; by default it is recognised by its name",
 )  # fmt: skip
 _EMBED: tuple[Option, ...] = (
     *checkpoint(text="run or model directory"),
     ("file", str, "lines (.txt), or rows: .csv .tsv .jsonl .json .parquet (also .gz)"),
     ("--out", str, "vectors: .npy, .parquet or .jsonl", ...),
     _TEXT_COLUMN,
-    ("--normalize", bool | None, "scale vectors to length one; not given, as the model's directory says"),
-    ("--pooling", str | None, "mean, cls, lasttoken, max; not given, as the directory says"),
+    ("--normalize", bool | None, "scale vectors to length one; by default as the model's directory says"),
+    ("--pooling", str | None, "mean, cls, lasttoken, max; by default as the directory says"),
     ("--prompt", str | None, "prefix of every text"),
     ("--prompt_name", str | None, "name of a prompt in the model's directory"),
     ("--batch_rows", int, "texts in one forward pass", 32),
@@ -545,18 +545,18 @@ def _search(args: Any) -> None:
 _EVALUATE: tuple[Option, ...] = (
     *checkpoint(),
     ("--data", str | None,
-     "labelled rows for a fine-tuned model, a prepared directory or text for a language model; not given, the held-out "
+     "labelled rows for a fine-tuned model, a prepared directory or text for a language model; by default the held-out "
      "rows of the run"),
     ("--columns", dict[str, str],
-     "column of each role in labelled rows, e.g. --columns.label stars; not given, as in the training rows", {}),
+     "column of each role in labelled rows, e.g. --columns.label stars; by default as in the training rows", {}),
     ("--base", str | None, "the model before training, if the evaluation needs it and does not find it"),
     ("--task", str | None,
      "sts, retrieval or minimal-pairs, to measure these on --data; or package.module:Class of the task, if it is your "
      "own"),
     ("--objective", str | None, "package.module:Class of an objective of your own"),
-    ("--separator", str | None, "text that separates the documents of a text file; not given, that of the run"),
+    ("--separator", str | None, "text that separates the documents of a text file; by default that of the run"),
     ("--encoding", str | None,
-     "encoding of the data, e.g. cp1252; not given, that of the run, for text that is not UTF-8"),
+     "encoding of the data, e.g. cp1252; by default that of the run, for text that is not UTF-8"),
     ("--batch_rows", int | None, "rows in one forward pass"),
     DEVICE,
     JSON,
@@ -574,17 +574,17 @@ def _evaluate(args: Any) -> None:
 _PROBE: tuple[Option, ...] = (
     *checkpoint(),
     ("data", str, "labelled rows: a folder of images by class, .npz, or a table"),
-    ("--test", float | str | None, "held-out rows, or their share; not given, a fifth"),
-    ("--valid", float | str | None, "rows to choose C on, or their share; not given, a tenth"),
+    ("--test", float | str | None, "held-out rows, or their share; by default a fifth"),
+    ("--valid", float | str | None, "rows to choose C on, or their share; by default a tenth"),
     ("--method", str, "linear, knn or means", "linear"),
-    ("--shots", int | None, "labelled rows of each class in a draw; not given, all"),
-    ("--ways", int | None, "classes of a draw; not given, all"),
+    ("--shots", int | None, "labelled rows of each class in a draw; by default all"),
+    ("--ways", int | None, "classes of a draw; by default all"),
     ("--draws", int, "number of draws of --shots or --ways", 5),
     ("--k", int, "neighbours that vote (knn)", 5),
     ("--columns", dict[str, str],
-     "column of each role, e.g. --columns.label stars; not given, recognised by name", {}),
+     "column of each role, e.g. --columns.label stars; by default they are recognised by name", {}),
     ("--pooling", str | None,
-     "of images mean or first (the class token), of texts as for embed; not given, as the classifier reads, of dinov2 "
+     "of images mean or first (the class token), of texts as for embed; by default as the classifier reads, of dinov2 "
      "the class token"),
     ("--batch_rows", int, "rows in one forward pass", 64),
     ("--seed", int, "seed of the split and the draws", 0),
@@ -608,7 +608,7 @@ def _probe(args: Any) -> None:
 _MERGE: tuple[Option, ...] = (
     *checkpoint("adapter", "directory of an adapter, or a run that trained one"),
     ("--out", str, "directory to write the whole model to", ...),
-    ("--base", str | None, "base model; not given, the one that the adapter names"),
+    ("--base", str | None, "base model; by default the one that the adapter names"),
 )
 
 
@@ -636,11 +636,11 @@ def _push(args: Any) -> None:
 _EXPORT: tuple[Option, ...] = (
     *checkpoint("source", "run or model directory; an adapter is merged into its base"),
     ("--to", str, "hf, gguf, onnx or sentence-transformers", ...),
-    ("--out", str | None, "new or empty directory; not given, SOURCE-TO"),
+    ("--out", str | None, "new or empty directory; by default SOURCE-TO"),
     (
         "--dtype",
         str | None,
-        "gguf only: numbers of the matrices, f32, f16, bf16 or q8_0; not given, f16",
+        "gguf only: numbers of the matrices, f32, f16, bf16 or q8_0; by default f16",
     ),
 )
 

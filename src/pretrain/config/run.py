@@ -166,7 +166,7 @@ class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logging."""
 
     out: str = setting("", resumable=True)
-    """Directory of the run; repeating the command resumes it. Not given, runs/FAMILY-SIZE-FINGERPRINT."""
+    """Directory of the run; repeating the command resumes it. By default runs/FAMILY-SIZE-FINGERPRINT."""
     limit: str = setting("auto", resumable=True, unit="steps")
     """When to stop: "500 steps" or 500, "1e9 tokens", "3 epochs" or "10 minutes"; auto is one epoch, or as many as give
     500 steps, at most ten."""

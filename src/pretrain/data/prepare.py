@@ -97,8 +97,8 @@ def prepare(
         keep_duplicates: keep documents that occur again, to measure a loss on all of the text.
         source: what the sources hold: ``"text"`` or ``"images"``, of which there is one source: what ``data.source:
             images`` reads. Not given: images if it is an archive or arrays of them, or a folder of them without text.
-        size: of images: height and width that all are scaled to; not given, they keep their own.
-        channels: of images: 3 for RGB, 1 for grey; not given, those of each.
+        size: of images: height and width that all are scaled to; by default they keep their own.
+        channels: of images: 3 for RGB, 1 for grey; by default those of each.
 
     Returns:
         ``Prepared``, or ``PreparedImages``. Only ``out``, ``size``, ``channels``, ``cache_dir`` and ``quiet`` are for

@@ -36,9 +36,9 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
     ("--nodes", int, "hosts", ...),
     ("--gpus_per_node", int, "GPUs of a host; 0 is one process on its CPU", 8),
     ("--time", str, "time limit: 24:00:00, or 2-00:00:00 for days", "24:00:00"),
-    ("--partition", str | None, "partition, or several: a,b; not given, that of the site"),
-    ("--account", str | None, "account to charge; not given, that of the site"),
-    ("--job_name", str | None, "name of the job; not given, that of the config"),
+    ("--partition", str | None, "partition, or several: a,b; by default that of the site"),
+    ("--account", str | None, "account to charge; by default that of the site"),
+    ("--job_name", str | None, "name of the job; by default that of the config"),
     (
         "--grace",
         int,
@@ -46,7 +46,7 @@ OPTIONS: tuple[tuple[Any, ...], ...] = (
         300,
     ),
     ("--restarts", int, "number of restarts of all processes after a failure", 3),
-    ("--out", str | None, "file to write; not given, it is printed"),
+    ("--out", str | None, "file to write; by default it is printed"),
 )
 
 

@@ -53,12 +53,12 @@ _DOCUMENT = (
 _RELEVANCE = (
     Role("query", ("query-id", "query_id", "qid", "query"), help="the name of a query"),
     Role("document", ("corpus-id", "corpus_id", "docid", "document_id", "document"), help="the name of a document"),
-    Role("relevance", ("score", "relevance", "label"), False, "0 or more; not given, 1"),
+    Role("relevance", ("score", "relevance", "label"), False, "0 or more; by default 1"),
 )  # fmt: skip
 _FOUND = (
     Role("query", ("query", "question", "anchor", "sentence1"), help="a query"),
     Role("document", ("document", "passage", "answer", "positive", "context", "text"), help="a text that answers it"),
-    Role("relevance", ("relevance",), False, "0 or more; not given, 1"),
+    Role("relevance", ("relevance",), False, "0 or more; by default 1"),
 )  # fmt: skip
 
 

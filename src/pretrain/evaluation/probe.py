@@ -87,20 +87,20 @@ def probe(
     Args:
         checkpoint: a run, a checkpoint, any Hugging Face directory of a known family, or a ``Model``.
         data: labelled rows, images or texts, as for ``pretrain.finetune``; its parts ``val`` and ``test`` are used.
-        test: held-out rows: a source, or a share of the rows, stratified by class; not given, a fifth.
+        test: held-out rows: a source, or a share of the rows, stratified by class; by default a fifth.
         valid: rows on which the linear probe chooses C, the inverse strength of the penalty: a source or a share; not
             given, a tenth. With ``shots`` C is 1, so that no other labels are read.
         method: ``linear``, logistic regression on features of mean 0 and variance 1; ``knn``, the most frequent class
             of the ``k`` rows with the largest cosines; ``means``, the class whose mean is nearest by the cosine.
-        shots: labelled rows of each class, drawn ``draws`` times; not given, all of them.
-        ways: classes of a draw; not given, all of them. The test rows of a draw are those of its classes.
+        shots: labelled rows of each class, drawn ``draws`` times; by default all of them.
+        ways: classes of a draw; by default all of them. The test rows of a draw are those of its classes.
         draws: number of draws of ``shots`` or ``ways``.
         k: neighbours that vote.
         columns: role -> column, ``image`` or ``text``, and ``label``; by default recognised by name.
         **keywords: the same by role, as for ``pretrain.finetune``: ``text="review"``; and its options that say how rows
             are read: ``labels``, ``label_separator`` and ``label_form``, those of the format of a file, and ``group``,
             which holds for ``valid`` as a share: test rows of other groups are to be given. ``columns`` takes them too.
-        pooling: of images ``mean`` over the patches, or ``first``, the class token; not given, what the classifier of
+        pooling: of images ``mean`` over the patches, or ``first``, the class token; by default what the classifier of
             the model reads, of dinov2 the class token alone. Of texts see ``embed``.
         batch_rows: rows in one forward pass.
         seed: of the shares that are held out, and of the draws.

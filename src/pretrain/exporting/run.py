@@ -35,7 +35,7 @@ def export(
         source: a run, a model directory, or a model. The adapter of a directory is merged into its base.
         to: ``hf``, a Hugging Face directory; ``gguf``, a file for llama.cpp; ``onnx``, a graph for onnxruntime with
             configuration and tokenizer beside it; ``sentence-transformers``, the body with its pooling.
-        out: a new or empty directory; not given, the name of the source with ``-TO``.
+        out: a new or empty directory; by default the name of the source with ``-TO``.
         dtype: of the matrices in a GGUF file: ``f32``, ``f16`` (the default), ``bf16`` or ``q8_0``.
 
     Returns:

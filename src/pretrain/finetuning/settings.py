@@ -48,15 +48,15 @@ class TuneData:
     format: str | None = None
     """Format of a file whose name does not show it: csv, tsv, jsonl, json, parquet, conll, conllu."""
     delimiter: str | None = None
-    """Delimiter of the cells of a .csv or .tsv file, e.g. ";"; not given, a comma or a tab."""
+    """Delimiter of the cells of a .csv or .tsv file, e.g. ";"; by default a comma or a tab."""
     quoting: bool | None = None
-    """Whether double quotes enclose cells of a .csv or .tsv file; not given, it is detected."""
+    """Whether double quotes enclose cells of a .csv or .tsv file; by default it is detected."""
     encoding: str | None = None
-    """Encoding of text files, e.g. cp1252; not given, that of a byte order mark, else UTF-8."""
+    """Encoding of text files, e.g. cp1252; by default that of a byte order mark, else UTF-8."""
     group: str | None = None
     """Column of groups, such as patient, author or template; a group stays whole when validation rows are split off."""
     max_length: int | None = setting(None, 3, 1 << 20)
-    """Maximum tokens of an example; not given, the model's positions."""
+    """Maximum tokens of an example; by default the model's positions."""
     max_cut: float = setting(0.01, 0.0, 1.0)
     """Share of the rows that may be truncated to max_length; more is an error."""
 
@@ -103,7 +103,7 @@ class TuneMethod:
     lora: int = setting(0, 0, 1 << 16)
     """Rank of a LoRA adapter; 0 trains the weights themselves."""
     alpha: float | None = setting(None, 1e-9, 1e9)
-    """The adapter is scaled by alpha / rank; not given, alpha is twice the rank."""
+    """The adapter is scaled by alpha / rank; by default alpha is twice the rank."""
     lora_dropout: float = setting(0.0, 0.0, 0.99)
     """Dropout on the input of the adapter."""
     dora: bool = False
@@ -126,7 +126,7 @@ class TuneOptim(OptimConfig):
     lr: float | str = "auto"  # type: ignore[assignment]
     """Peak learning rate; "auto" derives it from the model's width and depth, "sweep" tries a grid in short runs."""
     lrs: list[float] = field(default_factory=list)
-    """Learning rates of the sweep, and of both arms of a comparison; not given, 1/3, 1 and 3 times the automatic
+    """Learning rates of the sweep, and of both arms of a comparison; by default 1/3, 1 and 3 times the automatic
     one, in a comparison 1 and 3 times. The rate of Muon, muon_lr, changes in proportion."""
     muon_lr: float = setting(0.002, 0.0, 100.0)
     betas: tuple[float, float] = setting((0.9, 0.999), 0.0, 1.0 - 1e-9)
@@ -152,7 +152,7 @@ class TuneTrain(TrainConfig):
     """Length of the run, batches, evaluation and logging."""
 
     out: str = setting("", resumable=True)
-    """Directory of the run; repeating the command resumes it. Not given, runs/TASK-FINGERPRINT."""
+    """Directory of the run; repeating the command resumes it. By default runs/TASK-FINGERPRINT."""
     epochs: float = setting(0.0, 0.0, 1e6, resumable=True)
     """Passes over the training rows; 0 is three, or more if that is fewer than 500 steps (at most twenty
     passes or 100 steps, whichever is more)."""
@@ -167,7 +167,7 @@ class TuneTrain(TrainConfig):
     """Evaluations without improvement before stopping; 0 disables early stopping. The best evaluation is restored
     in any case."""
     monitor: str = ""
-    """Metric that selects the best evaluation; not given, that of the task. Ties are resolved by the lower loss.
+    """Metric that selects the best evaluation; by default that of the task. Ties are resolved by the lower loss.
     The last evaluation counts as the best unless an earlier one is better by more than chance."""
     seed: int = setting(0, 0, (1 << 63) - 1)
     """Seed of the new head, the split, the data order and dropout."""

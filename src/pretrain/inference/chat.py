@@ -37,7 +37,7 @@ def chat(
         model: a causal model; the chat template of its tokenizer renders the conversation.
         messages: a text, or ``{"role", "content"}`` messages, the last one the user's.
         tools: descriptions of functions, for a template that renders them.
-        max_new_tokens: maximum tokens of the answer; not given, that of generation_config.json, or 128.
+        max_new_tokens: maximum tokens of the answer; by default that of generation_config.json, or 128.
         stream: return the pieces of the answer as they are made.
         **options: see ``pretrain.inference.generate.generate``.
 

@@ -36,7 +36,7 @@ def image_vectors(
     Args:
         model: a model of images, or of images and texts.
         images: what its image processor reads, or ``Stored`` images.
-        pooling: ``mean`` over the patches, ``first`` (the class token); not given, what the classifier reads, of
+        pooling: ``mean`` over the patches, ``first`` (the class token); by default what the classifier reads, of
             dinov2 the class token alone.
         batch_rows: images in one forward pass.
 

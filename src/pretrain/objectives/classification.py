@@ -92,7 +92,7 @@ class Classification(ClassTask):
         class_weights, label_smoothing: see ``ClassTask``.
         threshold: probability above which a class is predicted, for multi-label problems.
         codes: class number of every spelling of a label in the column; by default the labels themselves.
-        label_separator: separator between several labels in one text cell, "" for none; not given, as detected.
+        label_separator: separator between several labels in one text cell, "" for none; by default as detected.
         label_form: what zeros and ones in lists are: ``"vectors"`` with a place for each class, or class ``"numbers"``;
             not given, as found in the training rows.
         max_length, pack: see ``Task``.

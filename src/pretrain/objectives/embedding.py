@@ -53,7 +53,7 @@ class Embedding(Task):
 
     Args:
         model: any model with a tokenizer.
-        pooling: as in ``model.embed``; not given, that of the model's directory, else ``mean``.
+        pooling: as in ``model.embed``; by default that of the model's directory, else ``mean``.
         normalize: whether the vectors that the model returns have unit length (those in the loss always do); not
             given, as in the model's directory, else False. Saved with the pooling for sentence-transformers.
         scale: factor on cosine similarities before the softmax; the inverse of a temperature.

@@ -46,7 +46,7 @@ class ImageClassification(ImageTask, Classification):
             target with the other's; 0 for none.
         cutmix: the same for a box of the image that is replaced by that of another one; 0 for none.
         pooling: what the classifier of a ViT reads: ``first``, the class token, or the ``mean`` of the patches, as in
-            the fine-tuning of MAE; not given, as the config of the model says. It is recorded there.
+            the fine-tuning of MAE; by default as the config of the model says. It is recorded there.
         problem, class_weights, label_smoothing, threshold, codes, label_separator, label_form: see
             ``Classification``.
         max_length: of texts only; None.

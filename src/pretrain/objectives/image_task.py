@@ -42,7 +42,7 @@ class ImageTask(Task):
     Class attributes:
         medium: what the files of the rows hold.
         vectors: function from tables to the vectors of a classical baseline, and the rows that can be read.
-        closed: sentence for the model card on classes that the model does not know; not given, the usual one.
+        closed: sentence for the model card on classes that the model does not know; by default the usual one.
 
     Attributes:
         augmentation: changes of training images, an ``Augmentation``, or those of another medium.

@@ -36,8 +36,8 @@ class MaskedImage(Objective):
 
     Args:
         model: a ViT-MAE model with its decoder, or an audio spectrogram transformer with one.
-        mask_ratio: share of the patches that are hidden; not given, that of the model's config, 0.75 in a new model.
-        norm_pixels: give the pixels of each target patch mean 0 and variance 1; not given, ``norm_pix_loss`` of the
+        mask_ratio: share of the patches that are hidden; by default that of the model's config, 0.75 in a new model.
+        norm_pixels: give the pixels of each target patch mean 0 and variance 1; by default ``norm_pix_loss`` of the
             model's config, which is true in a new model. Both are recorded in config.json.
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops. For rows of
             images, not for rows of pixel values or of audio.
