@@ -21,6 +21,7 @@ from contract import TEXT_FAMILIES
 from pretrain.checkpoint import inspect, latest, load, save_model, verify
 from pretrain.cli import main as cli
 from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, ModelError
+from pretrain.evaluation import evaluate
 from pretrain.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter, unload
 from pretrain.lora.layer import LoraLinear
 from pretrain.lora.peft_format import from_peft
@@ -382,6 +383,35 @@ def test_a_base_named_from_here_is_found_from_anywhere(
     same_state(load("../home/adapter", quiet=True), model)
     (tmp_path / "home").rename(tmp_path / "moved")
     same_state(load("../moved/adapter", quiet=True), model)
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_an_adapter_of_peft_is_used_with_what_its_base_has(tmp_path: Path, in_file: bool) -> None:
+    """Peft writes neither tokenizer nor generation settings; the merged model and evaluation have them too."""
+    base = tiny("llama", vocab_size=len(tokenizer()))
+    base.tokenizer = tokenizer()
+    rules = {"repetition_penalty": 1.7, "eos_token_id": [3, 5]}
+    base.generation_config = dict(rules)
+    save_model(base, tmp_path / "base")
+    if not in_file:  # as in older directories
+        (tmp_path / "base" / "manifest.json").unlink()
+        (tmp_path / "base" / "generation_config.json").unlink()
+        edit(tmp_path / "base" / "config.json", **rules)
+    save_adapter(
+        shake(apply_lora(load(tmp_path / "base", quiet=True), LoraConfig(r=2))), tmp_path / "a"
+    )
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "a" / name).unlink()
+    plain(tmp_path / "a")
+    model = load(tmp_path / "a", quiet=True)
+    save_model(merge(model), tmp_path / "whole")
+    for found in (model, load(tmp_path / "whole", quiet=True)):
+        assert rules.items() <= found.generation_config.items()
+        assert found.tokenizer is not None
+        assert found.tokenizer.fingerprint == tokenizer().fingerprint
+    assert load(tmp_path / "a", tokenizer=False, quiet=True).tokenizer is None
+    (tmp_path / "text.txt").write_text("the red cat sat on the mat " * 9)
+    assert evaluate(tmp_path / "a", tmp_path / "text.txt")["loss"] > 0
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -75,8 +75,13 @@ def open_adapter(
     base: Model | str | Path | None,
     verify: bool,
     quiet: bool,
-) -> Model:
-    """Load the base and attach the adapter; see ``pretrain.checkpoint.load``."""
+) -> tuple[Model, ModelDirectory | None]:
+    """Load the base and attach the adapter; see ``pretrain.checkpoint.load``.
+
+    Returns:
+        The model, and the directory of its base, from which comes what the directory of the adapter lacks; None if the
+        base is a model in memory, whose settings and tokenizer it has.
+    """
     path = directory.path
     settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
     tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
@@ -111,8 +116,10 @@ def open_adapter(
         source, report = earlier or (source, report)
         changed = earlier is None
     model.source = source.name
-    model.generation_config = dict(source.generation_config)
-    model.tokenizer, model.sentences = source.tokenizer, source.sentences
+    if source.directory is None:
+        model.generation_config = dict(source.generation_config)
+        model.tokenizer = source.tokenizer
+    model.sentences = source.sentences
     block = model.extra_config.get("pretrain") or {}
     model.extra_config["pretrain"] = {**terms(source.name or ""), **block}
     if changed:
@@ -128,7 +135,7 @@ def open_adapter(
     unused = attach_stored(model, settings, tensors, path / ADAPTER_WEIGHTS, strict=head is None)
     if not quiet:
         note(_line(model, source, len(tensors), report, unused))
-    return model
+    return model, source.directory
 
 
 def _trained_on(
@@ -157,6 +164,7 @@ class _Base:
 
     def __init__(self, base: Model | str | Path, *, verify: bool) -> None:
         self._model: Any = None
+        self.directory: ModelDirectory | None = None
         self.generation_config: dict[str, Any] = {}
         self.tokenizer: Any = None
         if not isinstance(base, str | Path):
@@ -173,27 +181,27 @@ class _Base:
         with reading(base):
             if (best := resolve_model_directory(path)) != path:
                 path, self.name = best, str(Path(base) / best.name)
-            self._directory = ModelDirectory(path, verify=verify)
-            if self._directory.is_adapter:
+            self.directory = ModelDirectory(path, verify=verify)
+            if self.directory.is_adapter:
                 raise CheckpointError(
                     f"{base}, named as the base of an adapter, is an adapter itself. Merge it and save the model first."
                 )
-            if not self._directory.has("config.json"):
+            if not self.directory.has("config.json"):
                 raise CheckpointError(
                     f"{base}, the base of the adapter, has no config.json, so it is no Hugging Face model directory."
                 )
-            self.config = self._directory.json("config.json")
-            self.sentences = SentenceSettings.read(self._directory)
+            self.config = self.directory.json("config.json")
+            self.sentences = SentenceSettings.read(self.directory)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the weights by their names on disk."""
-        if self._model is not None:
+        if self.directory is None:
             found: Mapping[str, Tensor] = self._model.disk_view()
             return found
-        with reading(self._directory.path):
-            names = self._directory.weight_files()
-            tensors = read_weights(self._directory, names)
-            verify_rest(self._directory, names)
+        with reading(self.directory.path):
+            names = self.directory.weight_files()
+            tensors = read_weights(self.directory, names)
+            verify_rest(self.directory, names)
         return tensors
 
 

@@ -127,10 +127,14 @@ def _load(
     if directory.is_adapter:
         if directory.manifest is None:
             _refuse_incomplete(path, directory.model_config(), verify)
-        model = checkpoint.adapter_files.open_adapter(
+        model, beneath = checkpoint.adapter_files.open_adapter(
             directory, head=head, base=base, verify=verify, quiet=quiet
         )
+        if beneath is not None:
+            _open_generation(model, beneath)
         _open_rest(model, directory, tokenizer=tokenizer)
+        if beneath is not None and tokenizer and model.processor is None:  # peft writes none
+            _open_processor(model, beneath)
         verify_rest(directory, {ADAPTER_WEIGHTS: None})
         model.files_hash = directory.weights_hash([ADAPTER_WEIGHTS])
         return model.eval()
@@ -183,14 +187,23 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
     """Read the generation and sentence-embedding settings, the tokenizer, and the card of another's model."""
     if not directory.model_config().get("pretrain"):
         model.card = directory.card()
+    _open_generation(model, directory)
+    model.sentences = SentenceSettings.read(directory) or model.sentences
+    if tokenizer:
+        _open_processor(model, directory)
+
+
+def _open_generation(model: Model, directory: ModelDirectory) -> None:
     if directory.intact("generation_config.json"):
         model.generation_config = drop_code(directory.json("generation_config.json"))
-    model.sentences = SentenceSettings.read(directory) or model.sentences
-    if tokenizer and model.backbone.processor_class is not None:
-        processor = model.backbone.processor_class.from_directory(directory.path)
-        model.processor = model.processor if processor is None else processor
-    elif tokenizer:
+
+
+def _open_processor(model: Model, directory: ModelDirectory) -> None:
+    if model.backbone.processor_class is None:
         _open_tokenizer(model, directory)
+        return
+    processor = model.backbone.processor_class.from_directory(directory.path)
+    model.processor = model.processor if processor is None else processor
 
 
 def _refuse_incomplete(path: Path, config: Mapping[str, Any], verify: bool) -> None:

@@ -758,8 +758,6 @@ def _held_out(
             raise ConfigError(f"{spelt} {role}, and {data} holds prepared text. Leave it out.")
         prepared, rows = opened, opened.valid
     else:
-        if model.tokenizer is None:
-            raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
         prepared = _read_as_training(path, run_dir, data, model, reading)
         rows = prepared.train
     remedy = "Prepare them with that one: pretrain prepare ... --tokenizer "
@@ -771,6 +769,8 @@ def _read_as_training(
     path: Path, run_dir: Path | None, data: Any, model: Model, reading: Mapping[str, str]
 ) -> Prepared:
     """Return all of a text as training rows, read as ``reading`` says and else as the text of the run was."""
+    if model.tokenizer is None:
+        raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
     before = _reading_of(run_dir, model)
     text, encoding = reading.get("text", "text"), reading.get("encoding")
     separator = reading.get("separator", before.get("separator"))
@@ -798,7 +798,7 @@ def _read_as_training(
     prepared: Prepared = prepare(
         sources if weights is None else dict(zip(sources, weights, strict=True)),
         source="text",
-        tokenizer=str(resolve_model_directory(_local_directory(path))),
+        tokenizer=model.tokenizer,
         row_length=min(before["row_length"], model.backbone.max_length or 1 << 20),
         valid=0.0,
         quiet=True,
