@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import tiny
 from pretrain.errors import DataError, ModelError
 from pretrain.models import build
+from pretrain.models.base import Model
+from pretrain.objectives.classification import Classification
 from pretrain.objectives.tasks import _PACKED_TOKENS, balanced, pack_examples
 
 LENGTHS = st.lists(st.integers(1, 700), min_size=1, max_size=24)
@@ -120,3 +122,34 @@ def test_a_task_says_what_its_model_lacks() -> None:
     model.tokenizer = None
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         Classification(model)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_pad_that_ends_a_text_is_passed_over(earlier: bool) -> None:
+    """As in transformers, in rows of any form; models that earlier versions trained read it, and go on with that."""
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 32, "pad_id": 3}
+    vocab, kind = len(tiny.tokenizer()), "sequence-classification"
+    made = build("llama", head=kind, labels=("a", "b"), vocab_size=vocab, **sizes)
+    config = made.hf_config()
+    record: dict[str, Any] = {"name": "Classification", "task": "classification"}
+    record |= {} if earlier else {"skips_padding": True}
+    model = Model.from_hf_config({**config, "pretrain": {"objective": record}}).materialize().eval()
+    model.tokenizer = tiny.tokenizer()
+    task = Classification(model)
+    texts = [[7, 8, 3, 3], [9, 3, 10], [3, 3]]
+    batch = task.pack_batch([{"input_ids": np.array(ids)} for ids in texts], pooled=True)
+    found = (batch["keep_index"] - batch["first_index"]).tolist()
+    assert found == ([3, 2, 1] if earlier else [1, 2, 0])
+    assert ("skips_padding" in task.describe()) is not earlier
+    with torch.no_grad():
+        packed = model(batch)
+        for ids, scores in zip(texts, packed, strict=True):
+            row = torch.tensor([ids])
+            for masked in ({}, {"attention_mask": torch.ones_like(row)}):
+                if masked or not earlier:
+                    torch.testing.assert_close(model({"input_ids": row, **masked})[0], scores)
+    other = Model.from_hf_config(config).materialize()
+    other.tokenizer = tiny.tokenizer()
+    again = Classification(other)
+    again.continue_from(record)
+    assert again.model.head.reads_padding is earlier

@@ -201,7 +201,7 @@ def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
 
         old = head.classifier
         head.classifier = nn.Linear(old.in_features, len(labels), bias=old.bias is not None)
-        head.unit = 1.0  # of a regression that the model was trained for
+        head.unit, head.reads_padding = 1.0, False  # as another task has trained them
         new = {name for name, _ in model.named_parameters() if name.startswith("head.classifier.")}
         model.init_weights(0, new)
         model.fresh = model.fresh | new

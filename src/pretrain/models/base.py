@@ -26,7 +26,7 @@ from pretrain.models.config import (
     ConfigReader,
     drop_code,
 )
-from pretrain.models.heads import HEAD_KINDS, LABELLED, kind_named_by, labels_named_by
+from pretrain.models.heads import HEAD_KINDS, LABELLED, SequenceHead, kind_named_by, labels_named_by
 from pretrain.models.names import LoadReport, Name
 from pretrain.models.sentences import SentenceSettings
 from pretrain.nn.buffers import parameters_on_meta
@@ -248,6 +248,10 @@ class Model(ModelMethods, nn.Module):
         labels = labels_named_by(config) if kind in LABELLED else None
         model = cls.build(backbone_class, settings, head=kind, labels=labels)
         model.extra_config = reader.rest()
+        block = model.extra_config.get("pretrain")
+        trained = block.get("objective") if isinstance(block, Mapping) else None
+        if isinstance(model.head, SequenceHead) and isinstance(trained, Mapping):
+            model.head.reads_padding = "task" in trained and "skips_padding" not in trained
         model.remarks = tuple(reader.remarks)
         named = config.get("architectures") or [backbone_class.architectures.get(kind)]
         if head is None and kind is None and named != [backbone_class.architectures.get(None)]:

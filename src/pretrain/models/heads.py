@@ -178,9 +178,10 @@ class SequenceHead(nn.Module):
         bias: whether the classifier has a bias.
         dropout: dropout before the classifier.
         dropout_first: apply dropout before the transform as well (RoBERTa).
-        pad_id: identifies padding for ``last`` if the batch has no ``attention_mask``.
+        pad_id: the id of padding, which ``last`` passes over, also where it is a token of the text, as in transformers.
 
     Attributes:
+        reads_padding: ``last`` is the last token of a text, whatever its id: so earlier versions trained their models.
         unit: what a score of 1 in memory stands for, a power of two; see ``set_unit``.
     """
 
@@ -202,6 +203,7 @@ class SequenceHead(nn.Module):
         self.transform = transform
         self.classifier = nn.Linear(hidden_size, num_labels, bias=bias)
         self.unit = 1.0
+        self.reads_padding = False
 
     @torch.no_grad()
     def set_unit(self, size: float, *, rescale: bool) -> None:
@@ -266,8 +268,9 @@ class SequenceHead(nn.Module):
                 return hidden.mean(1)
             weight = real.to(hidden.dtype).unsqueeze(-1)
             return (hidden * weight).sum(1) / weight.sum(1)
-        if real is None and self.pad_id is not None:
-            real = batch["input_ids"] != self.pad_id
+        if self.pad_id is not None and (real is None or not self.reads_padding):
+            text = batch["input_ids"] != self.pad_id
+            real = text if real is None else real.bool() & text
         if real is None:
             return hidden[:, -1]
         columns = torch.arange(hidden.shape[1], device=hidden.device)

@@ -152,6 +152,12 @@ def pack_examples(
     return batch | {"first_index": torch.from_numpy(first), "last_index": torch.from_numpy(last)}
 
 
+def _last_of_text(examples: ExampleList, pad_id: int) -> torch.Tensor:
+    """Return the place in each example, (N,), of its last token that is no padding; 0 if there is none."""
+    real = [np.flatnonzero(np.asarray(example["input_ids"]) != pad_id) for example in examples]
+    return torch.tensor([int(places[-1]) if len(places) else 0 for places in real])
+
+
 def empty_texts(table: Table, columns: Sequence[str], i: int) -> list[str]:
     """Return those of ``columns`` in which row ``i`` has no text, or only white space.
 
@@ -331,7 +337,16 @@ class Task(Objective):
         """Return the name of the task, and those of its options that its model depends on."""
         names = (*["max_length"] * bool(self.max_length), *self.recorded)
         options = {name: getattr(self, name) for name in names}
+        head: Any = self.model.head
+        if getattr(head, "pool", "") == "last" and not head.reads_padding:
+            options["skips_padding"] = True
         return super().describe() | {"task": self.name} | options
+
+    def continue_from(self, record: Mapping[str, Any]) -> None:
+        """Read the token of each text that the run has trained on so far; see ``SequenceHead.reads_padding``."""
+        head: Any = self.model.head
+        if getattr(head, "pool", "") == "last":
+            head.reads_padding = "skips_padding" not in record
 
     def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
         """Compare ``codes``, the class of every spelling of a label, in the spellings that both have.
@@ -583,7 +598,10 @@ class Task(Objective):
                 holds its position, and the last block computes no others.
         """
         batch = pack_examples(examples, token_keys=token_keys, pad_id=self.pad_id, pack=self.pack)
-        pool = getattr(self.model.head, "pool", "")
+        head: Any = self.model.head
+        pool = getattr(head, "pool", "")
+        if pool == "last" and not head.reads_padding and head.pad_id is not None:
+            batch["last_index"] = batch["first_index"] + _last_of_text(examples, head.pad_id)
         if pooled and pool in ("first", "last"):
             batch["keep_index"] = batch[f"{pool}_index"]
         return batch
