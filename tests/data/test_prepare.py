@@ -154,6 +154,21 @@ def test_last_tenth_of_one_text(tmp_path: Path) -> None:
     assert "one document only" in " ".join(data.manifest["notes"])
 
 
+def test_special_tokens_that_are_typed_are_told(tmp_path: Path) -> None:
+    stories, mark = [f"the red cat sat on mat {i}\n" * 9 for i in range(20)], "<|endoftext|>"
+    (tmp_path / "a.txt").write_text(mark.join(stories))
+    data = pretrain.prepare(tmp_path / "a.txt", tmp_path / "1", vocab_size=300, row_length=32)
+    found = [note for note in data.manifest["notes"] if "typed" in note]
+    assert len(found) == 1 and "1 of 1 documents" in found[0] and f"separator='{mark}'" in found[0]
+    options = {"vocab_size": 300, "row_length": 32, "separator": mark}
+    data = pretrain.prepare(tmp_path / "a.txt", tmp_path / "2", **options)
+    assert "typed" not in " ".join(data.manifest["notes"])
+    rows = [{"text": story + "<eos>" * (i < 3)} for i, story in enumerate(stories)]
+    data = pretrain.prepare(rows, tmp_path / "3", tokenizer=data.tokenizer, row_length=32)
+    assert any("'<eos>' is typed into 3 of 20 documents" in note for note in data.manifest["notes"])
+    assert "separator" not in " ".join(data.manifest["notes"])
+
+
 def test_last_part_of_many_documents(tmp_path: Path) -> None:
     texts = [paragraph(k) for k in range(40)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from pretrain.data.tables import read_table
 from pretrain.errors import DataError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives.classification import Classification
+from pretrain.objectives.language_modelling import LanguageModelling
 from pretrain.objectives.tasks import _PACKED_TOKENS, balanced, pack_examples
 
 LENGTHS = st.lists(st.integers(1, 700), min_size=1, max_size=24)
@@ -111,8 +113,6 @@ def test_packed_is_unpacked_is_alone(family: str, pool: str, few: bool) -> None:
 
 
 def test_a_task_says_what_its_model_lacks() -> None:
-    from pretrain.objectives.classification import Classification
-
     with pytest.raises(ModelError, match="head"):
         Classification(tiny.objective("MaskedLM").model)
     model = model_of("bert")
@@ -153,3 +153,20 @@ def test_a_pad_that_ends_a_text_is_passed_over(earlier: bool) -> None:
     again = Classification(other)
     again.continue_from(record)
     assert again.model.head.reads_padding is earlier
+
+
+def test_special_tokens_that_are_typed_are_remarked_on() -> None:
+    """A token of one or two characters, which pads in some directories, is none of them."""
+    table = read_table([{"text": "a red cat"}, {"text": "a [SEP] dog!"}, {"text": "[MASK]"}])
+    for kind, head in (
+        (Classification, "sequence-classification"),
+        (LanguageModelling, "causal-lm"),
+    ):
+        size = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 32}
+        labels = None if head == "causal-lm" else ("a", "b")
+        model = build("gpt2", head=head, labels=labels, tokenizer=tiny.tokenizer(), **size)
+        rows = kind(model).encode(table, targets=False)
+        assert [(places, "'[SEP]'" in text) for text, places in rows.remarks.items()] == [
+            ([1, 2], True)
+        ]
+        assert all(("task chat" in text) == (head == "causal-lm") for text in rows.remarks)

@@ -140,7 +140,7 @@ class ChatTemplate:
                 once=True,
             )
         chosen = source or tokenizer.chat_template or default_template(tokenizer)
-        specials = [name for name, i in tokenizer.vocab.items() if i in tokenizer.special_ids]
+        specials = tokenizer.special_names
         tokens = tokenizer.named_tokens
         made = cls(chosen, tokens, specials)
         if "tool_use" in named:

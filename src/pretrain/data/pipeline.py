@@ -27,7 +27,7 @@ from pretrain.data.manifests import read_sealed, write_sealed
 from pretrain.data.order import mix64
 from pretrain.data.packing import pack
 from pretrain.data.shards import SPLITS, token_dtype
-from pretrain.data.sources import PIECE_CHARS, Source, sized_pieces
+from pretrain.data.sources import PIECE_CHARS, Source, options_read, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.workers import encode_batches
 from pretrain.errors import DataError
@@ -151,6 +151,7 @@ def scan_sources(
     sample: Sample | None,
     progress: Progress,
     keep_duplicates: bool = False,
+    marks: Sequence[str] = (),
 ) -> Scan:
     """Read all sources once: find empty and duplicate documents, determine the split, draw the sample.
 
@@ -163,8 +164,11 @@ def scan_sources(
         sample: filled with text to train the tokenizer on; None if a tokenizer is given.
         progress: called with the number of bytes of each piece that is read.
         keep_duplicates: keep documents that occur again.
+        marks: special tokens; documents in which they are typed are counted in a note.
     """
     scan = Scan()
+    typed: Counter[str] = Counter()
+    inside: set[str] = set()
     digests, lengths = array("Q"), array("Q")
     blank = bytearray()
     for number, source in enumerate(sources):
@@ -182,16 +186,24 @@ def scan_sources(
                 sample.add(text, len(digests), length)
             length += len(text)
             empty = empty and (not text or text.isspace())
+            inside.update(mark for mark in marks if mark in text)
             scan.text_bytes += len(data)
             progress(len(data))
             if end:
                 digests.append(int.from_bytes(hasher.digest(), "little"))
                 lengths.append(length)
                 blank.append(empty)
+                typed.update(inside)
+                inside.clear()
                 hasher = hashlib.blake2b(digest_size=8)
                 length, empty = 0, True
         scan.ends.append(len(digests))
         scan.notes += source.notes
+    between = "separator" in options_read(sources)
+    for mark, count in typed.items():
+        cure = f"; if it stands between documents: {option('separator', mark)}" if between else ""
+        held = f"{count:,} of {len(digests):,} documents"
+        scan.notes.append(f"{mark!r} is typed into {held} and read as letters{cure}")
     scan.documents = len(digests)
     hashes = np.asarray(digests, dtype=np.uint64)
     _choose(

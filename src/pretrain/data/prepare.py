@@ -50,6 +50,8 @@ __all__ = ["Prepared", "prepare"]
 
 _IMAGES = "pretrain.data.images.prepare"  # which preparing text does not load
 _ARRAYS = (".npz", ".tar", "ubyte", "ubyte.gz")
+_END_OF_TEXT = "<|endoftext|>"  # stands between the documents of many published files
+_MARKS = 32  # special tokens that the text is searched for
 
 
 def prepare(
@@ -427,6 +429,7 @@ def _scan(work: Path, job: _Job) -> tuple[Scan, Tokenizer]:
         scan = scan_sources(
             job.sources, job.training, valid=job.valid, last=job.last, seed=job.options["seed"], sample=sample,
             progress=progress, keep_duplicates=job.options.get("keep_duplicates", False),
+            marks=sorted({_END_OF_TEXT, *(job.tokenizer.typed_names if job.tokenizer else ())})[:_MARKS],
         )  # fmt: skip
     if not (scan.states == 1).any():
         names = ", ".join(source.name for source in job.sources[: job.training])

@@ -224,6 +224,17 @@ class Tokenizer:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    @functools.cached_property
+    def special_names(self) -> tuple[str, ...]:
+        """The special tokens as they are spelt, in the order of their ids."""
+        found = (self.backend.id_to_token(index) for index in sorted(self.special_ids))
+        return tuple(name for name in found if name)
+
+    @property
+    def typed_names(self) -> tuple[str, ...]:
+        """The special tokens that a text hardly holds by chance: not ``!``, which pads in some directories."""
+        return tuple(name for name in self.special_names if len(name) > 2)
+
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Return the ids of many texts without frames; uses all cores."""
         with _encoding(texts, "the texts cannot be encoded"):

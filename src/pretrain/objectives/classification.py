@@ -73,7 +73,7 @@ def encode_texts(task: Task, table: Table) -> tuple[TaskRows, list[int]]:
         DataError: a value is not a string.
     """
     rows, columns = TaskRows(), ["text", "pair"] if "pair" in table.names else ["text"]
-    kept = read_texts(table, columns, rows)
+    kept = read_texts(table, columns, rows, task.tokenizer)
     texts = [[table.columns[name][i] for i in kept] for name in columns]
     encodings = task.encoder.texts(*texts) if kept else []
     for i, encoding in zip(kept, encodings, strict=True):

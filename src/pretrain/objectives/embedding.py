@@ -164,7 +164,7 @@ class Embedding(Task):
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows = TaskRows()
         parts = [p for p in _PARTS if p in table.names] if targets else ["anchor"]
-        kept = read_texts(table, parts, rows)
+        kept = read_texts(table, parts, rows, self.tokenizer)
         texts = {p: [self.sentences.cased(table.columns[p][i]) for i in kept] for p in parts}
         encoded = {part: self.encoder.texts(texts[part]) if kept else [] for part in parts}
         scores = _scores(table) if targets and "label" in table.names else None

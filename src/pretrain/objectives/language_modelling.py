@@ -100,7 +100,8 @@ class LanguageModelling(Task):
         its own loss.
         """
         rows = TaskRows()
-        kept = read_texts(table, ("text",), rows)
+        cure = "; the task chat writes them" if self.model.head_kind == "causal-lm" else ""
+        kept = read_texts(table, ("text",), rows, self.tokenizer, cure)
         # Special tokens that are typed into a text are encoded as plain text, as in data preparation.
         texts = [table.columns["text"][i] for i in kept]
         encoded = self.tokenizer.encode_batch(texts, special=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,8 +178,21 @@ def empty_texts(table: Table, columns: Sequence[str], i: int) -> list[str]:
     return [name for name in columns if not (table.columns[name][i] or "").strip()]
 
 
-def read_texts(table: Table, columns: Sequence[str], rows: TaskRows) -> list[int]:
+def read_texts(
+    table: Table,
+    columns: Sequence[str],
+    rows: TaskRows,
+    tokenizer: Tokenizer | None = None,
+    cure: str = "",
+) -> list[int]:
     """Return the indices of the rows that have a text in all ``columns``; the others are recorded in ``rows``.
+
+    Args:
+        table: columns named by role.
+        columns: roles of the texts.
+        rows: receives the rows that are left out and the remarks.
+        tokenizer: rows that have its special tokens typed into a text, which reads them as letters, are remarked on.
+        cure: what to do about that.
 
     Raises:
         DataError: a value is no string; the message names the row.
@@ -189,6 +203,18 @@ def read_texts(table: Table, columns: Sequence[str], rows: TaskRows) -> list[int
             rows.drop(i, "empty text")
         else:
             kept.append(i)
+    names = () if tokenizer is None else tokenizer.typed_names
+    if names:
+        typed = re.compile("|".join(map(re.escape, names)))
+        found = {
+            i: typed.search(" ".join(table.columns[name][i] for name in columns)) for i in kept
+        }
+        marked = {i: match[0] for i, match in found.items() if match is not None}
+        for i in marked:
+            example = next(iter(marked.values()))
+            rows.remark(
+                i, f"special tokens ({example!r}) are typed into the text and read as letters{cure}"
+            )
     return kept
 
 
