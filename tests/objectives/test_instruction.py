@@ -80,6 +80,25 @@ def test_targets_are_the_answers_and_their_ends() -> None:
     assert len(batch["target_index"]) == int(task.count(batch))
 
 
+@pytest.mark.parametrize(
+    ("said", "stops"),
+    [
+        ("{{ m.content }}<eos>", True),
+        ("{{ m.content }}\n", False),
+        ("{% generation %}{{ m.content }}<eos>{% endgeneration %}", True),
+        ("{% generation %}{{ m.content }}{% endgeneration %}<eos>", False),
+    ],
+)
+def test_a_template_from_which_no_end_is_learnt_is_told(said: str, stops: bool) -> None:
+    asked = "{% for m in messages %}{% if m.role == 'assistant' %}" + said
+    source = asked + "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    rows = Instruction(model(), chat_template=source).encode(table())
+    assert len(rows) == 8
+    assert [len(places) for text, places in rows.remarks.items() if "stop" in text] == [8] * (
+        not stops
+    )
+
+
 def test_end_is_learned_where_padding_is_the_same_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -259,6 +259,7 @@ class Instruction(Task, TokenObjective):
                 f"{option('long', long)}: it must be one of {', '.join(_LONG)}.{suggestion(long, _LONG)}"
             )
         self.template = store_chat_template(model, chat_template)
+        self.ends = sorted(set(model.end_ids()))
         self.drop_unanswered, self.long = drop_unanswered, long
         self.beyond, self.beyond_chosen = _LONG[long], long != "right"
         self._encoded: list[tuple[Table, TaskRows]] = []  # reused by ``trivial``
@@ -340,6 +341,19 @@ class Instruction(Task, TokenObjective):
             rows.drop(i, "no token to learn")
         for ids, labels in learned:
             rows.add(i, {"input_ids": ids, "labels": labels})
+        if (
+            learned
+            and i not in rows.cut
+            and not any(np.isin(ls, self.ends).any() for _, ls in learned)
+        ):
+            names = (
+                ", ".join(map(repr, map(self.tokenizer.backend.id_to_token, self.ends))) or "none"
+            )
+            rows.remark(
+                i,
+                f"the model does not learn to stop, because no token that ends an answer ({names}) is learnt; let the "
+                "chat template end the turns of the assistant with one, inside of its {% generation %} if it has that",
+            )
 
     def _fitting(
         self, rows: TaskRows, i: int, messages: list[Message], tools: list[Any] | None, where: str
