@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,33 @@ def test_the_older_layout_is_refused_by_name(tmp_path: Path) -> None:
         (
             {
                 "modules": [
+                    {"type": "custom_st.Transformer", "path": ""},
+                    {"type": MODULE + "Pooling", "path": "1_Pooling"},
+                ]
+            },
+            r"custom_st\.Transformer",
+        ),
+        (
+            {"sentence_bert_config": {"tokenizer_args": {"truncation_side": "left"}}},
+            "truncation_side='left'",
+        ),
+        ({"sentence_bert_config": {"processor_kwargs": {"add_eos_token": True}}}, "add_eos_token"),
+        ({"sentence_bert_config": {"config_args": {"rope_theta": 9.0}}}, "rope_theta"),
+        (
+            {"sentence_xlnet_config": {"transformer_task": "fill-mask"}},
+            "transformer_task='fill-mask'",
+        ),
+        (
+            {"sentence_bert_config": {"processing_kwargs": {"text": {"max_length": 4}}}},
+            "processing_kwargs",
+        ),
+        (
+            {"sentence_bert_config": {"modality_config": {"message": {"method": "forward"}}}},
+            "modality_config",
+        ),
+        (
+            {
+                "modules": [
                     {"type": MODULE + "Transformer", "path": ""},
                     {"type": MODULE + "Pooling", "path": "../other"},
                 ]
@@ -238,7 +266,7 @@ def test_what_is_not_implemented_is_refused_by_name(
     model.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "modules.json").exists()
     said = capsys.readouterr().err
-    assert "left out of what is saved" in said and named in said
+    assert "left out of what is saved" in said and re.search(named, said)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -298,3 +326,35 @@ def test_sentence_transformers_has_the_same_vectors(more: list[str], tmp_path: P
         close(torch.from_numpy(theirs.encode(TEXTS)), model.embed(TEXTS))
         scaled = theirs.encode(TEXTS, normalize_embeddings=True)
         close(torch.from_numpy(scaled), model.embed(TEXTS, normalize=True))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"sentence_distilbert_config": {"max_seq_length": 5}},
+        {"sentence_xlm-roberta_config": {"max_seq_length": 5, "do_lower_case": True}},
+        {
+            "sentence_roberta_config": {"max_seq_length": 5},
+            "sentence_albert_config": {"max_seq_length": 7},
+        },
+        {"sentence_bert_config": {"max_seq_length": 9, "tokenizer_args": {"model_max_length": 5}}},
+        {
+            "sentence_bert_config": {
+                "max_seq_length": 5,
+                "tokenizer_args": {"use_fast": True},
+                "model_args": {"attn_implementation": "eager", "add_pooling_layer": False},
+                "config_args": {"trust_remote_code": True},
+            }
+        },
+    ],
+    ids=str,
+)
+def test_settings_of_the_transformer_are_read_under_every_name(
+    files: dict[str, Any], tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    folder = directory(
+        tmp_path / "m", pooling={"pooling_mode": "mean", "embedding_dimension": 16}, **files
+    )
+    theirs = library.SentenceTransformer(str(folder), device="cpu")
+    close(torch.from_numpy(theirs.encode(TEXTS)), load(folder, quiet=True).embed(TEXTS))

@@ -49,7 +49,7 @@ _SMALL = (
     *("config.json", "generation_config.json", INDEX, ADAPTER_CONFIG, ADAPTED_MODEL),
     *(*TOKENIZER_FILES, "added_tokens.json", "preprocessor_config.json"),
     "additional_chat_templates/*.jinja",
-    *("modules.json", "sentence_bert_config.json", "sentence_roberta_config.json"),
+    *("modules.json", "sentence_*_config.json"),
     *("config_sentence_transformers.json", "*_Pooling/config.json", "*_Normalize/config.json"),
 )
 

@@ -29,6 +29,39 @@ POOLINGS = {
 }
 _OTHER_NAMES = {"first": "cls", "last": "lasttoken", "mean_sqrt_len": "mean_sqrt_len_tokens"}
 _MODULE = "sentence_transformers.models."
+# sentence_NAME_config.json: the first file that there is counts.
+_TRANSFORMER_FILES = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "camembert",
+    "albert",
+    "xlm-roberta",
+    "xlnet",
+)
+# Settings of the module Transformer that change vectors -> values that leave them as they are. The arguments of older
+# files that follow are those of from_pretrained, of which the keys listed leave the vectors as they are.
+_FEATURES = {"method": "forward", "method_output_name": "last_hidden_state"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction",),
+    "module_output_name": ("token_embeddings",),
+    "processing_kwargs": ({},),
+}
+_LOADING = {"trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "use_cache"}
+_PLACING = {"attn_implementation", "dtype", "torch_dtype", "device_map", "low_cpu_mem_usage"}
+_ARGUMENTS = {
+    "tokenizer_args": {
+        "use_fast",
+        "padding_side",
+        "clean_up_tokenization_spaces",
+        "model_max_length",
+    },
+    "model_args": {*_PLACING, "use_safetensors", "add_pooling_layer"},
+    "config_args": _PLACING,
+}
+_RENAMED = {"tokenizer_args": "processor_kwargs"} | {
+    f"{name}_args": f"{name}_kwargs" for name in ("model", "config")
+}
 
 
 def pooling_named(value: Any) -> tuple[str, ...]:
@@ -178,9 +211,9 @@ class SentenceSettings:
         names = [name for name, _ in chain]
         if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
             missing.append(f"the modules {', '.join(names) or 'none'}")
-        transformer = (
-            read("sentence_bert_config.json") or read("sentence_roberta_config.json") or {}
-        )
+        files = (f"sentence_{name}_config.json" for name in _TRANSFORMER_FILES)
+        transformer = next(filter(None, map(read, files)), {})
+        missing += _unread(transformer)
         path = next((path for name, path in chain if name == "Pooling"), "")
         pooling = read(f"{path}/config.json") if path else {}
         if pooling is None:
@@ -199,6 +232,7 @@ class SentenceSettings:
             missing.append(f"the truncate_dim {cut!r}")
             del config["truncate_dim"]
         length = transformer.get("max_seq_length")
+        length = _arguments(transformer, "tokenizer_args").get("model_max_length", length)
         return cls(
             modes,
             (pooling or {}).get("include_prompt") is not False,
@@ -242,8 +276,30 @@ class SentenceSettings:
 
 def _module(item: Mapping[str, Any], missing: list[str]) -> tuple[str, str]:
     """Return class and folder of an entry of modules.json; only plain subfolders are accepted."""
-    name, path = str(item.get("type")).rpartition(".")[2], item.get("path")
+    name, path = str(item.get("type")), item.get("path")
+    if name.startswith(
+        "sentence_transformers."
+    ):  # a class of the same name elsewhere computes something else
+        name = name.rpartition(".")[2]
     plain = isinstance(path, str) and path.replace("_", "").replace("-", "").isalnum()
     if name == "Pooling" and not plain:
         missing.append(f"the folder {path!r} of {name}")
     return name, path if isinstance(path, str) and plain else ""
+
+
+def _arguments(transformer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the arguments under a key of the settings of Transformer, which has another name in newer files."""
+    found = transformer.get(name) or transformer.get(_RENAMED[name])
+    return found if isinstance(found, Mapping) else {}
+
+
+def _unread(transformer: Mapping[str, Any]) -> list[str]:
+    """Return the settings of the module Transformer that are not implemented and change the vectors."""
+    found = {k: transformer[k] for k in _NEUTRAL if transformer.get(k) not in (None, *_NEUTRAL[k])}
+    for name, neutral in _ARGUMENTS.items():
+        given = _arguments(transformer, name)
+        found |= {key: given[key] for key in given.keys() - neutral - _LOADING}
+    modes = transformer.get("modality_config")
+    if isinstance(modes, Mapping) and modes.get("text") != _FEATURES:
+        found["modality_config"] = modes
+    return [f"the setting {key}={value!r} of Transformer" for key, value in sorted(found.items())]
