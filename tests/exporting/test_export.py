@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from functools import cache
@@ -141,6 +142,18 @@ def test_sentence_transformers_gives_the_same_vectors(
 
     model = encoder()
     model.sentences = SentenceSettings((pooling,), normalize=normalize)
+    out = model.export("sentence-transformers", tmp_path / "out")
+    theirs = library.SentenceTransformer(str(out), device="cpu").encode(
+        TEXTS, convert_to_tensor=True
+    )
+    torch.testing.assert_close(theirs, model.embed(TEXTS), atol=1e-5, rtol=1e-5)
+
+
+def test_sentence_transformers_pads_a_decoder_without_padding(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    model = build("gpt2", None, tokenizer=copy.copy(tiny.tokenizer()), pad_id=None, **SIZES)
+    model.tokenizer.roles = {r: n for r, n in model.tokenizer.roles.items() if r != "pad"}
+    model.tokenizer.config = {k: v for k, v in model.tokenizer.config.items() if "pad" not in k}
     out = model.export("sentence-transformers", tmp_path / "out")
     theirs = library.SentenceTransformer(str(out), device="cpu").encode(
         TEXTS, convert_to_tensor=True

@@ -15,6 +15,8 @@ from finetuning.conftest import ANIMALS, model_of
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.finetuning.start import automatic_lr, freeze, starting_model
 from pretrain.objectives import task_class
+from pretrain.objectives.embedding import Embedding
+from pretrain.objectives.token_classification import TokenClassification
 
 TASK = task_class("classification")
 
@@ -99,6 +101,29 @@ def test_padding_is_a_token_that_the_tokenizer_states() -> None:
     found = starting_model(model, TASK, ANIMALS, quiet=True)
     assert found.backbone.config.pad_id == found.tokenizer.pad_id == found.tokenizer.eos_id
     assert found.tokenizer.stated_roles["pad"] == found.tokenizer.roles["eos"]
+
+
+@pytest.mark.parametrize("pad_id", [None, 2])
+@pytest.mark.parametrize("task", [Embedding, TokenClassification, TASK])
+def test_texts_are_padded_by_what_opens_the_saved_model(
+    task: Any, pad_id: int | None, tmp_path: Path
+) -> None:
+    """Also where neither its tokenizer nor its configuration says by what; a run that has begun goes on."""
+    transformers = pytest.importorskip("transformers")
+    model = model_of("gpt2", pad_id=pad_id)
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.roles = {r: name for r, name in tokenizer.roles.items() if r != "pad"}
+    tokenizer.config = {k: v for k, v in tokenizer.config.items() if "pad" not in k}
+    model.tokenizer, before = tokenizer, tokenizer.fingerprint
+    labels = None if task is Embedding else ANIMALS
+    found = starting_model(model, task, labels, quiet=True)
+    if task is TokenClassification:
+        found = task(found).model
+    found.save(tmp_path / "a")
+    pad = transformers.AutoTokenizer.from_pretrained(tmp_path / "a").pad_token_id
+    assert pad == (tokenizer.eos_id if pad_id is None else pad_id)
+    if task is Embedding:
+        assert found.tokenizer.fingerprint == before and tokenizer.padding is None
 
 
 def test_what_is_frozen_is_counted(checkpoint: str) -> None:

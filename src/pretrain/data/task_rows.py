@@ -236,7 +236,7 @@ def blanks_before_words(tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer
     changed = Tokenizer(backend, tokenizer.stated_roles, config)
     changed.chat_template = tokenizer.chat_template
-    changed.named_templates = tokenizer.named_templates
+    changed.named_templates, changed.padding = tokenizer.named_templates, tokenizer.padding
     return changed
 
 

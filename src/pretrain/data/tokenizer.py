@@ -7,6 +7,7 @@ for byte; WordPiece normalises whitespace and control characters, and optionally
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -122,6 +123,9 @@ class Tokenizer:
         self.special_ids = frozenset(
             [*special.values(), *(self.vocab[name] for name in self.roles.values())]
         )
+        self.padding: str | None = (
+            None  # pads in what is saved, where nothing states a token; not in the fingerprint
+        )
         self.kind = kind_of(backend)
         self._siblings: dict[tuple[Any, ...], tokenizers.Tokenizer] = {}
 
@@ -148,6 +152,8 @@ class Tokenizer:
         for role, name in self.stated_roles.items():
             if name not in [found.get(key) for key in ROLE_KEYS[role]]:
                 found[f"{role}_token"] = name
+        if self.padding is not None:
+            found.setdefault("pad_token", self.padding)
         if self.trained_here and "bos" in self.roles and "eos" in self.roles:
             found.setdefault("cls_token", self.roles["bos"])
             found.setdefault("sep_token", self.roles["eos"])
@@ -425,6 +431,18 @@ class Tokenizer:
         """SHA-256 over vocabulary, rules and roles."""
         text = self._stored().to_str() + json.dumps(self.roles, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def padded(self, *ids: int | None) -> Tokenizer:
+        """Return a copy that names a token for padding when it is saved, if no file names one.
+
+        It is the first of ``ids`` that is a special token; if none is, none is named.
+        """
+        made = copy.copy(self)
+        added = self.backend.get_added_tokens_decoder()
+        special = {index: token.content for index, token in added.items() if token.special}
+        found = [special[index] for index in ids if index in special]
+        made.padding = found[0] if found and "pad" not in self.stated_roles else None
+        return made
 
     def _stored(self) -> tokenizers.Tokenizer:
         """Return the backend as it is saved, with the padding and truncation of the file it was opened from."""

@@ -114,6 +114,8 @@ def _sentence_model(model: Model) -> Model:
         )
     body = Model(model.backbone, head_kind=None)
     body.processor, body.card = model.processor, model.card
+    if body.processor is body.tokenizer:
+        body.tokenizer = body.tokenizer.padded(model.backbone.config.pad_id, body.tokenizer.eos_id)
     body.extra_config = dict(model.extra_config)
     body.sentences = replace(settings, max_length=settings.max_length or model.backbone.max_length)
     return body

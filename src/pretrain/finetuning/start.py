@@ -81,7 +81,7 @@ def starting_model(
         model.fresh = frozenset(name for name, _ in model.named_parameters())
     elif model.fresh:
         model.init_weights(seed, model.fresh)
-    _set_padding(model)
+    _set_padding(model, task)
     model.card = None
     if not quiet:
         new = "all" if scratch else ", ".join(sorted(model.fresh)) or "none"
@@ -208,25 +208,33 @@ def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
     model.labels = labels
 
 
-def _set_padding(model: Model) -> None:
-    """Set the padding id of a sequence classifier, because transformers refuses to batch decoders without one."""
+def _set_padding(model: Model, task: type[Task]) -> None:
+    """Name a token that pads, without which other libraries do not batch texts, and its id in a sequence classifier.
+
+    It is the one that the tokenizer states, else that of the model, else the end of a text, if that is a special token.
+    """
     config, tokenizer = model.backbone.config, model.tokenizer
-    if model.head_kind != "sequence-classification" or config.pad_id is not None:
+    classifies = model.head_kind == "sequence-classification"
+    if not classifies and model.head_kind != "token-classification" and task.name != "embedding":
         return
     if tokenizer is None:
         raise ModelError(
             "The checkpoint has no tokenizer, so it cannot be fine-tuned on text. Save it with its tokenizer."
         )
-    stated = "pad" in tokenizer.stated_roles or tokenizer.eos_id is None
-    pad = tokenizer.pad_id if stated else tokenizer.eos_id
+    stated, end = "pad" in tokenizer.stated_roles, tokenizer.eos_id
+    pad = tokenizer.pad_id if stated or end is None else end
     if pad is None:
         return
-    model.backbone.config = dataclasses.replace(config, pad_id=pad)
-    if not stated:
-        name = next(name for name, index in tokenizer.vocab.items() if index == pad)
-        tokenizer.roles["pad"] = name
-    if isinstance(getattr(model.head, "pad_id", 0), type(None)):
-        model.head.pad_id = pad  # type: ignore[union-attr]
+    if classifies and config.pad_id is None:
+        model.backbone.config = dataclasses.replace(config, pad_id=pad)
+        if not stated:
+            name = next(name for name, index in tokenizer.vocab.items() if index == pad)
+            tokenizer.roles["pad"] = name
+        if isinstance(getattr(model.head, "pad_id", 0), type(None)):
+            model.head.pad_id = pad  # type: ignore[union-attr]
+    else:
+        # A classifier of transformers looks for the id of the model: another padding would be read as text.
+        model.tokenizer = tokenizer.padded(config.pad_id, *[end] * (not classifies))
 
 
 def freeze(model: Model, what: str | int) -> int:
