@@ -522,3 +522,16 @@ def test_published_data_sets(data_sets: Path) -> None:
     row = {"prompt": tasks.row(1)["instruction"], "instances": tasks.row(1)["instances"]}
     (found,) = to_conversations(row)
     assert found[0]["content"].endswith("Right : Left") and found[1]["role"] == "assistant"
+
+
+def test_conversations_of_a_table_of_text_are_read(tmp_path: Path) -> None:
+    """CSV holds a list as JSON or as Python prints it; what is neither is refused with the form that is read."""
+    turns = [{"role": "user", "content": 'it\'s "so"?'}, {"role": "assistant", "content": "yes"}]
+    columns = {"role": ["user", "assistant"], "content": ['it\'s "so"?', "yes"]}
+    for text in (json.dumps(turns), str(turns), f" {json.dumps(columns)}\n"):
+        assert to_conversations({"messages": text}) == [turns]
+    for text in ("user: hi", '"hi"', "[{'role': 'user'} {'role': 'assistant'}]", "[" * 9999):
+        with pytest.raises(
+            DataError, match="row 3: a conversation is a list of messages.*Write a row"
+        ):
+            to_conversations({"messages": text}, "row 3")

@@ -13,6 +13,7 @@ A template is the Jinja program that comes with a tokenizer (``chat_template.jin
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import re
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAT_ROLES", "REASONING", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools", "content_text",
-    "default_template", "encode_rendered", "is_trained", "to_conversations", "typed_specials",
+    "default_template", "encode_rendered", "is_trained", "printed_messages", "to_conversations", "typed_specials",
 ]  # fmt: skip
 
 Message = dict[str, Any]
@@ -354,6 +355,8 @@ def to_conversations(
     """
     place = f"{where}: " if where else ""
     given = row.get("messages")
+    if isinstance(given, str):  # tables of text, such as CSV, hold it printed
+        given = printed_messages(given)
     if given is not None:
         return [_with_system(row, as_messages(given, where), place)]
     prompt = row.get("prompt")
@@ -380,6 +383,15 @@ def to_conversations(
             found.append(asked + _answer(one.get("output"), place, answers))
         return found
     return [start + _answer(row.get("answer"), place, answers)]
+
+
+def printed_messages(text: str) -> Any:
+    """Return the list or object that a text prints as JSON or Python; any other text as it is."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(text.strip())
+            return found if isinstance(found, list | dict) else text
+    return text
 
 
 def _answer(value: Any, place: str, needed: bool) -> list[Message]:
@@ -427,7 +439,9 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
         ]
     if not isinstance(value, list):
         raise DataError(
-            f"{place}a conversation is a list of messages; found {type(value).__name__} {str(value)[:60]!r}."
+            f"{place}a conversation is a list of messages, or JSON of one; found {type(value).__name__} "
+            f"{str(value)[:60]!r}. Write a row as "
+            '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.'
         )
     spoken = {str(m["speaker"]).lower() for m in value if isinstance(m, Mapping) and "speaker" in m}
     found: list[Message] = []

@@ -24,6 +24,7 @@ from pretrain.checkpoint.model_card import (
     one_line,
 )
 from pretrain.checkpoint.resolve import run_by_name
+from pretrain.data.chat import printed_messages
 from pretrain.finetuning.settings import from_memory
 from pretrain.inference.predict import roles_read
 
@@ -219,7 +220,9 @@ def _row(result: Finetuned) -> dict[str, Any]:
 
 def _question(row: Mapping[str, Any]) -> str | None:
     """Return the first text of the user in a row of conversations."""
-    for value in (row.get("messages"), row.get("prompt"), row.get("chosen")):
+    messages = row.get("messages")
+    messages = printed_messages(messages) if isinstance(messages, str) else messages
+    for value in (messages, row.get("prompt"), row.get("chosen")):
         if isinstance(value, str) and value is not row.get("chosen"):
             return value
         for message in value if isinstance(value, list) else ():
