@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.config.spelling import Interface, using
 from pretrain.data.readers import Reading
 from pretrain.data.table_readers import delimited_texts
 from pretrain.data.tables import Table, parts_of_file, read_table, splits, stream_chunks
@@ -539,6 +540,21 @@ def test_broken_files_are_told_with_their_place(tmp_path: Path) -> None:
     refused(write(tmp_path, "t.txt", "text\tlabel\na\tb\n"), "format='tsv'")
     assert len(read_table(tmp_path / "t.txt", format="tsv")) == 1
     refused(tmp_path / "t.txt", "Did you mean 'tsv'", format="tsvv")
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_the_datasets_library_saved_is_told_how_to_give(splits: bool, tmp_path: Path) -> None:
+    """In Python as an object; on the command line as a file that the printed command writes."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "a", "label": "b"}])
+    folder = tmp_path / "saved"
+    (datasets.DatasetDict(train=rows) if splits else rows).save_to_disk(folder)
+    refused(folder, f"datasets.load_from_disk({str(folder)!r})")
+    with using(Interface(command=True)), pytest.raises(DataError, match="load_from_disk") as error:
+        read_table(folder)
+    written = str(error.value).split('python -c "')[1].removesuffix('".')
+    exec(written.replace("rows.parquet", str(tmp_path / "rows.parquet")))
+    assert read_table(tmp_path / "rows.parquet").columns == {"text": ["a"], "label": ["b"]}
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:

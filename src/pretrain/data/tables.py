@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.spelling import option, option_name, reads_with
+from pretrain.config.spelling import either, option, option_name, reads_with
 from pretrain.data.json_shapes import (
     HELD_OUT,
     TRAIN,
@@ -410,8 +410,8 @@ def _one_file(source: str | Path) -> Path:
     spelled = str(source)
     if spelled.startswith("hub:"):
         raise DataError(
-            f"{spelled!r}: a data set of the hub cannot be given by name here. Load it and give the result: "
-            f"datasets.load_dataset({spelled.removeprefix('hub:')!r})."
+            f"{spelled!r}: a data set of the hub cannot be given by name here. "
+            + _loaded(f"load_dataset({spelled.removeprefix('hub:')!r})", "['train']")
         )
     folder = os.path.expanduser(spelled)
     if os.path.isdir(folder):
@@ -419,13 +419,11 @@ def _one_file(source: str | Path) -> Path:
             inside = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         except OSError as error:
             raise DataError(f"{spelled} cannot be read: {error.strerror}.") from error
-        saved = {"dataset_info.json", "dataset_dict.json"} & set(inside)
-        cure = (
-            "It was saved by the datasets library: give datasets.load_from_disk(...) of it"
-            if saved
-            else f"Give one of its files; it holds {', '.join(inside[:8]) or 'nothing'}"
-        )
-        raise DataError(f"{spelled} is a folder, not a file of rows. {cure}.")
+        cure = f"Give one of its files; it holds {', '.join(inside[:8]) or 'nothing'}."
+        if {"dataset_info.json", "dataset_dict.json"} & set(inside):
+            split = "['train']" * ("dataset_dict.json" in inside)
+            cure = f"The datasets library saved it. {_loaded(f'load_from_disk({folder!r})', split)}"
+        raise DataError(f"{spelled} is a folder, not a file of rows. {cure}")
     found = find_files(spelled)
     if len(found) > 1:
         names = ", ".join(p.name for p in found[:4])
@@ -434,6 +432,15 @@ def _one_file(source: str | Path) -> Path:
             "them first."
         )
     return found[0]
+
+
+def _loaded(call: str, split: str) -> str:
+    """Return advice to give what a function of the datasets library returns, or a file of it on the command line."""
+    written = f"import datasets; datasets.{call}{split}.to_parquet('rows.parquet')"
+    return either(
+        f'Write its rows to a file, and give that: python -c "{written}".',
+        f"Load it and give the result: datasets.{call}.",
+    )
 
 
 def _read_file(
