@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pretrain
 from pretrain.config.spelling import Interface, using
 from pretrain.data.readers import Reading
 from pretrain.data.table_readers import delimited_texts
@@ -555,6 +556,27 @@ def test_what_the_datasets_library_saved_is_told_how_to_give(splits: bool, tmp_p
     written = str(error.value).split('python -c "')[1].removesuffix('".')
     exec(written.replace("rows.parquet", str(tmp_path / "rows.parquet")))
     assert read_table(tmp_path / "rows.parquet").columns == {"text": ["a"], "label": ["b"]}
+
+
+def test_headers_of_joined_files_are_no_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A header of one name may be a text, and so may any row of a file whose names are given."""
+    part = "text,label\na,x\nb,y\n"
+    path = write(tmp_path, "all.csv", part * 3)
+    table = read_table(path)
+    assert table.columns == {"text": ["a", "b"] * 3, "label": ["x", "y"] * 3}
+    assert "rows that repeat the header are left out: line 4, 7" in capsys.readouterr().err
+    assert table.where(2).endswith("line 5")
+    assert len(read_table(path, columns=["text", "label"], header=False)) == 9
+    assert len(read_table(path, columns=["t", "l"], header=True)) == 6
+    assert read_table(write(tmp_path, "one.csv", "text\na\ntext\n")).columns == {
+        "text": ["a", "text"]
+    }
+    documents = pretrain.prepare(
+        path, tmp_path / "out", tokenizer="char", valid=0.0, keep_duplicates=True
+    )
+    assert documents.manifest["splits"]["train"]["documents"] == 6
 
 
 def test_what_is_no_table(tmp_path: Path) -> None:

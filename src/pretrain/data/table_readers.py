@@ -37,6 +37,7 @@ from pretrain.utils.files import note
 __all__ = [
     "Sentence", "arrow_modules", "cell_form", "conll_sentences", "conllu_sentences", "csv_rows", "delimited_texts",
     "delimiter_of", "json_rows", "json_texts", "json_value", "open_parquet", "parquet_texts",
+    "without_headers",
 ]  # fmt: skip
 
 Sentence = tuple[int, list[str], list[str]]  # first line, words, tags
@@ -383,6 +384,21 @@ def csv_rows(
         yield number, row
 
 
+def without_headers(
+    path: Path, header: Sequence[str], rows: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str]]]:
+    """Leave out rows that repeat a header of several names, as files that were joined have, and say so at the end."""
+    repeated: list[int] = []
+    for number, row in rows:
+        if len(header) > 1 and row == header:
+            repeated.append(number)
+        else:
+            yield number, row
+    if repeated:
+        lines = ", ".join(map(str, repeated[:3])) + ", ..." * (len(repeated) > 3)
+        note(f"{path}: rows that repeat the header are left out: line {lines}", once=True)
+
+
 def _plain_rows(decoded: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     # Even without quoting, the csv module treats a carriage return inside a line as the end of the row.
     for number, line in enumerate(decoded, start=1):
@@ -429,14 +445,14 @@ def delimited_texts(path: Path, kind: str, how: Reading) -> Iterator[Piece]:
     rows = csv_rows(
         path, delimiter=delimiter, quoting=quoting, encoding=how.encoding, escaped=how.undecodable is not None
     )  # fmt: skip
-    _, header = next(rows, (1, []))
-    if not header:
+    _, top = next(rows, (1, []))
+    if not top:
         return
-    header = [cell.strip() for cell in header]
+    header = [cell.strip() for cell in top]
     if how.text not in header:
         raise no_column(f"{path}:1", how.text, [plain_value(name) for name in header])
     place = header.index(how.text)
-    for number, row in rows:
+    for number, row in without_headers(path, top, rows):
         cell = row[place]
         if how.undecodable is not None and (found := ESCAPED.search(cell)):
             byte = len(cell[: found.start()].encode("utf-8", "surrogateescape")) + 1

@@ -39,6 +39,7 @@ from pretrain.data.table_readers import (
     json_rows,
     json_value,
     open_parquet,
+    without_headers,
 )
 from pretrain.errors import DataError, did_you_mean
 from pretrain.utils.files import note
@@ -529,8 +530,7 @@ def _delimited(
     if not top:
         raise DataError(f"{path} is empty: no header and no rows.")
     names, top_is_row = _header(path, number, top, columns, header)
-    if top_is_row:
-        rows = chain([(number, top)], rows)
+    rows = chain([(number, top)], rows) if top_is_row else without_headers(path, top, rows)
     return names, rows, "" if top_is_row or header else _header_hint(path, top, between)
 
 
