@@ -81,6 +81,13 @@ def test_outside_of_training_in_bf16_it_is_the_plain_layer() -> None:
         assert torch.equal(linear.eval()(x), plain(x))
 
 
+def test_inputs_without_rows_and_of_one_row_are_taken() -> None:
+    linear = _linear(16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.zeros(0, 16)).shape == (0, 32)
+        assert linear(torch.zeros(16)).shape == (32,)
+
+
 def test_zeros_stay_zeros_and_what_is_not_finite_is_seen() -> None:
     linear = _linear(16, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,6 +139,7 @@ def test_a_run_learns_as_in_bf16_and_resumes_to_the_same_bits(
     assert "12 of 12 linear layers of the blocks multiply in float8" in said
     assert "fp8 compute" in said and "evaluation in bf16" in said
     assert task.eval_precision.name == "bf16"
+    assert not any(isinstance(m, Float8Linear) for m in task.objective.modules())
     one, two = losses(low.out), losses(task.out)
     assert one != two
     assert all(abs(a[1] - b[1]) < 0.02 * a[1] for a, b in zip(one, two, strict=True))

@@ -192,6 +192,10 @@ def test_a_run_names_itself(
     assert run_name(other, prepared) == str(first.path)
     with patch.object(running, "run_key", lambda kept, _: kept["train.micro_rows"]):
         assert run_name(other, prepared) == "runs/gpt2-tiny-0"  # as in versions in which it counted
+    with patch.object(running, "run_key", lambda kept, _: "train.recut" in kept):
+        assert run_name(other, prepared) == "runs/gpt2-tiny-False"  # earlier versions had none
+        other.train.recut = False
+        assert run_name(other, prepared) == "runs/gpt2-tiny-True"
     onward = RunConfig.load(given, {"model": str(first.path)})
     named = run_name(onward, Prepared.open(prepared_in(tmp_path)))
     assert named.startswith(f"runs/{name}-") and len(named) == len(f"runs/{name}-") + 8
@@ -517,6 +521,29 @@ def test_a_table_is_evaluated_by_its_column_and_what_is_left_out_is_said(
     assert "1 documents cannot be decoded" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="one column of text"):
         pretrain.evaluate(run.path, rows, columns={"text": "body", "label": "x"})
+
+
+def test_a_run_of_a_version_without_a_setting_goes_on_as_it_began(
+    tmp_path: Path, text: Path, capsys: Any
+) -> None:
+    given = settings(tmp_path, text, recut=False)
+    first = pretrain.train(given)
+    file = first.path / "run.yaml"
+    plain = file.read_text().splitlines(keepends=True)
+    kept = "".join(line for line in plain if "recut" not in line and not line.startswith("#"))
+    file.write_text(kept)
+    assert len(plain) > len(kept.splitlines())
+    for recut in (True, False):
+        given["train"]["recut"] = recut
+        again = pretrain.train(given, limit=8 + recut)
+        assert RunConfig.load(file).train.recut is False
+        state = json.loads((again.checkpoint / "training/state.json").read_text())
+        assert state["run"]["recut"] is False
+        file.write_text(kept)
+    given["train"]["recut"] = True
+    file.write_text("".join(plain))
+    with pytest.raises(ConfigError, match=r"train\.recut is True, was False"):
+        pretrain.train(given, limit=8)
 
 
 def test_another_objective_than_that_of_the_run_is_named(

@@ -32,6 +32,7 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "TrainConfig",
+    "began_without",
     "fields",
     "parse_every",
     "parse_limit",
@@ -454,6 +455,14 @@ class Sections:
         return [text for part in parts for text in _texts(part)]
 
 
+def began_without(path: Path, setting: str) -> bool:
+    """Return whether a version that did not have this setting, ``section.name``, wrote the settings of a run."""
+    from pretrain.config.strict_yaml import parse
+
+    section, _, name = setting.partition(".")
+    return name not in (parse(path.read_text(encoding="utf-8"), str(path))[0].get(section) or {})
+
+
 # Settings that may be paths: one, several, or {source: weight}; of source_args the values.
 _PATHS = (
     *(("data", name) for name in ("train", "valid", "test", "source_args")),
@@ -511,6 +520,14 @@ class RunConfig(Sections):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> Self:
+        """See `Sections.of_run`; a run of an earlier version cut its documents once."""
+        settings = super().of_run(run_dir)
+        if began_without(run_dir / "run.yaml", "train.recut"):
+            settings.train.recut = False
+        return settings
 
     def check(self) -> None:
         """See `Sections.check`."""

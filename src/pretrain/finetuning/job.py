@@ -364,6 +364,7 @@ class Job:
         """What the metrics depend on: the precision and, for objectives that couple examples, the rows of a batch."""
         train = self.settings.train
         precision = train.precision if train.eval_precision == "train" else train.eval_precision
+        precision = "bf16" if precision == "fp8" else precision  # float8 is for training
         return {"batch_rows": train.batch_rows, "eval_precision": precision}
 
     @contextlib.contextmanager

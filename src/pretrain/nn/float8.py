@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from pretrain.errors import ConfigError
 from pretrain.nn.norm import compute_dtype
 
-__all__ = ["Float8Linear", "use_float8"]
+__all__ = ["Float8Linear", "end_float8", "use_float8"]
 
 _MULTIPLE = 16  # every dimension of a product must be a multiple of it
 # The largest magnitude of a tensor is raised to this one, so that zeros have a scale.
@@ -50,7 +50,8 @@ class Float8Linear(nn.Linear):
     def _multiplies(self, x: Tensor) -> bool:
         """Return whether the product with ``x`` is in float8."""
         odd = any(size % _MULTIPLE for size in self.weight.shape)
-        return self.training and not odd and compute_dtype(x) is torch.bfloat16
+        usual = self.training and compute_dtype(x) is torch.bfloat16
+        return usual and not odd and x.ndim > 1 and x.numel() > 0
 
 
 class _Float8Product(torch.autograd.Function):
@@ -97,6 +98,13 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
     with torch.autocast(a.device.type, enabled=False):  # it would round the factors on a CPU
         product: Tensor = F.scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype)
     return product
+
+
+def end_float8(module: nn.Module) -> None:
+    """Let all linear layers of a module multiply as ``nn.Linear`` again."""
+    for layer in module.modules():
+        if isinstance(layer, Float8Linear):
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 def use_float8(blocks: Iterable[nn.Module]) -> str:

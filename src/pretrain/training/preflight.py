@@ -318,7 +318,8 @@ def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:
     if (
         optim.schedule != "constant"
         and isinstance(peak, float)
-        and 0 < end <= min(peak, _TINY_SHARE)
+        and 0 < end < min(peak, _TINY_SHARE)
+        and peak < 1
     ):
         lines.append(
             f"optim.min_lr is a share of the peak, so the rate ends at {end * peak:.2g}; if {end:g} is the rate "

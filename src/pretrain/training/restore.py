@@ -15,6 +15,7 @@ from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.checkpoint.resolve import training_state_directory
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
+from pretrain.data.shards import Rows
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.models.heads import labels_named_by
 from pretrain.nn.layout import ShardLayout, local
@@ -44,7 +45,6 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "rows of an epoch": trainer.plan.epoch_rows,
         "data": trainer.fingerprint,
         "train.seed": trainer.train.seed,
-        "train.recut": trainer.train.recut,
         "train.batch_rows": trainer.train.batch_rows,
         **trainer.origin,
     }
@@ -121,6 +121,9 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         # Tensors in training/ are in the unit of the head of that run; earlier versions had no unit.
         head.unit = float(training.state.get("unit", 1.0))
     state = RunState.from_json(training.state["run"])
+    if isinstance(trainer.train_data, Rows) and state.recut != trainer.train.recut:
+        how = "elsewhere in every epoch" if state.recut else "as in the first epoch"
+        trainer.say(f"long documents are cut {how}, as the run began (train.recut {state.recut})")
     if configured and configured != size:
         state.micro_rows = (
             0  # the given size takes the place of one that was found when memory ran out

@@ -25,7 +25,7 @@ from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import run_checkpoints
 from pretrain.checkpoint.resolve import RESULT, resolve_model_directory, run_with_settings
 from pretrain.config import DataConfig, ModelConfig, RunConfig
-from pretrain.config.run import Sections, is_lost
+from pretrain.config.run import Sections, began_without, is_lost
 from pretrain.config.spelling import TRAIN, column, option, option_name, using
 from pretrain.data.encodings import check_encoding
 from pretrain.data.loader import Examples
@@ -185,6 +185,8 @@ def resolve_size(model: ModelConfig, data: Prepared | RowSource) -> str:
 def keep_automatic(settings: RunConfig) -> None:
     """Take from the run in ``train.out`` what the settings leave to be chosen, so that its choices outlive the rules.
 
+    A run of an earlier version goes on with the cuts of its documents, whatever the settings say.
+
     A run that names no directory is found by its size: with another rule for the size it is another run.
     """
     before = settings_before(settings)
@@ -198,6 +200,8 @@ def keep_automatic(settings: RunConfig) -> None:
         settings.train.batch_rows = before.train.batch_rows
     if settings.optim.lr == "auto":
         settings.optim.lr = before.optim.lr
+    if began_without(Path(settings.train.out) / "run.yaml", "train.recut"):
+        settings.train.recut = False
 
 
 def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
@@ -206,6 +210,8 @@ def run_name(settings: RunConfig, data: Prepared | RowSource) -> str:
     plain = {k: v for k, v in flat(settings.to_dict()).items() if k not in free}
     # Settings that could not change on resuming in earlier versions, so that their runs keep their names.
     plain["train.micro_rows"] = 0
+    if plain["train.recut"]:  # which earlier versions did not have
+        del plain["train.recut"]
     start = model.checkpoint or f"{model.family.rpartition(':')[2]}-{model.size}"
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(start))).lower()
     return f"runs/{name}-{run_key(plain, data.about()['fingerprint'])}"

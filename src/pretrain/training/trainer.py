@@ -51,7 +51,7 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
-from pretrain.nn.float8 import use_float8
+from pretrain.nn.float8 import end_float8, use_float8
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
 from pretrain.training.compiling import decide_for
@@ -277,6 +277,7 @@ class Trainer:
                 unit=self.objective.unit_name,
                 loss_unit=self.objective.loss_unit,
             )
+            stack.callback(end_float8, self.objective)
             with contextlib.closing(self.journal), self._memory():
                 with self._stopped_at_once():
                     resumed = self._set_up()
@@ -377,9 +378,9 @@ class Trainer:
         if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
-        if self.precision.name == "fp8":
-            self.say(use_float8(self.objective.model.backbone.blocks()))
         self.strategy = parallelize(self)
+        if self.precision.name == "fp8":  # after it, because the sizes of shards count
+            self.say(use_float8(self.objective.model.backbone.blocks()))
         self.eval_precision = evaluation_precision(
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )
