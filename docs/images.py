@@ -52,7 +52,7 @@ ADAMW = {"lr": 2e-3, "weight_decay": 0.05}
 MUON = {"name": "muon", "lr": 2e-3, "muon_lr": 0.02, "weight_decay": 0.01}
 PRETRAINING: dict[tuple[str, str], tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     ("mnist", "MaskedImage"): (800, 256, ADAMW, {"crop": 0.7}),
-    ("signs", "MaskedImage"): (500, 256, ADAMW, {"crop": 0.7}),
+    ("signs", "MaskedImage"): (1100, 256, ADAMW, {"crop": 0.7}),
     ("mnist", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
     ("signs", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
 }
