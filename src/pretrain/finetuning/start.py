@@ -219,7 +219,8 @@ def _set_padding(model: Model, task: type[Task]) -> None:
         return
     if tokenizer is None:
         raise ModelError(
-            "The checkpoint has no tokenizer, so it cannot be fine-tuned on text. Save it with its tokenizer."
+            "The checkpoint has no tokenizer, so it cannot be fine-tuned on text. Put the tokenizer.json that it was "
+            "trained with into its directory, or save it with its tokenizer."
         )
     stated, end = "pad" in tokenizer.stated_roles, tokenizer.eos_id
     pad = tokenizer.pad_id if stated or end is None else end
