@@ -348,17 +348,16 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
         first = {key: by_file.setdefault(file, key) for key, file in files.items()}
         boxes: dict[Any, list[Any]] = {key: [] for key in by_file.values()}
         labels: dict[Any, list[str]] = {key: [] for key in by_file.values()}
-        again, crowds, given = len(files) - len(by_file), 0, set[Any]()
+        again, crowds = len(files) - len(by_file), 0
+        given: dict[Any, Any] = {}  # a box of a file -> the id that gave it first
         for one in content["annotations"]:
             if one.get("iscrowd"):
                 crowds += 1
                 continue
             image, label, box = first[one["image_id"]], one["category_id"], _corners(one["bbox"])
-            if again:
-                held = (image, label, str(box))
-                if one["image_id"] != image and held in given:
-                    continue
-                given.add(held)
+            held = (image, label, str(box))
+            if again and given.setdefault(held, one["image_id"]) != one["image_id"]:
+                continue
             labels[image].append(names[label])
             boxes[image].append(box)
     except (KeyError, TypeError, AttributeError) as error:
