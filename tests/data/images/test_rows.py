@@ -97,6 +97,12 @@ def test_parts_of_a_folder(tmp_path: Path) -> None:
         ("training_set test_set", ["test", "train"]),
         ("Train-Set valset masks", ["train", "valid"]),
         ("trainset dataset", []),
+        # Folders of exact names come first, as if there were no others.
+        ("train train_set test", ["test", "train"]),
+        ("train test testset", ["test", "train"]),
+        ("train test dev_set", ["test", "train"]),
+        ("training trainset", []),
+        ("train test_set", []),
     ],
 )
 def test_parts_beside_other_folders(

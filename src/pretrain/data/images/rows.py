@@ -498,7 +498,7 @@ def _parts(path: Path, medium: Medium) -> dict[str, Any]:
                 f"{path} was saved by the datasets library: give datasets.load_from_disk(...) of it."
             )
         found: dict[str, Path] = {}
-        named = {name: part for name in folders if (part := _part_named(name))}
+        named = _parts_named(folders)
         uses = set(named.values())
         if not named or not (len(named) == len(folders) or ("train" in uses and len(uses) > 1)):
             return {"": path}
@@ -519,9 +519,13 @@ def _parts(path: Path, medium: Medium) -> dict[str, Any]:
     return {"": "file"}
 
 
-def _part_named(folder: str) -> str | None:
-    """Return the part that a name such as ``val`` or ``training_set`` means, or None."""
-    return _PARTS.get(re.sub(r"[_\- ]?set$", "", folder.lower()))
+def _parts_named(folders: Sequence[str]) -> dict[str, str]:
+    """Return folder -> part of those called as one, such as ``val``; if there are none, of ``val_set`` and alike."""
+    for ending in ("", r"[_\- ]?set"):
+        words = {name: re.sub(f"{ending}$", "", name.lower()) for name in folders}
+        if found := {name: _PARTS[word] for name, word in words.items() if word in _PARTS}:
+            return found
+    return {}
 
 
 def _like_parts(names: Iterable[str]) -> list[str]:
