@@ -287,6 +287,19 @@ def test_boxes_of_the_datasets_library_may_be_corners(capsys: pytest.CaptureFixt
         using(EVALUATE),
     ):
         goal.encode(goal.gathered(goal.read(swapped), {}))
+    # A run of an earlier version read the column as if no format was given, and goes on so.
+    record = {"name": "ObjectDetection"}
+    begun = {**told, "begun_labels": NAMES, "begun_objective": record}
+    extents = [[[x, y, x + r, y + b] for x, y, r, b in row["boxes"]] for row in rows]
+    for given, boxes in (
+        (begun, extents),
+        ({**told, "begun_objective": record}, tidied.columns["boxes"]),
+        (begun | {"begun_objective": goal.describe()}, tidied.columns["boxes"]),
+    ):
+        assert goal.tidy(table, goal.learn(table, given), given).columns["boxes"] == boxes
+    earlier = task(box_format="xyxy")
+    earlier.continue_from(record)
+    assert "box_format" not in earlier.describe()
     coco = BoxTable("a.json", {"image": [rows[0]["image"]]}, categories=NAMES)
     goal.tidy(coco, goal.learn(table, told), told)
     assert "box_format='xyxy' is not used, because COCO" in capsys.readouterr().err

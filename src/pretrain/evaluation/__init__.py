@@ -25,7 +25,7 @@ from pretrain.evaluation.pairs import minimal_pairs
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
-from pretrain.finetuning.start import classes_of, starting_model
+from pretrain.finetuning.start import begun_as, classes_of, starting_model
 from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, task_of
 from pretrain.models.heads import LABELLED
 from pretrain.objectives import task_class
@@ -266,7 +266,8 @@ def _held_out(path: Path, run_dir: Path | None, settings: TuneConfig | None, tas
             with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
                 labels = classes_of(source, type(task))
         with language.naming_paths(run_dir, settings):
-            data = open_data(settings, {}, type(task), labels)
+            begun = begun_as(run_dir, type(task))
+            data = open_data(settings, {}, type(task), labels, begun)
     if task.model.provenance.get("fingerprint") != data.fingerprint:
         raise DataError(
             f"The rows of {', '.join(dict.fromkeys(data.names.values()))} are not those that {path} was trained and "

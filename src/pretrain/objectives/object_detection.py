@@ -182,8 +182,12 @@ class ObjectDetection(ImageTask):
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
         """Replace every image by a ``Picture``, boxes by four numbers each, and labels by names."""
-        columns = {**table.columns, "image": pictures(table)}
-        if isinstance(table, BoxTable) and options.get("box_format") == "xyxy":
+        columns, form = {**table.columns, "image": pictures(table)}, options.get("box_format")
+        # A run that only starts from a checkpoint of the task has no begun_labels.
+        begun = options["begun_objective"] if "begun_labels" in options else {}
+        if begun.get("name") and _is_earlier(form, begun):
+            form = None
+        if isinstance(table, BoxTable) and form == "xyxy":
             note(
                 f"{table.name}: {option('box_format', 'xyxy')} is not used, because COCO defines its boxes as left, "
                 "top, width and height"
@@ -193,7 +197,7 @@ class ObjectDetection(ImageTask):
             own = {label: k for k, label in enumerate(labels)}
             chosen = bool(options.get("labels"))
             known = LabelMap(labels, {**own, **learned.options["codes"]}, chosen)
-            found, numbers = _boxes_of(table, known, options.get("box_format"))
+            found, numbers = _boxes_of(table, known, form)
             columns["boxes"] = [[Corners(box) for box in row] for row in found]
             columns["label"] = [[labels[k] for k in row] for row in numbers]
         return table.with_columns(columns, {})
@@ -232,6 +236,11 @@ class ObjectDetection(ImageTask):
     def describe(self) -> dict[str, Any]:
         given = {} if self.box_format is None else {"box_format": self.box_format}
         return super().describe() | given
+
+    def continue_from(self, record: Mapping[str, Any]) -> None:
+        super().continue_from(record)
+        if _is_earlier(self.box_format, record):
+            self.box_format = None
 
     def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
         """Compare ``box_format``, which earlier versions left out where it was ``xyxy``; rows are compared anyway."""
@@ -483,6 +492,11 @@ def _as_extent(box: Any) -> Any:
         return box
     left, top, right, bottom = map(float, box)
     return [left, top, right - left, bottom - top]
+
+
+def _is_earlier(form: str | None, record: Mapping[str, Any]) -> bool:
+    """Whether a run began when ``xyxy`` was not recorded, and meant no more than not to give a format."""
+    return form == "xyxy" and "box_format" not in record
 
 
 def _as_given(box: Any, form: str | None) -> Any:
