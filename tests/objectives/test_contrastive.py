@@ -259,6 +259,14 @@ def test_a_text_that_several_images_have_is_found_by_each_of_them() -> None:
     several = [torch.cat([kinds[:1], kinds[1:]]), texts[1], texts[2], texts[3]]
     found = contrastive.recalls(images, several, [torch.tensor([0, 1]), *ids[1:]])
     assert found["image_to_text"] == 1 and found["text_to_image"] == 1
+    # The copies of one wrong text take one of the five places.
+    one = torch.eye(2)
+    copies = contrastive.recalls(
+        F.normalize(torch.tensor([[0.6, 0.8], *[[0.0, 1]] * 6]), dim=-1),
+        [one[:1], *[one[1:]] * 6],
+        [torch.tensor([0]), *[torch.tensor([1])] * 6],
+    )
+    assert copies["image_to_text"] == 6 / 7 and copies["image_to_text@5"] == 1
     # Texts of one vector that are not alike, as unknown characters make them, still count as wrong.
     blind = contrastive.recalls(images, [kinds[0][None]] * 4, [torch.tensor([k]) for k in range(4)])
     assert blind["image_to_text"] == 0

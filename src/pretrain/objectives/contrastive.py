@@ -224,7 +224,8 @@ class Contrastive(Objective):
     ) -> dict[str, float]:
         """How often the nearest of all held-out texts is one of the image, and the nearest image that of the text.
 
-        A text that several images have belongs to all of them, because nothing tells which one is meant.
+        A text that several images have belongs to all of them, because nothing tells which one is meant; images choose
+        among different texts.
         Those with ``@5`` say how often it is among the five nearest. Only the loss is computed within batches, so it
         depends on the batch size: smaller batches have a lower loss.
         """
@@ -312,20 +313,21 @@ def recalls(
         images: (N, P) unit vectors.
         texts: for each image those of its texts, (its texts, P).
         ids: for each image a number of each of its texts, which is the same for texts that are alike; those belong to
-            all images that have one of them. None: all texts differ.
+            all images that have one of them, and images choose among the first of each. None: all texts differ.
     """
     owners = torch.repeat_interleave(torch.arange(len(images)), torch.tensor([*map(len, texts)]))
     every = torch.cat(list(texts))
-    kinds = torch.arange(len(every))
-    if ids is not None:
-        kinds = torch.unique(torch.cat(list(ids)), return_inverse=True)[1]
-    count = int(kinds.max()) + 1
+    numbers = range(len(every)) if ids is None else torch.cat(list(ids)).tolist()
+    first: dict[int, int] = {}  # number -> place of the first text that has it
+    kinds = torch.tensor([first.setdefault(number, i) for i, number in enumerate(numbers)])
+    places = torch.tensor([*first.values()])
+    distinct = every if len(first) == len(every) else every[places]
 
     def of_images(part: slice) -> Tensor:
         here = (owners >= part.start) & (owners < part.stop)
-        held = torch.zeros(part.stop - part.start, count, dtype=torch.bool)
+        held = torch.zeros(part.stop - part.start, len(every), dtype=torch.bool)
         held[owners[here] - part.start, kinds[here]] = True
-        return held[:, kinds]
+        return held[:, places]
 
     def of_texts(part: slice) -> Tensor:
         rows, alike = (kinds[part, None] == kinds).nonzero(as_tuple=True)
@@ -335,7 +337,7 @@ def recalls(
 
     figures = {}
     for name, ranks in (
-        ("image_to_text", _ranks(images, every, of_images)),
+        ("image_to_text", _ranks(images, distinct, of_images)),
         ("text_to_image", _ranks(every, images, of_texts)),
     ):
         figures[name] = float((ranks < 1).double().mean())
