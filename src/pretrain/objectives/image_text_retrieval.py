@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pretrain.data.images.captions import (
 )
 from pretrain.data.images.rows import decoded
 from pretrain.data.images.source import IMAGE
-from pretrain.data.labelled import Role
+from pretrain.data.labelled import Role, text_id
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError
@@ -147,16 +148,15 @@ class ImageTextRetrieval(ImageTask, Contrastive):
 
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Return the shares that guessing finds."""
-        held = list(captions_by_row(held_out).values())
+        held = [[*map(text_id, texts)] for texts in captions_by_row(held_out).values()]
         having = Counter(text for texts in held for text in set(texts))  # images with each text
-        every = max(1, sum(map(len, held)))
-        chances = {
-            "image_to_text": [sum(having[text] for text in texts) / every for texts in held],
-            "text_to_image": [having[text] / len(held) for texts in held for text in texts],
+        right = {  # for each image (text) the number of texts (images) that are its own, and of all
+            "image_to_text": [(len(set(texts)), len(having)) for texts in held],
+            "text_to_image": [(having[text], len(held)) for texts in held for text in texts],
         }
         return {
-            f"{name}{at}": float(np.mean([min(1.0, count * share) for share in shares or [0.0]]))
-            for name, shares in chances.items()
+            f"{name}{at}": float(np.mean([_chance(*pair, count) for pair in pairs or [(0, 1)]]))
+            for name, pairs in right.items()
             for at, count in (("", 1), ("@5", 5))
         }
 
@@ -234,6 +234,13 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         moved = {key: value.to(self.model.device) for key, value in batch.items()}
         vectors = self.model(moved).view(len(labels), len(templates), -1)
         return F.normalize(vectors.mean(1), dim=-1)
+
+
+def _chance(right: int, every: int, count: int) -> float:
+    """Return how probably one of the right ones is among ``count`` different ones that are drawn of all."""
+    count = min(count, every)
+    draws = math.comb(every, count)
+    return (draws - math.comb(every - right, count)) / draws
 
 
 def _listed(name: str, value: Any, example: list[str]) -> Sequence[str]:
