@@ -238,7 +238,8 @@ def _marked(table: Table, names: Sequence[str]) -> list[str]:
 def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
     """Return a table of the chosen columns, named after their roles; other columns are dropped.
 
-    Several columns for one role become one column of lists: the indices of those that are 1 in the row.
+    Several columns for one role become one column of lists: the indices of those that are 1 in the row. The remarks on
+    the chosen columns are printed.
 
     Raises:
         DataError: such a column has a value other than 0 and 1; names the row.
@@ -254,9 +255,11 @@ def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
             columns[role], names[role] = _one_column(table, column), list(column)
             continue
         columns[role] = table.columns[column]
+        for line in table.remarks.get(column, ()):
+            note(line)
         if column in table.label_names:
             names[role] = table.label_names[column]
-    return replace(table.with_columns(columns, names), orders=orders)
+    return replace(table.with_columns(columns, names), orders=orders, remarks={})
 
 
 def _one_column(table: Table, labels: Sequence[str]) -> list[Any]:

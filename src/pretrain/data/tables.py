@@ -71,6 +71,7 @@ class Table:
         unit: ``line`` or ``row`` of a file, or the name of an index of an object in memory.
         hint: a sentence to add to the error if no column is recognised.
         orders: by column, all values that a categorical column of pandas may hold, in the order that it declares.
+        remarks: by column, lines to print where it is chosen for a role.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Table:
     unit: str = "row"
     hint: str = ""
     orders: Mapping[str, list[Any]] = field(default_factory=dict)
+    remarks: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise DataError if the columns, or the places, differ in length."""

@@ -422,3 +422,12 @@ def test_on_the_command_line(photos: Path, tmp_path: Path, capsys: Any) -> None:
     words += ["--train.limit", "2 steps", "--train.batch_rows", "4"]
     assert main([*words, "--train.out", str(tmp_path / "run"), "--parallel.device", "cpu"]) == 0
     assert pretrain.load(tmp_path / "run", quiet=True).processor.size == (16, 16)
+
+
+def test_folders_that_may_not_be_classes_are_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    photos.rename(tmp_path / "a" / "photos")
+    pretrain.prepare(str(tmp_path / "a"), tmp_path / "kept")
+    assert capsys.readouterr().err.count("all images lie in 'photos'") == 1

@@ -28,7 +28,7 @@ from pretrain.data.images.rows import (
     read_images,
 )
 from pretrain.data.images.source import labelled_images
-from pretrain.data.labelled import drop_duplicates
+from pretrain.data.labelled import drop_duplicates, roles_table
 from pretrain.data.row_source import open_rows
 from pretrain.data.tables import in_chunks, stream_chunks
 from pretrain.errors import ConfigError, DataError
@@ -124,8 +124,10 @@ def test_parts_beside_other_folders(
     ("files", "said"),
     [
         ("seg_train/cat/1 seg_test/cat/1", "'seg_test', 'seg_train' are taken for classes"),
-        ("val2017/a/1 train2017/a/1 masks/a/1", "'train2017', 'val2017' are taken for classes"),
+        ("val2017/a/1 train2017/a/1 masks/a/1", None),
+        ("val2017/a/1 train2017/a/1", "'train2017', 'val2017' are taken for classes"),
         ("express_train/1 bus/1", None),
+        ("bullet_train/1 test_tube/1 bus/1", None),
         ("flat_test/1 hearing_test/1", None),
         ("photos/cat/1 photos/dog/1", "all images lie in 'photos'"),
         ("cat/1 cat/2", None),
@@ -137,8 +139,13 @@ def test_folders_that_may_not_be_classes_are_named(
     """Parts of other names were trained on as two classes; all of it was one class without a word of why."""
     for name in files.split():
         png(tmp_path / f"{name}.png")
-    assert len(read_images(tmp_path)) == len(files.split())
+    table = read_images(tmp_path)
+    assert len(table) == len(files.split())
+    roles_table(table, {"image": "image"})
+    assert capsys.readouterr().err == ""  # no class is read
+    roles_table(roles_table(table, {"label": "label"}), {"label": "label"})
     err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None)
     assert said in err if said else err == ""
 
 

@@ -200,6 +200,8 @@ def _rows(source: Any, part: str, size: int | None) -> tuple[Table, dict[str, li
     for name, values in table.columns.items():
         if name == column:
             continue
+        for line in table.remarks.get(name, ()):
+            note(line)
         if any(isinstance(value, FileItem) for value in values) or _has_masks(table, name):
             raise _beside(table.name, "masks")
         if size is not None and name.lower() in PLACES:

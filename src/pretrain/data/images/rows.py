@@ -528,15 +528,12 @@ def _parts_named(folders: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def _like_parts(names: Iterable[str]) -> list[str]:
-    """Return the names with a word for a part (``seg_train``, ``val2017``), if they are of training and other rows."""
-    found = {
-        name: uses
-        for name in names
-        if (uses := {_PARTS[w] for w in re.findall(r"[a-z]+", name.lower()) if w in _PARTS})
-    }
-    several = set().union(*found.values())
-    return sorted(found) if "train" in several and len(several) > 1 else []
+def _like_parts(names: Iterable[str]) -> bool:
+    """Whether all names have a word for a part (``seg_train``, ``val2017``), and mean training and other rows."""
+    words = [re.findall(r"[a-z]+", name.lower()) for name in names]
+    uses = [{_PARTS[word] for word in held if word in _PARTS} for held in words]
+    several = set().union(*uses)
+    return all(uses) and "train" in several and len(several) > 1
 
 
 def _folders(path: Path, names: Iterable[str]) -> list[str]:
@@ -593,21 +590,22 @@ def _folder(path: Path, medium: Medium) -> Table:
     columns: dict[str, list[Any]] = {
         medium.column: [medium.item(file, str(file)) for file in found]
     }
-    inside = [file.relative_to(path).parts for file in found]
+    inside, remarks = [file.relative_to(path).parts for file in found], list[str]()
     if inside and all(len(parts) > 1 for parts in inside):
         columns["label"] = [parts[0] for parts in inside]
-        if like := _like_parts(set(columns["label"])):
-            note(
-                f"{path}: the folders {shown(like, 4)} are taken for classes; if they are parts of the data, name one "
-                "of them for each use, or call them train, val and test"
+        classes = sorted(set(columns["label"]))
+        if _like_parts(classes):
+            remarks.append(
+                f"{path}: the folders {shown(classes, 4)} are taken for classes; if they are parts of the data, name "
+                "one of them for each use, or call them train, val and test"
             )
-        if len(set(columns["label"])) == 1 and all(len(parts) > 2 for parts in inside):
-            note(
+        if len(classes) == 1 and all(len(parts) > 2 for parts in inside):
+            remarks.append(
                 f"{path}: all {medium.many} lie in {inside[0][0]!r}, which is taken for their class; if the folders in "
                 f"it are the classes, name {path / inside[0][0]}"
             )
         empty = set(_folders(path, os.listdir(path)))
-        if empty := empty - set(columns["label"]):
+        if empty := empty.difference(classes):
             note(
                 f"{path}: no {medium.many} in {shown(sorted(empty), 4)}, so there is no such class"
             )
@@ -619,7 +617,8 @@ def _folder(path: Path, medium: Medium) -> Table:
         )
     if any(beside):
         columns["caption"] = _captions(path, beside)
-    return ImageTable(path.name or str(path), columns, origin=str(path))
+    said = {"label": remarks}
+    return ImageTable(path.name or str(path), columns, origin=str(path), remarks=said)
 
 
 def files_below(path: Path, medium: Medium = IMAGES) -> tuple[list[Path], list[Path], list[str]]:
