@@ -281,6 +281,14 @@ def test_a_text_that_several_images_have_is_found_by_each_of_them() -> None:
     assert [ids.tolist() for ids in metrics["text_ids"]] == [[7], [8, 7]]
 
 
+def test_a_run_of_an_earlier_version_has_other_figures_only_where_texts_repeat() -> None:
+    goal, several = objective(), [{"text_ids": np.array([7, 8])}, {"text_ids": np.array([9])}]
+    for record, changed in ((goal.record(), False), ({"name": "Contrastive"}, True)):
+        goal.continue_from(record)
+        assert goal.figures_changed([*several, several[0]]) == changed
+        assert not goal.figures_changed(several) and not goal.figures_changed(rows(2))
+
+
 def test_training_draws_one_of_several_texts_and_evaluation_takes_all() -> None:
     several = np.array([10, 20, 4, 11, 21, 22, 4])
     row = {**rows(1)[0], "input_ids": several, "lengths": np.array([3, 4])}

@@ -110,6 +110,17 @@ def test_an_unknown_figure_is_named_before_the_first_step(tmp_path: Path) -> Non
     assert known.fit().best is not None
 
 
+def test_the_best_of_figures_that_cannot_be_compared_begins_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, [0.9, 0.5])
+    monkeypatch.setattr(_Scripted, "figures_changed", lambda self, rows: len(rows) == 4)
+    _, run = _run(tmp_path, [0.4, 0.2], limit="4 steps")
+    assert run.best is not None and run.best.name == "checkpoint-3"
+    err = capsys.readouterr().err
+    assert "earlier version" in err and "better by less than chance" not in err
+
+
 def test_the_score_of_a_resumed_run_goes_on(tmp_path: Path) -> None:
     _run(tmp_path, [0.5, 0.8])
     task, run = _run(tmp_path, [0.7, 0.6], limit="4 steps")

@@ -296,6 +296,10 @@ class Objective(nn.Module):
     def continue_from(self, record: Mapping[str, Any]) -> None:
         """Take over what no argument says from the ``record`` of a checkpoint with which training goes on."""
 
+    def figures_changed(self, rows: Examples) -> bool:
+        """Whether the version of the ``record`` of ``continue_from`` had other figures of held-out rows."""
+        return False
+
     def same_argument(self, key: str, then: Any, now: Any, labels: Sequence[str]) -> bool:
         """Whether an argument that ``record`` gave for a checkpoint means what it gives now.
 

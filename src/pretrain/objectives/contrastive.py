@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.data.images.augment import Augmentation
+from pretrain.data.loader import Examples
 from pretrain.errors import DataError, ModelError
 from pretrain.models.clip import TwoTowers
 from pretrain.nn.layout import local
@@ -97,6 +98,7 @@ class Contrastive(Objective):
     """
 
     couples_examples: ClassVar[bool] = True
+    _counts_copies = False  # the run began with an earlier version
     figures: ClassVar[tuple[str, ...] | None] = (
         "loss", "image_to_text", "text_to_image", f"image_to_text@{_AT}", f"text_to_image@{_AT}",
     )  # fmt: skip
@@ -241,6 +243,20 @@ class Contrastive(Objective):
         given = vars(self.augmentation) | {"label_smoothing": self.label_smoothing}
         usual = vars(Augmentation()) | {"label_smoothing": 0.0}
         return super().describe() | {k: v for k, v in given.items() if v != usual[k]}
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"distinct_texts": True}
+
+    def continue_from(self, record: Mapping[str, Any]) -> None:
+        super().continue_from(record)
+        self._counts_copies = "distinct_texts" not in record
+
+    def figures_changed(self, rows: Examples) -> bool:
+        """Earlier versions counted the copies of a text as wrong."""
+        if not self._counts_copies:
+            return False
+        ids = [number for i in range(len(rows)) for number in rows[i].get("text_ids", ())]
+        return len(set(map(int, ids))) < len(ids)
 
     def head_weights(self) -> int:
         """0, because there is no head."""

@@ -370,6 +370,7 @@ class Task(Objective):
 
     def continue_from(self, record: Mapping[str, Any]) -> None:
         """Read the token of each text that the run has trained on so far; see ``SequenceHead.reads_padding``."""
+        super().continue_from(record)
         head: Any = self.model.head
         if getattr(head, "pool", "") == "last":
             head.reads_padding = "skips_padding" not in record

@@ -131,6 +131,12 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     if state.eval_rows is None and trainer.eval_data is not None:
         rows = len(trainer.eval_data)
         state.eval_rows = min(before.get("train.eval_rows", trainer.train.eval_rows) or rows, rows)
+    if trainer.eval_data is not None and trainer.objective.figures_changed(trainer.eval_data):
+        state.eval_rows = 0
+        trainer.say(
+            f"{checkpoint.name} was evaluated by an earlier version, whose figures of these held-out rows cannot be "
+            "compared, so the best begins afresh"
+        )
     trainer.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
     load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)

@@ -62,7 +62,7 @@ class RunState:
         total_steps: steps of the whole run; changes during training only under a limit in minutes.
         skipped: steps without an update because of non-finite numbers; ``skipped_in_row`` of them in a row just now.
         eval_pending: an evaluation was interrupted by a stop request, and must be repeated.
-        eval_rows: held-out rows on which ``best_score`` was measured; None if unknown.
+        eval_rows: held-out rows on which ``best_score`` was measured; None if unknown, 0 if as no evaluation is now.
         best_score: best value of the metric ``monitor``, negated if higher is better.
         loss_at_best: loss of that evaluation, which resolves ties; None if unknown.
         unfrozen_from: depth of the lowest layer unfrozen by gradual unfreezing; None before the first step.

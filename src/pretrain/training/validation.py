@@ -77,7 +77,8 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     try:
         figures, seconds = _figures(trainer, limit)
         state.last_eval, state.eval_pending = state.step, False
-        before = state.best_score if state.monitor == trainer.train.monitor else math.inf
+        same = state.monitor == trainer.train.monitor and state.eval_rows in (None, limit)
+        before = state.best_score if same else math.inf
         improved = improves(state, figures, trainer.train.monitor, rows=limit, last=last)
         note = " (best)" if improved else ""
         if improved and state.best_score > before:
