@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.order import Order, cut_numbers
+from pretrain.data.order import Order
+from pretrain.data.recut import cut_numbers
 from pretrain.data.shards import Example, Rows
 
 __all__ = ["Example", "Examples", "Loader", "row_rng", "row_rngs"]
@@ -83,7 +84,8 @@ class Loader:
         indices = self.indices(position, count)
         if not isinstance(self.rows, Rows):
             return [self.rows[int(i)] for i in indices]
-        cuts = cut_numbers(self.seed, self.order.passes(position, count)) if self.recut else None
+        passes = self.order.passes(position, count)
+        cuts = cut_numbers(self.seed, passes) if self.recut and passes.any() else None
         batch = self.rows.gather(indices, cuts)
         return [{name: values[k] for name, values in batch.items()} for k in range(count)]
 

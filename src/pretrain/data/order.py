@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pretrain.errors import ConfigError
 
-__all__ = ["MixtureOrder", "Order", "cut_numbers", "mix64"]
+__all__ = ["MixtureOrder", "Order", "mix64"]
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -34,13 +34,6 @@ def mix64(values: Words) -> Words:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
-
-
-def cut_numbers(seed: int, passes: Ints) -> Words:
-    """Return for each row the number by which its long documents are cut: 0, as prepared, in the first pass."""
-    key = np.uint64((int(seed) & _MASK64) * _GOLDEN & _MASK64)
-    numbers = mix64(key ^ mix64(passes.astype(np.uint64) * np.uint64(_GOLDEN))) | np.uint64(1)
-    return np.where(passes > 0, numbers, np.uint64(0))
 
 
 class Order:

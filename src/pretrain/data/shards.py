@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pretrain.data.flat_files import FlatFile
 from pretrain.data.manifests import MANIFEST, check_files, unsealed
-from pretrain.data.order import MixtureOrder, Order, mix64
+from pretrain.data.order import MixtureOrder, Order
+from pretrain.data.recut import Pieces, recut
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.utils.files import printable
@@ -154,8 +155,8 @@ class Rows:
 
         Args:
             indices: numbers of the rows.
-            cuts: (B,) by which number the documents that are longer than a row are cut, see `_recut`; 0 and None
-                leave the pieces as they were prepared.
+            cuts: (B,) numbers by which the documents that are longer than a row are cut, see ``pretrain.data.recut``;
+                0 and None leave the pieces as they were prepared.
 
         Raises:
             DataError: an offset points outside the file it refers to, or a row has more tokens than its length.
@@ -175,7 +176,8 @@ class Rows:
         if outside.any():
             raise self._inconsistent("segments", int(chosen[row[outside.argmax()]]))
         if cuts is not None and cuts.any():
-            starts, lengths, row = self._recut(starts, lengths, row, chosen, cuts)
+            whole = (starts, lengths, row)
+            starts, lengths, row = recut(whole, cuts, *self._document_bounds(whole, chosen))
             counts = np.bincount(row, minlength=len(chosen))
         rank = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
         document = np.repeat(rank + 1, lengths)
@@ -191,36 +193,18 @@ class Rows:
         }
         return {name: _laid_out(values, filled, fill) for name, (values, fill) in columns.items()}
 
-    def _recut(
-        self, starts: Ints, lengths: Ints, row: Ints, chosen: Ints, cuts: NDArray[np.uint64]
-    ) -> tuple[Ints, Ints, Ints]:
-        """Move the pieces of every long document by one offset, round its end to its beginning.
-
-        The offset is a function of the document and of the number of the row, so with one number for all rows every
-        token is in one piece still, and every row keeps its length. A piece that reaches the end of its document
-        becomes two: the last tokens and the first.
-
-        Returns:
-            First token, length and place in ``chosen`` of every piece, in row order.
-        """
+    def _document_bounds(self, pieces: Pieces, chosen: Ints) -> tuple[Ints, Ints]:
+        """Return of each piece the first token of its document, and the one after its last."""
         if self._bounds is None:
             offsets = FlatFile(self.folder / f"{self.split}.documents.bin", np.dtype("<i8"))
             self._bounds = offsets.read(np.array([0]), np.array([len(offsets)]), np.array([0]))
+        starts, lengths, row = pieces
         last = np.searchsorted(self._bounds, starts, side="right").clip(1, len(self._bounds) - 1)
         first, end = self._bounds[last - 1], self._bounds[last]
         outside = (starts < first) | (starts + lengths > end)
         if outside.any():
             raise self._inconsistent("documents", int(chosen[row[outside.argmax()]]))
-        size = end - first
-        random = mix64(cuts[row] ^ mix64(first.astype(np.uint64)))
-        offset = (random >> np.uint64(1)).astype(np.int64) % size
-        offset[(cuts[row] == 0) | (lengths == size)] = 0  # a document in one piece stays whole
-        inside = (starts - first + offset) % size
-        head = np.minimum(lengths, size - inside)  # up to the end of the document
-        both = np.stack((first + inside, head, row, first, lengths - head, row), axis=1)
-        pieces = both.reshape(-1, 3)
-        starts, lengths, row = pieces[pieces[:, 1] > 0].T
-        return starts, lengths, row
+        return first, end
 
     def _inconsistent(self, kind: str, row: int) -> DataError:
         return DataError(

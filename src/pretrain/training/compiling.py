@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pretrain.training.precision import peak_flops
+from pretrain.training.peak import peak_flops
 
 if TYPE_CHECKING:
     from pretrain.training.trainer import Trainer

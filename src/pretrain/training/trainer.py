@@ -62,13 +62,13 @@ from pretrain.training.layers import Layers
 from pretrain.training.logging import Journal
 from pretrain.training.optim import Optimizers, build_optimizers, resolve_lr
 from pretrain.training.parallelize import enter_world, parallelize, run_lock
+from pretrain.training.peak import peak_flops
 from pretrain.training.plan import Plan, choose_micro_rows, mean_length, resolve_amounts
 from pretrain.training.precision import (
     LossScale,
     Precision,
     common_precision,
     evaluation_precision,
-    peak_flops,
 )
 from pretrain.training.preflight import check_rows, check_trainable, frozen_beside, numel, preflight
 from pretrain.training.restore import origin, restore, training_state
