@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from finetuning.conftest import ANIMALS, model_of
+from pretrain.checkpoint import load
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.finetuning.start import automatic_lr, freeze, starting_model
 from pretrain.objectives import task_class
@@ -78,6 +79,25 @@ def test_made_up_names_are_renamed(tmp_path: Path) -> None:
     found = starting_model(str(model.save(tmp_path / "a")), TASK, ANIMALS, quiet=True)
     assert found.labels == ANIMALS
     assert torch.equal(found.head.classifier.weight, model.head.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("head", "scratch", "reads"),
+    [("causal-lm", False, False), (None, False, False), ("sequence-classification", False, True),
+     ("sequence-classification", True, False)],
+)  # fmt: skip
+def test_a_new_head_passes_over_padding_whatever_the_last_task_did(
+    head: str | None, scratch: bool, reads: bool, tmp_path: Path
+) -> None:
+    """As in transformers, also with two classes, which need no other last layer; kept weights go on as they began."""
+    labels = ("LABEL_0", "LABEL_1") if head == "sequence-classification" else None
+    model = model_of("gpt2", head=head, labels=labels)
+    model.extra_config["pretrain"] = {"objective": {"name": "Chat", "task": "chat"}}
+    path = str(model.save(tmp_path / "a"))
+    found = starting_model(path, TASK, ("a", "b"), scratch=scratch, quiet=True)
+    assert found.head.reads_padding is reads
+    opened = load(path, head="sequence-classification", quiet=True)
+    assert opened.head.reads_padding is (labels is not None)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])

@@ -14,7 +14,7 @@ from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
-from pretrain.models.heads import LABELLED
+from pretrain.models.heads import LABELLED, SequenceHead
 from pretrain.nn.buffers import stored_tensors
 from pretrain.training.run import has_begun
 from pretrain.training.starting_model import open_source
@@ -81,6 +81,8 @@ def starting_model(
         model.fresh = frozenset(name for name, _ in model.named_parameters())
     elif model.fresh:
         model.init_weights(seed, model.fresh)
+    if isinstance(model.head, SequenceHead) and "head.classifier.weight" in model.fresh:
+        model.head.reads_padding = False  # whatever the replaced head was trained with
     _set_padding(model, task)
     model.card = None
     if not quiet:
@@ -201,7 +203,7 @@ def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
 
         old = head.classifier
         head.classifier = nn.Linear(old.in_features, len(labels), bias=old.bias is not None)
-        head.unit, head.reads_padding = 1.0, False  # as another task has trained them
+        head.unit = 1.0  # as another task has trained it
         new = {name for name, _ in model.named_parameters() if name.startswith("head.classifier.")}
         model.init_weights(0, new)
         model.fresh = model.fresh | new

@@ -251,7 +251,12 @@ class Model(ModelMethods, nn.Module):
         block = model.extra_config.get("pretrain")
         trained = block.get("objective") if isinstance(block, Mapping) else None
         if isinstance(model.head, SequenceHead) and isinstance(trained, Mapping):
-            model.head.reads_padding = "task" in trained and "skips_padding" not in trained
+            of_head = kind == kind_named_by(
+                config, backbone_class.architectures, causal=backbone_class.causal
+            )
+            model.head.reads_padding = (
+                of_head and "task" in trained and "skips_padding" not in trained
+            )
         model.remarks = tuple(reader.remarks)
         named = config.get("architectures") or [backbone_class.architectures.get(kind)]
         if head is None and kind is None and named != [backbone_class.architectures.get(None)]:
