@@ -13,6 +13,7 @@ import torch
 import tiny
 from finetuning.conftest import ANIMALS, model_of
 from pretrain.checkpoint import load
+from pretrain.data.tokenizer_build import KNOWN
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.finetuning.start import automatic_lr, freeze, starting_model
 from pretrain.objectives import task_class
@@ -126,10 +127,11 @@ def test_padding_is_a_token_that_the_tokenizer_states() -> None:
 @pytest.mark.parametrize("pad_id", [None, 2])
 @pytest.mark.parametrize("task", [Embedding, TokenClassification, TASK])
 def test_texts_are_padded_by_what_opens_the_saved_model(
-    task: Any, pad_id: int | None, tmp_path: Path
+    task: Any, pad_id: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where neither its tokenizer nor its configuration says by what; a run that has begun goes on."""
+    """Also where neither its tokenizer nor its configuration says by what; runs and prepared data go on."""
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setitem(KNOWN, "pad", [])  # as if no token were spelt so
     model = model_of("gpt2", pad_id=pad_id)
     tokenizer = copy.copy(model.tokenizer)
     tokenizer.roles = {r: name for r, name in tokenizer.roles.items() if r != "pad"}
@@ -142,8 +144,14 @@ def test_texts_are_padded_by_what_opens_the_saved_model(
     found.save(tmp_path / "a")
     pad = transformers.AutoTokenizer.from_pretrained(tmp_path / "a").pad_token_id
     assert pad == (tokenizer.eos_id if pad_id is None else pad_id)
+    again = load(tmp_path / "a", quiet=True).tokenizer
+    assert again.fingerprint == found.tokenizer.fingerprint
+    assert again.named_tokens == found.tokenizer.named_tokens
     if task is Embedding:
         assert found.tokenizer.fingerprint == before and tokenizer.padding is None
+        again.save(tmp_path / "b")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_what_is_frozen_is_counted(checkpoint: str) -> None:

@@ -63,6 +63,7 @@ _JOINED += [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]
 # The replacements are made one after another, and each can change as many of the last characters as it reads, less one.
 _JOINED_LENGTH = sum(len(apart) - 1 for apart, _ in _JOINED)
 _BATCH = 1024  # texts encoded at once
+_PADDING = "pretrain_padding"  # key of tokenizer_config.json: its pad_token, where that is ``Tokenizer.padding``
 _SIBLINGS = 16  # cached backends per tokenizer, one for each combination of encoding options
 
 
@@ -78,6 +79,8 @@ class Tokenizer:
 
     Attributes:
         chat_template: the Jinja program that renders a conversation as text, or None; it is stored, not run here.
+        padding: the token that other libraries pad with, named in what is saved where nothing states one; no role, and
+            not in the fingerprint.
         named_templates: further ones by name, such as ``tool_use``, beside ``chat_template``, the default.
         source: name on the Hub with its commit, of one that was opened by such a name; else None.
     """
@@ -123,9 +126,7 @@ class Tokenizer:
         self.special_ids = frozenset(
             [*special.values(), *(self.vocab[name] for name in self.roles.values())]
         )
-        self.padding: str | None = (
-            None  # pads in what is saved, where nothing states a token; not in the fingerprint
-        )
+        self.padding: str | None = None
         self.kind = kind_of(backend)
         self._siblings: dict[tuple[Any, ...], tokenizers.Tokenizer] = {}
 
@@ -468,6 +469,8 @@ class Tokenizer:
             held = [self.roles.get(role) for role, keys in ROLE_KEYS.items() if key in keys]
             if key not in self.class_tokens or name in held:
                 config[key] = name
+        if self.padding is not None and "pad" not in self.stated_roles:
+            config[_PADDING] = self.padding
         # A token that the file names and the vocabulary lacks would be added when the directory is opened again.
         for key, name in _tokens_in(config).items():
             if name not in self.vocab:
@@ -522,7 +525,14 @@ class Tokenizer:
             files[_DEFAULT] = folder / _TEMPLATE
         if files:  # they take precedence over those in tokenizer_config.json
             config["chat_template"] = {name: _read_template(file) for name, file in files.items()}
-        return cls(backend, roles, config, class_tokens)
+        padding = config.pop(_PADDING, None)
+        padded = padding is not None and padding == config.get("pad_token")
+        if padded:
+            del config["pad_token"]
+            roles = {role: name for role, name in roles.items() if role != "pad"}
+        made = cls(backend, roles, config, class_tokens)
+        made.padding = padding if padded else None
+        return made
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
