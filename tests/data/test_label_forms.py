@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def learned(source: Any, path: Path | None = None, names: Any = None, **options:
     found = Classification.learn(table, options)
     tidied = Classification.tidy(table, found, options)
     assert Classification.learn(tidied, {"labels": found.labels}).strata == found.strata
-    return found.labels, [set(row) for row in tidied.columns["label"]], found
+    sets = [set(row) if isinstance(row, list) else {row} for row in tidied.columns["label"]]
+    return found.labels, sets, found
 
 
 def cells(rows: list[set[str]], form: str) -> list[Any]:
@@ -512,6 +514,35 @@ def test_other_texts_are_no_printed_mappings() -> None:
         "{[]: 1}",
     ):
         assert printed_mapping(text) is None
+
+
+def test_class_numbers_may_be_decimals_of_databases() -> None:
+    """One for each row, lists, vectors, mappings and a column per label; others and too large ones are refused."""
+
+    def decimal(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decimal(item) for item in value]
+        if isinstance(value, dict):
+            return {name: decimal(item) for name, item in value.items()}
+        return Decimal(f"{value}.00")
+
+    one, several = [0, 2, 1, 2], [[0], [2, 0], [1], [3, 2, 1]]
+    vectors = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 0]]
+    mappings = [dict(zip(NAMES, row, strict=True)) for row in vectors]
+    for labels in (one, several, vectors, mappings):
+        given_as = [[{"text": f"t{i}", "label": cell} for i, cell in enumerate(column)]
+                    for column in (labels, decimal(labels))]  # fmt: skip
+        plain, read = (learned(rows) for rows in given_as)
+        assert plain[:2] == read[:2] and plain[2].strata == read[2].strata
+    columns = [{"text": f"t{i}", **decimal(row)} for i, row in enumerate(mappings)]
+    assert (
+        learned(columns, names=NAMES)[:2]
+        == learned([{"text": f"t{i}", **row} for i, row in enumerate(mappings)], names=NAMES)[:2]
+    )
+    for wrong in ("1.5", "1E+999999999", "NaN"):
+        rows = [{"text": f"t{i}", "label": Decimal(x)} for i, x in enumerate(("0", wrong, "1"))]
+        with pytest.raises(DataError, match=r"row 2.*label holds Decimal.*a whole number"):
+            learned(rows)
 
 
 @given(st.lists(st.text(max_size=8), max_size=4))

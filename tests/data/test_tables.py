@@ -559,17 +559,14 @@ def test_what_the_datasets_library_saved_is_told_how_to_give(splits: bool, tmp_p
     assert read_table(tmp_path / "rows.parquet").columns == {"text": ["a"], "label": ["b"]}
 
 
-def test_whole_numbers_of_databases_are_whole_numbers(tmp_path: Path) -> None:
-    """Decimals with digits behind the point, or too large, stay what they are."""
+def test_decimals_of_databases_stay_what_they_are(tmp_path: Path) -> None:
+    """Also whole ones: runs know their rows by the types of the cells, and `predict` passes columns through."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    given = [Decimal("0"), Decimal("2.00"), Decimal("-1"), Decimal("1.5")]
-    pq.write_table(pa.table({"text": list("abcd"), "label": given}), tmp_path / "a.parquet")
+    given = [Decimal("0.00"), Decimal("2.00"), Decimal("1.50")]
+    pq.write_table(pa.table({"text": list("abc"), "label": given}), tmp_path / "a.parquet")
     rows = [{"text": "a", "label": value} for value in given]
     for table in (read_table(tmp_path / "a.parquet"), read_table(rows)):
-        assert table.columns["label"] == [0, 2, -1, Decimal("1.5")]
-        assert [type(value) for value in table.columns["label"][:3]] == [int] * 3
-    large = Decimal("1E+999999999")
-    assert read_table([{"label": large}, {"label": Decimal("NaN")}]).columns["label"][0] is large
+        assert [*map(repr, table.columns["label"])] == [*map(repr, given)]
 
 
 def test_headers_of_joined_files_are_no_rows(

@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
@@ -353,8 +354,18 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{shown}, ... ({len(labels)} in all)" if len(labels) > 12 else shown
 
 
+def _whole(value: Any) -> Any:
+    """Return a whole ``Decimal``, as which databases export class numbers, as an integer, and other values as they are.
+
+    Labels of classes alone are read so: targets and other cells keep their type, by which runs know their rows.
+    """
+    decimal = isinstance(value, Decimal) and value.is_finite() and value.adjusted() < 18
+    return int(value) if decimal and value == int(value) else value
+
+
 def spelled(value: Any) -> str:
     """Return a value as text; whole floats as integers, since missing values turn integers into floats."""
+    value = _whole(value)
     return (
         str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
     )
@@ -429,6 +440,7 @@ def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
     kinds: dict[str, int] = {}
     for i, value in enumerate(values):
         value = value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
+        value = _whole(value)
         if isinstance(value, bool | str):
             kind = type(value).__name__
         elif isinstance(value, int | float):
@@ -788,6 +800,7 @@ def read_several(
     """
     if values and all(isinstance(value, NameList) for value in values):
         return MultiLabelColumn([list(value) for value in values])
+    values = [_whole(value) for value in values]
     known = None if labels is None else {str(label).strip() for label in (*labels, *spellings)}
     vectors = _Vectors(values, where, names, labels, known, form, strict)
     found = _read(values, vectors, separator, always=always, single=single)
@@ -823,8 +836,8 @@ def _read(
                 "row a list, [] where no class fits."
             )
         # The order of a set depends on the seed of Python's hashes.
-        rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else list(v) for v in values]
-        return _from_lists(rows, vectors)
+        rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else v for v in values]
+        return _from_lists([[_whole(item) for item in row] for row in rows], vectors)
     texts = ["" if is_missing(value) else value for value in values]
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
@@ -853,7 +866,7 @@ def _read(
 
 def is_on(value: Any) -> bool | None:
     """Return True for 1, True, "1" and "true", False for 0, False, "0" and "false", and None for any other value."""
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | Decimal):
         return bool(value) if value in (0, 1) else None
     return _SPELLED.get(value.strip().lower()) if isinstance(value, str) else None
 

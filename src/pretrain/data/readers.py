@@ -12,7 +12,6 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -387,9 +386,9 @@ def has_transform(dataset: Any) -> bool:
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value of Python in place of NumPy's or a whole ``Decimal``, without lone surrogates, at any depth.
+    """Return a value of Python in place of NumPy's, with all lone surrogates in its strings replaced, at any depth.
 
-    They are replaced. A JSON escape can denote a surrogate, but it is not a character and has no UTF-8 encoding.
+    A JSON escape can denote a surrogate, but it is not a character and has no UTF-8 encoding.
     """
     kind = type(value)
     if kind is str:
@@ -402,8 +401,6 @@ def plain_value(value: Any) -> Any:
         return {plain_value(str(key)): plain_value(item) for key, item in value.items()}
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return plain_value(value.tolist())
-    if kind is Decimal and value.is_finite() and value.adjusted() < 18 and value == int(value):
-        return int(value)  # databases export whole numbers so
     return value
 
 

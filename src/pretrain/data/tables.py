@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -386,21 +385,13 @@ def _made(columns: dict[str, list[Any]], count: int, what: str, unit: str = "ind
     return Table(f"{what} of {count:,} rows", made, origin=what, unit=unit)
 
 
-def _without_decimals(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return columns of arrow with whole numbers in place of whole decimals; see ``plain_value``."""
-    return {
-        name: [plain_value(v) if type(v) is Decimal else v for v in column]
-        for name, column in columns.items()
-    }
-
-
 def _dataset(dataset: Any, name: str) -> Table:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "with_format"):
         raise DataError(
             f"{name} is a streamed data set ({type(dataset).__name__}), whose rows cannot be counted or split. Load it "
             "without streaming=True."
         )
-    made = stored = _without_decimals(dataset.with_format("arrow")[:].to_pydict())
+    made = stored = dataset.with_format("arrow")[:].to_pydict()
     features = getattr(dataset, "features", None) or {}
     if has_transform(dataset):
         note(f"{name}: the transform of the data set is applied once to each row")
@@ -797,7 +788,7 @@ def _parquet(path: Path) -> Table:
         table = file.read()
         names = distinct(str(path), list(table.schema.names))
         try:
-            columns = _without_decimals({n: table.column(n).to_pylist() for n in names})
+            columns = {name: table.column(name).to_pylist() for name in names}
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path} holds text that is not UTF-8 (byte {error.start} of a cell); write the file again with valid "
