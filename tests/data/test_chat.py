@@ -530,7 +530,15 @@ def test_conversations_of_a_table_of_text_are_read(tmp_path: Path) -> None:
     columns = {"role": ["user", "assistant"], "content": ['it\'s "so"?', "yes"]}
     for text in (json.dumps(turns), str(turns), f" {json.dumps(columns)}\n"):
         assert to_conversations({"messages": text}) == [turns]
-    for text in ("user: hi", '"hi"', "[{'role': 'user'} {'role': 'assistant'}]", "[" * 9999):
+    broken = (
+        "[{'role': 'user'} {'role': 'assistant'}]",
+        "[" * 9999,
+        "{{}}",
+        "[{[]: 1}]",
+        "-" * 99999,
+        "\0",
+    )
+    for text in ("user: hi", '"hi"', *broken):
         with pytest.raises(
             DataError, match="row 3: a conversation is a list of messages.*Write a row"
         ):
