@@ -584,6 +584,13 @@ def test_headers_of_joined_files_are_no_rows(
     assert read_table(write(tmp_path, "one.csv", "text\na\ntext\n")).columns == {
         "text": ["a", "text"]
     }
+    for joined in ("\ufefftext,label\na,x\n\ufefftext,label\nb,y\n", "text,label\na,x\ntext, label\nb,y\n",
+                   '"text","label"\na,x\n\ufeff"text","label"\nb,y\n'):  # fmt: skip
+        file = write(tmp_path, "joined.csv", joined)
+        assert read_table(file).columns == {"text": ["a", "b"], "label": ["x", "y"]}
+        (chunk,) = stream_chunks(file, 8)
+        assert len(chunk.rows) == len(read_table(file, name="inputs")) == 3
+    assert "kept, so that every row has its answer: line 3" in capsys.readouterr().err
     documents = pretrain.prepare(
         path, tmp_path / "out", tokenizer="char", valid=0.0, keep_duplicates=True
     )

@@ -385,18 +385,27 @@ def csv_rows(
 
 
 def without_headers(
-    path: Path, header: Sequence[str], rows: Iterator[tuple[int, list[str]]]
+    path: Path, header: Sequence[str], rows: Iterator[tuple[int, list[str]]], *, keep: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
-    """Leave out rows that repeat a header of several names, as files that were joined have, and say so at the end."""
-    repeated: list[int] = []
+    """Leave out rows that repeat a header of several names, as files that were joined have, and say so at the end.
+
+    Its names may have blanks around them, or the byte order mark of a joined file. With ``keep`` they are only said.
+    """
+    names, repeated = _bare(header), list[int]()
     for number, row in rows:
-        if len(header) > 1 and row == header:
-            repeated.append(number)
-        else:
+        found = len(row) > 1 and _bare(row[:1]) == names[:1] and _bare(row) == names
+        repeated += [number] * found
+        if keep or not found:
             yield number, row
     if repeated:
         lines = ", ".join(map(str, repeated[:3])) + ", ..." * (len(repeated) > 3)
-        note(f"{path}: rows that repeat the header are left out: line {lines}", once=True)
+        done = "kept, so that every row has its answer" if keep else "left out"
+        note(f"{path}: rows that repeat the header are {done}: line {lines}", once=True)
+
+
+def _bare(cells: Sequence[str]) -> list[str]:
+    """Return the names of a header; quotes remain in the first cell where a byte order mark precedes them."""
+    return [cell.replace("\ufeff", "").strip().strip('"') for cell in cells]
 
 
 def _plain_rows(decoded: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -179,7 +179,8 @@ def read_table(
         source: a path or a glob that matches one file: ``.csv .tsv .jsonl .ndjson .json .parquet .conll .conllu``,
             plain, ``.gz`` or ``.zst``; a list of dicts; a dict of lists; a pandas frame; a ``datasets.Dataset``; a
             dict of splits, of which ``train`` is used (see :func:`splits`); a list of tuples with `columns`; a Table.
-        name: name for messages of a source that has none.
+        name: name for messages of a source that has none; of ``inputs``, which are answered by position, rows that
+            repeat the header are kept.
         format: one of ``csv tsv jsonl json parquet conll conllu``, for a file whose suffix does not show its format.
         columns: names of the columns of a CSV or TSV file without a header, or of a list of tuples. A first line with
             exactly these names is still treated as the header.
@@ -452,7 +453,7 @@ def _read_file(
     """Read a file; ``form`` are the arguments of :func:`read_table` for CSV and TSV."""
     kind = _kind(path, format)
     if kind in ("csv", "tsv"):
-        return _delimited_table(path, kind, encoding, **form)
+        return _delimited_table(path, kind, encoding, **form, keep=name == "inputs")
     if any(value is not None for value in form.values()):
         told = ", ".join(map(option_name, ("names", "delimiter", "quoting")))
         raise DataError(
@@ -510,8 +511,13 @@ def _delimited(
     header: bool | None = None,
     delimiter: str | None = None,
     quoting: bool | None = None,
+    *,
+    keep: bool = False,
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]], str]:
-    """Return the names of the columns, (line, cells) of the rows, and the hint of :class:`Table`."""
+    """Return the names of the columns, (line, cells) of the rows, and the hint of :class:`Table`.
+
+    ``keep`` is that of ``without_headers``.
+    """
     between, quoted = cell_form(path, kind, delimiter, quoting, encoding)
     if kind == "tsv" and quoting is None and quoted:
         note(
@@ -532,7 +538,9 @@ def _delimited(
     if not top:
         raise DataError(f"{path} is empty: no header and no rows.")
     names, top_is_row = _header(path, number, top, columns, header)
-    rows = chain([(number, top)], rows) if top_is_row else without_headers(path, top, rows)
+    rows = (
+        chain([(number, top)], rows) if top_is_row else without_headers(path, top, rows, keep=keep)
+    )
     return names, rows, "" if top_is_row or header else _header_hint(path, top, between)
 
 
@@ -922,6 +930,7 @@ def stream_chunks(
 ) -> Iterator[Chunk]:
     """Yield the rows of a file in chunks of ``size``; CSV, TSV and JSON lines are streamed, other formats read whole.
 
+    All of its rows are yielded, also those that repeat the header, because answers are joined to rows by their order.
     ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`read_table`.
 
     Raises:
@@ -938,7 +947,9 @@ def stream_chunks(
         found = json_rows(file, note, _EXAMPLE, encoding)
         rows = ((line, _object(row, f"{file}:{line}")) for line, row in found)
     else:
-        names, cells, _ = _delimited(file, kind, encoding, delimiter=delimiter, quoting=quoting)
+        names, cells, _ = _delimited(
+            file, kind, encoding, delimiter=delimiter, quoting=quoting, keep=True
+        )
         rows = ((line, dict(zip(names, row, strict=True))) for line, row in cells)
     empty = True
     while some := list(islice(rows, size)):
