@@ -346,6 +346,23 @@ def test_sentence_transformers_has_the_same_vectors(more: list[str], tmp_path: P
                 "config_args": {"trust_remote_code": True},
             }
         },
+        {
+            "sentence_bert_config": {
+                "max_seq_length": 5,
+                "tokenizer_args": {"truncation_side": "right"},
+                "config_args": {"output_hidden_states": False, "output_attentions": False},
+                "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+            }
+        },
+        {
+            "sentence_bert_config": {
+                "max_seq_length": 5,
+                "modality_config": {
+                    "text": {"method": "forward", "method_output_name": ["last_hidden_state"]}
+                },
+                "module_output_name": "token_embeddings",
+            }
+        },
     ],
     ids=str,
 )

@@ -41,14 +41,17 @@ _TRANSFORMER_FILES = (
 )
 # Settings of the module Transformer that change vectors -> values that leave them as they are. The arguments of older
 # files that follow are those of from_pretrained, of which the keys listed leave the vectors as they are.
-_FEATURES = {"method": "forward", "method_output_name": "last_hidden_state"}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "transformer_task": ("feature-extraction",),
-    "module_output_name": ("token_embeddings",),
-    "processing_kwargs": ({},),
+_FEATURES = [
+    {"method": "forward", "method_output_name": name}
+    for name in ("last_hidden_state", ["last_hidden_state"])
+]
+_NEUTRAL = {
+    "transformer_task": "feature-extraction",
+    "module_output_name": "token_embeddings",
 }
 _LOADING = {"trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "use_cache"}
 _PLACING = {"attn_implementation", "dtype", "torch_dtype", "device_map", "low_cpu_mem_usage"}
+_OUTPUTS = {"output_hidden_states", "output_attentions"}  # beside the last hidden states
 _ARGUMENTS = {
     "tokenizer_args": {
         "use_fast",
@@ -56,8 +59,8 @@ _ARGUMENTS = {
         "clean_up_tokenization_spaces",
         "model_max_length",
     },
-    "model_args": {*_PLACING, "use_safetensors", "add_pooling_layer"},
-    "config_args": _PLACING,
+    "model_args": {*_PLACING, *_OUTPUTS, "use_safetensors", "add_pooling_layer"},
+    "config_args": _PLACING | _OUTPUTS,
 }
 _RENAMED = {"tokenizer_args": "processor_kwargs"} | {
     f"{name}_args": f"{name}_kwargs" for name in ("model", "config")
@@ -213,7 +216,7 @@ class SentenceSettings:
             missing.append(f"the modules {', '.join(names) or 'none'}")
         files = (f"sentence_{name}_config.json" for name in _TRANSFORMER_FILES)
         transformer = next(filter(None, map(read, files)), {})
-        missing += _unread(transformer)
+        missing += _unread(transformer, read("tokenizer_config.json") or {})
         path = next((path for name, path in chain if name == "Pooling"), "")
         pooling = read(f"{path}/config.json") if path else {}
         if pooling is None:
@@ -293,13 +296,20 @@ def _arguments(transformer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _unread(transformer: Mapping[str, Any]) -> list[str]:
+def _unread(transformer: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
     """Return the settings of the module Transformer that are not implemented and change the vectors."""
-    found = {k: transformer[k] for k in _NEUTRAL if transformer.get(k) not in (None, *_NEUTRAL[k])}
+    found = {k: transformer[k] for k, v in _NEUTRAL.items() if transformer.get(k) not in (None, v)}
     for name, neutral in _ARGUMENTS.items():
         given = _arguments(transformer, name)
         found |= {key: given[key] for key in given.keys() - neutral - _LOADING}
+    if found.get("truncation_side") == tokenizer.get("truncation_side", "right"):
+        found.pop("truncation_side", None)  # as texts are cut anyway
+    calls = transformer.get("processing_kwargs")
+    if isinstance(calls, Mapping):  # a chat template renders messages, and no texts
+        calls = {key: value for key, value in calls.items() if key != "chat_template" and value}
+    if calls:
+        found["processing_kwargs"] = calls
     modes = transformer.get("modality_config")
-    if isinstance(modes, Mapping) and modes.get("text") != _FEATURES:
+    if isinstance(modes, Mapping) and modes.get("text") not in _FEATURES:
         found["modality_config"] = modes
     return [f"the setting {key}={value!r} of Transformer" for key, value in sorted(found.items())]
