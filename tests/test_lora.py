@@ -414,6 +414,41 @@ def test_an_adapter_of_peft_is_used_with_what_its_base_has(tmp_path: Path, in_fi
     assert evaluate(tmp_path / "a", tmp_path / "text.txt")["loss"] > 0
 
 
+@pytest.mark.parametrize("damage", ["rules", "file", "ids"])
+def test_an_adapter_does_without_what_its_base_has_damaged(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the adapter has itself is not read from the base; what it lacks is left out, with a line."""
+    folder = tmp_path / "base"
+    base = tiny(vocab_size=len(tokenizer()))
+    base.tokenizer = tokenizer()
+    base.generation_config = {"eos_token_id": 3}
+    base.save(folder)
+    for name in ("own", "peft"):
+        save_adapter(shake(apply_lora(load(folder, quiet=True), LoraConfig(r=4))), tmp_path / name)
+    plain(tmp_path / "peft")
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "peft" / name).unlink(missing_ok=True)
+    (folder / "manifest.json").unlink()
+    file = folder / ("generation_config.json" if damage == "rules" else "tokenizer.json")
+    stored = json.loads(file.read_text())
+    more = {"id": len(base.tokenizer), "content": "<x>", "special": True, "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False}  # fmt: skip
+    file.write_text(
+        json.dumps({**stored, "added_tokens": [*stored["added_tokens"], more]})
+        if damage == "ids"
+        else "{"
+    )
+    capsys.readouterr()
+    own = load(tmp_path / "own", base=folder, quiet=True)
+    assert own.tokenizer is not None and own.generation_config["eos_token_id"] == 3
+    assert "opened without" not in capsys.readouterr().err
+    found = load(tmp_path / "peft", base=folder, quiet=True)
+    assert (found.tokenizer is None) is (damage != "rules")
+    assert (not found.generation_config) is (damage == "rules")
+    assert f"{tmp_path / 'peft'} is opened without" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_merging_writes_a_whole_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dora: bool

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,11 +130,11 @@ def _load(
         model, beneath = checkpoint.adapter_files.open_adapter(
             directory, head=head, base=base, verify=verify, quiet=quiet
         )
-        if beneath is not None:
-            _open_generation(model, beneath)
+        if beneath is not None and not directory.intact("generation_config.json"):
+            _open_of_base(model, directory, beneath, _open_generation, "generation settings")
         _open_rest(model, directory, tokenizer=tokenizer)
         if beneath is not None and tokenizer and model.processor is None:  # peft writes none
-            _open_processor(model, beneath)
+            _open_of_base(model, directory, beneath, _open_processor, "a tokenizer")
         verify_rest(directory, {ADAPTER_WEIGHTS: None})
         model.files_hash = directory.weights_hash([ADAPTER_WEIGHTS])
         return model.eval()
@@ -204,6 +204,24 @@ def _open_processor(model: Model, directory: ModelDirectory) -> None:
         return
     processor = model.backbone.processor_class.from_directory(directory.path)
     model.processor = model.processor if processor is None else processor
+
+
+def _open_of_base(
+    model: Model,
+    adapter: ModelDirectory,
+    base: ModelDirectory,
+    read: Callable[[Model, ModelDirectory], None],
+    what: str,
+) -> None:
+    """Read what an adapter lacks from its base; where it cannot be used, open the adapter without it, and say so."""
+    try:
+        with reading(base.path):
+            read(model, base)
+    except PretrainError as error:
+        note(
+            f"{adapter.path} is opened without {what}: it has none of its own, and what its base has cannot be used. "
+            f"{error}"
+        )
 
 
 def _refuse_incomplete(path: Path, config: Mapping[str, Any], verify: bool) -> None:
