@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from hypothesis import strategies as st
 
 import tiny
 from pretrain.data.tables import read_table
+from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.language_modelling import LanguageModelling
-from pretrain.objectives.tasks import _PACKED_TOKENS, balanced, pack_examples
+from pretrain.objectives.tasks import _PACKED_TOKENS, balanced, pack_examples, read_texts
 
 LENGTHS = st.lists(st.integers(1, 700), min_size=1, max_size=24)
 
@@ -170,3 +173,23 @@ def test_special_tokens_that_are_typed_are_remarked_on() -> None:
             ([1, 2], True)
         ]
         assert all(("task chat" in text) == (head == "causal-lm") for text in rows.remarks)
+
+
+def test_many_special_tokens_are_looked_for_in_about_the_time_of_few() -> None:
+    """Vocabularies have hundreds of reserved ones, in several spellings."""
+    many = ["<s>", "</s>", "[INST]", "<|im_start|>"]
+    many += [f"[unused{i}]" for i in range(90)] + [f"<unused{i}>" for i in range(300)]
+    text = "the <b> cat </b> sat [1] on <|x a [mat] I <u> " * 12000
+
+    def marked(names: list[str], texts: list[str]) -> tuple[list[int], float]:
+        rows, table = TaskRows(), read_table([{"text": one} for one in texts])
+        begun = time.process_time()
+        read_texts(table, ["text"], rows, SimpleNamespace(typed_names=names))  # type: ignore[arg-type]
+        return [i for places in rows.remarks.values() for i in places], time.process_time() - begun
+
+    few, lot = (min(marked(names, [text])[1] for _ in range(3)) for names in (many[:4], many))
+    assert lot < 5 * few
+    found, _ = marked(
+        many, [f"a {name} b" for name in many] + ["<unused>", "[unused90]", "<s", "a"]
+    )
+    assert found == [*range(len(many))]
