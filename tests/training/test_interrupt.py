@@ -199,7 +199,8 @@ def test_a_run_whose_directory_is_taken_away_is_saved_beside_it(
     def take_away(record: Any) -> None:
         if record["step"] == 5:
             if how == "deleted":
-                shutil.rmtree(out, ignore_errors=True)  # a save may be going on in it
+                while out.exists():  # a save may be going on in it
+                    shutil.rmtree(out, ignore_errors=True)
             elif "emptied" in how:
                 for name in ("run.lock", "log.jsonl", "run.yaml"):
                     (out / name).unlink()
