@@ -88,11 +88,11 @@ class Rows:
         self.num_bytes, self.num_characters = int(stats["bytes"]), int(stats["characters"])
         self.num_documents, self.padding = int(stats["documents"]), float(stats["padding"])
         self.source_rows = [int(source["rows"]) for source in stats["sources"]]
-        # First tokens of the documents, and the end; read when they are needed.
-        self._bounds: Ints | None = None
         self._tokens = FlatFile(folder / f"{split}.tokens.bin", token_dtype(vocab_size))
         self._segments = FlatFile(folder / f"{split}.segments.bin", np.dtype("<i8"))
         self._rows = FlatFile(folder / f"{split}.rows.bin", np.dtype("<i8"))
+        self._documents = FlatFile(folder / f"{split}.documents.bin", np.dtype("<i8"))
+        self._bounds: Ints | None = None  # all of the documents, once they are needed
         found = {
             "tokens": len(self._tokens), "rows": len(self._rows) - 1, "segments": len(self._segments) // 2,
         }  # fmt: skip
@@ -196,8 +196,8 @@ class Rows:
     def _document_bounds(self, pieces: Pieces, chosen: Ints) -> tuple[Ints, Ints]:
         """Return of each piece the first token of its document, and the one after its last."""
         if self._bounds is None:
-            offsets = FlatFile(self.folder / f"{self.split}.documents.bin", np.dtype("<i8"))
-            self._bounds = offsets.read(np.array([0]), np.array([len(offsets)]), np.array([0]))
+            whole = np.array([0]), np.array([len(self._documents)])
+            self._bounds = self._documents.read(*whole, chosen[:1])
         starts, lengths, row = pieces
         last = np.searchsorted(self._bounds, starts, side="right").clip(1, len(self._bounds) - 1)
         first, end = self._bounds[last - 1], self._bounds[last]
