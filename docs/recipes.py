@@ -5,6 +5,7 @@
     python docs/recipes.py run final                 # the recipe against the defaults
     python docs/recipes.py run recut                 # the same with long documents cut elsewhere in every epoch
     python docs/recipes.py show screen final         # as tables
+    python docs/recipes.py run seconds               # the best of these in the seconds of the default
     python docs/recipes.py run rates                 # five rates at four widths, AdamW and Muon, about two CPU hours
     python docs/recipes.py show rates                # as a table, and docs/figures/rates-*.svg
     python docs/recipes.py run float8                # products in float8 and bf16, which needs no GPU
@@ -226,6 +227,19 @@ def _recut() -> Iterator[dict[str, Any]]:
         yield _spec(*kind, 15, seed, STRONGER | {"recut": True})
 
 
+def _seconds() -> Iterator[dict[str, Any]]:
+    """The best of `_recut` on the same texts, with as many steps as take the seconds of 500 steps of AdamW."""
+    # Width -> steps of Muon, and of Muon with decay and dropout.
+    steps = {
+        64: {5: (473, PARTS[2]), 15: (437, PARTS[6])},
+        128: {5: (423, PARTS[2]), 15: (417, PARTS[6])},
+    }
+    for seed, kind in itertools.product(range(3), KINDS):
+        for epochs, (count, part) in steps[kind[1]].items() if kind[0] == "gpt2" else ():
+            share = count / STEPS  # of the epochs too, so that the text is the same
+            yield _spec(*kind, epochs * share, seed, part | {"recut": True, "steps": count})
+
+
 # The same multiples of the default rate at every width, which shows whether the best one moves with the width.
 WIDTHS = (64, 128, 256, 512)
 MULTIPLES = (0.25, 0.5, 1, 2, 4)
@@ -269,7 +283,14 @@ def _spec(
     return of | part
 
 
-GRIDS = {"screen": _screen, "final": _final, "recut": _recut, "rates": _rates, "float8": _float8}
+GRIDS = {
+    "screen": _screen,
+    "final": _final,
+    "recut": _recut,
+    "seconds": _seconds,
+    "rates": _rates,
+    "float8": _float8,
+}
 
 
 def bottom(points: list[tuple[float, float]]) -> float:
