@@ -236,8 +236,8 @@ def _seconds() -> Iterator[dict[str, Any]]:
     }
     for seed, kind in itertools.product(range(3), KINDS):
         for epochs, (count, part) in steps[kind[1]].items() if kind[0] == "gpt2" else ():
-            share = count / STEPS  # of the epochs too, so that the text is the same
-            yield _spec(*kind, epochs * share, seed, part | {"recut": True, "steps": count})
+            # As many fewer epochs, so that the text is the same.
+            yield _spec(*kind, epochs * count / STEPS, seed, part | {"recut": True, "steps": count})
 
 
 # The same multiples of the default rate at every width, which shows whether the best one moves with the width.
