@@ -273,9 +273,10 @@ def test_damaged_bounds_of_documents_are_named(source: Path, tmp_path: Path) -> 
 def test_mixtures_number_the_passes_over_each_source() -> None:
     order = MixtureOrder([5, 40], [0.5, 0.5], seed=2)
     count = 10 * order.epoch_length
-    rows, passes = order.indices(0, count), order.passes(0, count)
+    rows, passes = order.visits(0, count)
+    assert np.array_equal(rows, order.indices(0, count))
     for row, last in [(0, 4), (4, 4), (5, 0), (44, 0)]:
         numbers = sorted(passes[rows == row].tolist())
         assert numbers == list(range(len(numbers))) and len(numbers) > last
-    parts = [order.passes(position, 25) for position in range(0, count, 25)]
+    parts = [order.visits(position, 25)[1] for position in range(0, count, 25)]
     assert np.array_equal(np.concatenate(parts), passes)

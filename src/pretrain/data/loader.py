@@ -81,10 +81,9 @@ class Loader:
 
     def examples(self, position: int, count: int) -> list[Example]:
         """Return ``count`` rows starting at ``position``, each a dict of (T,) arrays."""
-        indices = self.indices(position, count)
+        indices, passes = self.order.visits(position, count)
         if not isinstance(self.rows, Rows):
             return [self.rows[int(i)] for i in indices]
-        passes = self.order.passes(position, count)
         cuts = cut_numbers(self.seed, passes) if self.recut and passes.any() else None
         batch = self.rows.gather(indices, cuts)
         return [{name: values[k] for name, values in batch.items()} for k in range(count)]

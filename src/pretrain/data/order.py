@@ -8,7 +8,7 @@ number of workers or devices, and a checkpoint stores one integer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,11 +58,12 @@ class Order:
 
     def indices(self, position: int, count: int) -> Ints:
         """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
-        return self.at(np.arange(count, dtype=np.int64) + np.int64(position))
+        return self.visits(position, count)[0]
 
-    def passes(self, position: int, count: int) -> Ints:
-        """Return the number of the pass over all rows, from 0, that each row of ``indices`` belongs to."""
-        return (np.arange(count, dtype=np.int64) + np.int64(position)) // self.epoch_length
+    def visits(self, position: int, count: int) -> tuple[Ints, Ints]:
+        """Return what ``indices`` returns, and for each row the number of the pass over all rows, from 0."""
+        places = np.arange(count, dtype=np.int64) + np.int64(position)
+        return self.at(places), places // self.epoch_length
 
     def at(self, places: Ints) -> Ints:
         """Return the rows at arbitrary ``places`` counted since the start of training."""
@@ -116,29 +117,24 @@ class MixtureOrder:
 
     def indices(self, position: int, count: int) -> Ints:
         """Return the rows at ``count`` places starting at ``position``, counted in rows since the start of training."""
-        rows = np.empty(count, dtype=np.int64)
-        for k, order, chosen, places in self._by_source(position, count):
-            rows[chosen] = self._firsts[k] + order.at(places)
-        return rows
+        return self.visits(position, count)[0]
 
-    def passes(self, position: int, count: int) -> Ints:
-        """Return the number of the pass over its source, from 0, that each row of ``indices`` belongs to."""
-        passes = np.empty(count, dtype=np.int64)
-        for _, order, chosen, places in self._by_source(position, count):
-            passes[chosen] = places // order.epoch_length
-        return passes
-
-    def _by_source(self, position: int, count: int) -> Iterator[tuple[int, Order, Ints, Ints]]:
-        """Yield each source with its order, the places that it fills, and their places in that order."""
+    def visits(self, position: int, count: int) -> tuple[Ints, Ints]:
+        """Return what ``indices`` returns, and for each row the number of the pass over its source, from 0."""
         places = np.arange(count, dtype=np.int64) + np.int64(position)
+        epochs = places // self.epoch_length
         slots = self._slots.at(places)
         source = np.searchsorted(self._bounds, slots, side="right")
+        rows, passes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         for k, order in enumerate(self._orders):
             chosen = np.flatnonzero(source == k)
-            if order is not None and chosen.size:
-                share = self.counts[k]
-                within = slots[chosen] - (self._bounds[k] - share)
-                yield k, order, chosen, places[chosen] // self.epoch_length * share + within
+            if order is None or not chosen.size:
+                continue
+            share = self.counts[k]
+            within = epochs[chosen] * share + slots[chosen] - (self._bounds[k] - share)
+            rows[chosen] = self._firsts[k] + order.at(within)
+            passes[chosen] = within // order.epoch_length
+        return rows, passes
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
