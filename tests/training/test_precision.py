@@ -14,7 +14,8 @@ from pretrain.training.precision import (
     choose_device,
     choose_precision,
     evaluation_precision,
-    evaluation_precision_of_run,
+    evaluation_setting,
+    recorded_precision,
 )
 
 CPU = torch.device("cpu")
@@ -59,10 +60,10 @@ def test_a_run_of_any_precision_is_evaluated_on_a_device_that_trains_in_another(
     precision: str,
 ) -> None:
     train: Any = TrainConfig(precision=precision)
-    assert evaluation_precision_of_run(train, CPU).name == "fp32"
+    assert recorded_precision(evaluation_setting(train), CPU).name == "fp32"
     expected = {"bf16": "bf16", "fp8": "bf16", "auto": choose_precision("auto", CPU).name}
     train.eval_precision = "train"
-    found = evaluation_precision_of_run(train, CPU).name
+    found = recorded_precision(evaluation_setting(train), CPU).name
     assert found == expected.get(precision, "fp32")
 
 

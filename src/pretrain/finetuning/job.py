@@ -52,7 +52,7 @@ from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.logging import check_loggers
 from pretrain.training.parallelize import run_lock
-from pretrain.training.precision import choose_device
+from pretrain.training.precision import choose_device, evaluation_setting
 from pretrain.training.restore import load_weights
 from pretrain.training.run import (
     check_same_run,
@@ -363,9 +363,7 @@ class Job:
     def measured_with(self) -> dict[str, Any]:
         """What the metrics depend on: the precision and, for objectives that couple examples, the rows of a batch."""
         train = self.settings.train
-        precision = train.precision if train.eval_precision == "train" else train.eval_precision
-        precision = "bf16" if precision == "fp8" else precision  # float8 is for training
-        return {"batch_rows": train.batch_rows, "eval_precision": precision}
+        return {"batch_rows": train.batch_rows, "eval_precision": evaluation_setting(train)}
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

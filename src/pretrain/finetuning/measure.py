@@ -23,11 +23,11 @@ from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.precision import (
-    PRECISIONS,
     Precision,
     choose_device,
     choose_precision,
-    evaluation_precision_of_run,
+    evaluation_setting,
+    recorded_precision,
 )
 from pretrain.training.restore import load_weights
 from pretrain.utils.files import note
@@ -132,12 +132,9 @@ def reported_precision(
     ``recorded`` comes from a file and may be anything; half precision of a GPU is left where there is none.
     """
     chosen = choose_device(device)
-    if name == "auto" and train is not None:
-        return evaluation_precision_of_run(train, chosen)
-    if name == "auto":
-        fits = recorded in PRECISIONS and not (recorded == "fp16" and chosen.type == "cpu")
-        name = str(recorded) if fits else "fp32"
-    return choose_precision(name, chosen)
+    if name != "auto":
+        return choose_precision(name, chosen)
+    return recorded_precision(recorded if train is None else evaluation_setting(train), chosen)
 
 
 def measure_as_in_run(task: Task, rows: TaskRows, settings: TuneConfig) -> dict[str, float]:

@@ -31,7 +31,8 @@ __all__ = [
     "choose_precision",
     "common_precision",
     "evaluation_precision",
-    "evaluation_precision_of_run",
+    "evaluation_setting",
+    "recorded_precision",
 ]
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -142,12 +143,20 @@ def _float8(device: torch.device, training: bool) -> Precision:
     return Precision("fp8", torch.bfloat16, device, why)
 
 
-def evaluation_precision_of_run(train: TrainConfig, device: torch.device) -> Precision:
-    """Return the precision of evaluations by the settings of a run, on a device that may be another than the run's."""
-    # Float8 is for training, and fp16 is far slower than fp32 on a CPU.
-    if train.eval_precision == "fp32" or (train.precision == "fp16" and device.type == "cpu"):
-        return Precision("fp32", torch.float32, device, "as in the run")
-    return choose_precision("bf16" if train.precision == "fp8" else train.precision, device)
+def evaluation_setting(train: TrainConfig) -> str:
+    """Return the precision of evaluations by the settings of a run: that of training, or bf16 for fp8, or fp32."""
+    if train.eval_precision == "fp32":
+        return "fp32"
+    return "bf16" if train.precision == "fp8" else train.precision
+
+
+def recorded_precision(recorded: object, device: torch.device) -> Precision:
+    """Return a precision that a file states, on a device that may be another than that of the run.
+
+    It is fp32 where the file states none, and instead of fp16 on a CPU, where fp16 is far slower.
+    """
+    usable = recorded in PRECISIONS and not (recorded == "fp16" and device.type == "cpu")
+    return choose_precision(str(recorded) if usable else "fp32", device)
 
 
 def evaluation_precision(

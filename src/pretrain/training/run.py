@@ -63,7 +63,8 @@ from pretrain.training.plan import row_length
 from pretrain.training.precision import (
     choose_device,
     choose_precision,
-    evaluation_precision_of_run,
+    evaluation_setting,
+    recorded_precision,
 )
 from pretrain.training.restore import load_others
 from pretrain.training.starting_model import hash_weights, open_source, origin, resolve_source
@@ -668,7 +669,7 @@ def evaluate(
             f"the data with row_length={model.backbone.max_length} or less."
         )
     where = choose_device(device)
-    chosen = evaluation_precision_of_run(before.train, where)
+    chosen = recorded_precision(evaluation_setting(before.train), where)
     if precision != "auto":
         chosen = choose_precision(precision, where)
     built.to(where)
