@@ -28,7 +28,7 @@ from pretrain.data.images.boxes import (
     SIZE,
     BoxTable,
     Corners,
-    Usual,
+    DatasetsBox,
     gathered_boxes,
     read_boxes,
     stated_size,
@@ -501,7 +501,7 @@ def _is_earlier(form: str | None, record: Mapping[str, Any]) -> bool:
 
 def _as_given(box: Any, form: str | None) -> Any:
     """Return the numbers of a box of the datasets library as they stand, if they are corners already."""
-    return box.given if form == "xyxy" and isinstance(box, Usual) else box
+    return box.given if form == "xyxy" and isinstance(box, DatasetsBox) else box
 
 
 def _read_as(box: Any, form: str | None) -> str:

@@ -36,7 +36,7 @@ __all__ = [
     "SIZE",
     "BoxTable",
     "Corners",
-    "Usual",
+    "DatasetsBox",
     "annotations_of",
     "gathered_boxes",
     "read_boxes",
@@ -205,7 +205,7 @@ def _from_objects(table: Table, cells: Sequence[Any]) -> Table:
             raise DataError(
                 f"{table.where(i)}: {len(found)} boxes (bbox) and {len(names)} classes (category) in {_OBJECTS}."
             )
-        boxes.append([Usual(box) for box in found])
+        boxes.append([DatasetsBox(box) for box in found])
         labels.append(list(names))
     columns = {n: column for n, column in table.columns.items() if n != _OBJECTS}
     known = dict(table.label_names)
@@ -244,7 +244,7 @@ class Corners(list[Any]):
     """Left, top, right and bottom of a box, where its file says what its numbers are."""
 
 
-class Usual(Corners):
+class DatasetsBox(Corners):
     """Corners of a box of the datasets library, whose numbers usually are left, top, width and height.
 
     Attributes:
@@ -355,8 +355,11 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
                 crowds += 1
                 continue
             image, label, box = first[one["image_id"]], one["category_id"], _corners(one["bbox"])
-            held = (image, label, str(box))
-            if again and given.setdefault(held, one["image_id"]) != one["image_id"]:
+            # The text of a box is made only where it is needed: files of COCO have a million of them.
+            if (
+                again
+                and given.setdefault((image, label, str(box)), one["image_id"]) != one["image_id"]
+            ):
                 continue
             labels[image].append(names[label])
             boxes[image].append(box)
