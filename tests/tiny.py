@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.data.prepare import prepare
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.models import build
 from pretrain.objectives import Objective, build_objective
@@ -49,6 +51,20 @@ class Rows(list[dict[str, np.ndarray]]):
             self.append({"input_ids": ids, "document_ids": documents, "position_ids": positions})
         self.num_tokens = int(sum((row["document_ids"] != 0).sum() for row in self))
         self.num_bytes = 4 * self.num_tokens
+
+
+def prepared_rows(folder: Path, lines: Sequence[str], row_length: int) -> Any:
+    """The training rows of prepared text, a document for each line, with the tokenizer above."""
+    (folder / "text.txt").write_text("\n".join(lines))
+    return prepare(
+        folder / "text.txt",
+        folder / "prepared",
+        tokenizer=tokenizer(),
+        separator="\n",
+        row_length=row_length,
+        valid=0,
+        quiet=True,
+    ).train
 
 
 def objective(

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.data.prepare import prepare
 from pretrain.training.preflight import suggest
-from tiny import TEXTS, objective, tokenizer
+from tiny import TEXTS, objective, prepared_rows
 
 
 @pytest.mark.parametrize(
@@ -20,16 +19,7 @@ from tiny import TEXTS, objective, tokenizer
 def test_small_text_is_given_the_recipe_of_its_epochs(
     tmp_path: Path, epochs: float, muon: bool, decay: bool
 ) -> None:
-    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
-    rows = prepare(
-        tmp_path / "text.txt",
-        tmp_path / "prepared",
-        tokenizer=tokenizer(),
-        separator="\n",
-        row_length=16,
-        valid=0,
-        quiet=True,
-    ).train
+    rows = prepared_rows(tmp_path, TEXTS, 16)
     trainer: Any = SimpleNamespace(
         train_data=rows,
         about={},

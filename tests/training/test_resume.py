@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pretrain.checkpoint import latest, read_training
-from pretrain.data.prepare import prepare
 from pretrain.errors import CheckpointError, TrainingError
 from pretrain.models.base import Model
 from pretrain.objectives import build_objective
@@ -24,7 +23,7 @@ from pretrain.training import restore as restoring
 from pretrain.training.plan import Plan
 from pretrain.training.state import RunState
 from pretrain.training.trainer import Hook
-from tiny import TEXTS, Rows, losses, objective, tokenizer, trainer
+from tiny import TEXTS, Rows, losses, objective, prepared_rows, trainer
 
 
 class Crash(Exception):
@@ -279,16 +278,7 @@ def _prepared(folder: Path) -> Any:
     lines = [
         " ".join(rng.choice(TEXTS).split()[0] for _ in range(size)) for size in (90, 9, 150, 60)
     ]
-    (folder / "text.txt").write_text("\n".join(lines))
-    return prepare(
-        folder / "text.txt",
-        folder / "prepared",
-        tokenizer=tokenizer(),
-        separator="\n",
-        row_length=24,
-        valid=0,
-        quiet=True,
-    ).train
+    return prepared_rows(folder, lines, 24)
 
 
 def test_documents_cut_anew_go_on_where_they_were(

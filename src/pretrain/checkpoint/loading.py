@@ -211,7 +211,7 @@ def _open_of_base(
     adapter: ModelDirectory,
     base: ModelDirectory,
     read: Callable[[Model, ModelDirectory], None],
-    what: str,
+    missing: str,
 ) -> None:
     """Read what an adapter lacks from its base; where it cannot be used, open the adapter without it, and say so."""
     try:
@@ -219,8 +219,8 @@ def _open_of_base(
             read(model, base)
     except PretrainError as error:
         note(
-            f"{adapter.path} is opened without {what}: it has none of its own, and what its base has cannot be used. "
-            f"{error}"
+            f"{adapter.path} is opened without {missing}: it has none of its own, and what its base has cannot be "
+            f"used. {error}"
         )
 
 

@@ -145,7 +145,7 @@ class TensorSharding:
         Raises:
             CheckpointError: a shard does not have the shape given by the layout.
         """
-        whole = {}
+        whole_tensors = {}
         for key, part in tensors.items():
             name = self.parameter(key) if part.ndim else None
             shape = tuple(part.shape)
@@ -156,8 +156,8 @@ class TensorSharding:
                         f"{key!r} has the shape {tuple(part.shape)} on process {self.rank}, but its shard of "
                         f"{shape} must have the shape {shard_shape}: it was not sharded as in the layout."
                     )
-            whole[key] = torch.empty(shape, dtype=part.dtype, device="meta")
-        return whole
+            whole_tensors[key] = torch.empty(shape, dtype=part.dtype, device="meta")
+        return whole_tensors
 
 
 @contextlib.contextmanager

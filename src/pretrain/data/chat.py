@@ -389,8 +389,8 @@ def printed_messages(text: str) -> Any:
     """Return the list or object that a text prints as JSON or Python; any other text as it is."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            found = read(text.strip())
-            return found if isinstance(found, list | dict) else text
+            value = read(text.strip())
+            return value if isinstance(value, list | dict) else text
     return text
 
 

@@ -841,8 +841,8 @@ def _read(
     texts = ["" if is_missing(value) else value for value in values]
     notes: list[str] = []
     if any(texts) and all(isinstance(text, str) for text in texts):
-        told = vectors.form == "numbers" and vectors.strict and separator != ""
-        if told and all(printed_list(text) is None for text in texts):
+        as_numbers = vectors.form == "numbers" and vectors.strict and separator != ""
+        if as_numbers and all(printed_list(text) is None for text in texts):
             if (found := vectors.numbers([text.strip() for text in texts], separator)) is not None:
                 return found
         elif separator != "" and (

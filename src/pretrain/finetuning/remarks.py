@@ -66,9 +66,8 @@ def hardly_better_than_trivial(result: Finetuned) -> str | None:
     if not (math.isfinite(ours) and math.isfinite(guess)):
         return None
     sign = -1.0 if name in LOWER_IS_BETTER else 1.0
-    if (
-        sign > 0 and ours == guess == 1
-    ):  # held-out rows of the most frequent class leave nothing to be better at
+    # Held-out rows of the most frequent class alone leave nothing to be better at.
+    if sign > 0 and ours == guess == 1:
         return None
     ahead = sign * (ours - guess)
     room = abs(guess) if sign < 0 or not 0 <= guess < 1 else 1.0 - guess

@@ -280,9 +280,8 @@ class SentenceSettings:
 def _module(item: Mapping[str, Any], missing: list[str]) -> tuple[str, str]:
     """Return class and folder of an entry of modules.json; only plain subfolders are accepted."""
     name, path = str(item.get("type")), item.get("path")
-    if name.startswith(
-        "sentence_transformers."
-    ):  # a class of the same name elsewhere computes something else
+    # A class of the same name in another package computes something else.
+    if name.startswith("sentence_transformers."):
         name = name.rpartition(".")[2]
     plain = isinstance(path, str) and path.replace("_", "").replace("-", "").isalnum()
     if name == "Pooling" and not plain:

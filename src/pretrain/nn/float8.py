@@ -32,22 +32,23 @@ class Float8Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._multiplies(x):
+        if not self._is_in_float8(x):
             return super().forward(x)
-        y = self.product(x)
+        y = self._float8_product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """Return the output without the bias: (..., in_features) -> (..., out_features)."""
-        if not self._multiplies(x):
-            return F.linear(x, self.weight)
+        return self._float8_product(x) if self._is_in_float8(x) else F.linear(x, self.weight)
+
+    def _float8_product(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         count = rows.shape[0]
         padded = F.pad(rows, (0, 0, 0, -count % _MULTIPLE))
         y: Tensor = _Float8Product.apply(padded, self.weight)  # type: ignore[no-untyped-call]
         return y[:count].reshape(*x.shape[:-1], -1)
 
-    def _multiplies(self, x: Tensor) -> bool:
+    def _is_in_float8(self, x: Tensor) -> bool:
         """Return whether the product with ``x`` is in float8."""
         odd = any(size % _MULTIPLE for size in self.weight.shape)
         usual = self.training and compute_dtype(x) is torch.bfloat16

@@ -199,9 +199,8 @@ class Segmentation(ImageTask, ClassTask):
             return {"mask": mask}
 
         rows, _ = self.encode_inputs(table, targets=True, target=target)
-        if (
-            np.count_nonzero(counts[:UNLABELLED]) == 1
-        ):  # as in masks of 0 and 255, which training reads as two classes
+        # Such are masks of 0 and 255, which training reads as two classes.
+        if np.count_nonzero(counts[:UNLABELLED]) == 1:
             for i in unlabelled:
                 rows.remark(i, _ONE_CLASS)
         self.balance_counts(counts[: len(self.labels)])

@@ -211,18 +211,14 @@ def read_texts(
             rows.drop(i, "empty text")
         else:
             kept.append(i)
-    names = () if tokenizer is None else tokenizer.typed_names
-    if names:
-        typed = _any_of(names)
-        found = {
-            i: typed.search(" ".join(table.columns[name][i] for name in columns)) for i in kept
-        }
-        marked = {i: match[0] for i, match in found.items() if match is not None}
+    if tokenizer is not None and tokenizer.typed_names:
+        typed = _any_of(tokenizer.typed_names)
+        matches = {i: typed.search(" ".join(table.columns[c][i] for c in columns)) for i in kept}
+        marked = {i: match[0] for i, match in matches.items() if match is not None}
+        example = next(iter(marked.values()), "")
+        remark = f"special tokens ({example!r}) are typed into the text and read as letters{cure}"
         for i in marked:
-            example = next(iter(marked.values()))
-            rows.remark(
-                i, f"special tokens ({example!r}) are typed into the text and read as letters{cure}"
-            )
+            rows.remark(i, remark)
     return kept
 
 

@@ -142,9 +142,7 @@ class Trainer:
     optim: Final[OptimConfig]
     train: Final[TrainConfig]
     parallel: Final[ParallelConfig]
-    lr_reason: Final[
-        str
-    ]  # how the learning rate was derived, for the lines at the start; "" if it was set
+    lr_reason: Final[str]  # how the rate was derived, for the first lines; "" if it was set
     out: Final[Path]
     world: Final[World]
     origin: Final[dict[str, Any]]

@@ -199,9 +199,8 @@ class ImageProcessor(SavedProcessor):
             self.extra[key] = value
         elif value is not None:
             self.settings[key] = value
-        elif (
-            key in _STEPS
-        ):  # null is false in transformers, whatever the class does where the key is missing
+        elif key in _STEPS:
+            # In transformers null is false, whatever the class does where the key is missing.
             self.settings[key] = False
 
     def _check(self) -> None:

@@ -617,8 +617,7 @@ def _folder(path: Path, medium: Medium) -> Table:
         )
     if any(beside):
         columns["caption"] = _captions(path, beside)
-    said = {"label": remarks}
-    return ImageTable(path.name or str(path), columns, origin=str(path), remarks=said)
+    return ImageTable(path.name or str(path), columns, origin=str(path), remarks={"label": remarks})
 
 
 def files_below(path: Path, medium: Medium = IMAGES) -> tuple[list[Path], list[Path], list[str]]:
