@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from pretrain.errors import DataError
 from pretrain.utils.files import replace_file
 
-__all__ = ["IN_MEMORY", "FlatFile", "sums_name", "write_sums"]
+__all__ = ["IN_MEMORY", "PADDING", "FlatFile", "sums_name", "write_sums"]
 
 # Files up to this size are read into memory, and hashed completely whenever prepared data are opened.
 IN_MEMORY = 64 << 20
 BLOCK = 1 << 16  # bytes per checksum
+PADDING = -1  # start of a range that is in no file
 _SUM = 8  # bytes of a checksum
 _AGAIN = "Copy the file again, or prepare the data again (delete the directory first)."
 
@@ -91,7 +92,8 @@ class FlatFile:
         """Return the concatenated items of several ranges.
 
         Args:
-            starts: (N,) first item of each range; the caller has checked that the ranges are within the file.
+            starts: (N,) first item of each range; the caller has checked that the ranges are within the file. A range
+                that starts at PADDING is not in the file, and its items are arbitrary.
             lengths: (N,) number of items of each range.
             rows: (N,) number of the row that each range belongs to, for error messages.
 
@@ -102,10 +104,12 @@ class FlatFile:
             before = np.cumsum(lengths) - lengths
             index = np.repeat(starts - before, lengths)
             index += np.arange(len(index))
-            return self._whole.take(index)
+            return self._whole.take(index, mode="wrap")
         item = self.dtype.itemsize
         parts = [
-            self._bytes(start * item, length * item, row)
+            bytes(length * item)
+            if start == PADDING
+            else self._bytes(start * item, length * item, row)
             for start, length, row in zip(starts.tolist(), lengths.tolist(), rows, strict=True)
         ]
         return np.frombuffer(b"".join(parts), dtype=self.dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data.flat_files import FlatFile
+from pretrain.data.flat_files import PADDING, FlatFile
 from pretrain.data.manifests import MANIFEST, check_files, unsealed
 from pretrain.data.order import MixtureOrder, Order
 from pretrain.data.recut import Pieces, recut
@@ -170,7 +170,7 @@ class Rows:
         pieces = self._segments.read(2 * first, 2 * counts, chosen).reshape(-1, 2)
         starts, lengths = pieces[:, 0], pieces[:, 1]
         row = np.repeat(np.arange(len(chosen)), counts)  # of each piece
-        used = np.bincount(row, weights=lengths, minlength=len(chosen))  # tokens of each row
+        used = np.bincount(row, lengths, len(chosen)).astype(np.int64)  # tokens of each row
         outside = (pieces < 0).any(axis=1) | (pieces > len(self._tokens)).any(axis=1)
         outside |= (starts + lengths > len(self._tokens)) | (used > self.row_length)[row]
         if outside.any():
@@ -179,19 +179,22 @@ class Rows:
             whole = (starts, lengths, row)
             starts, lengths, row = recut(whole, cuts, *self._document_bounds(whole, chosen))
             counts = np.bincount(row, minlength=len(chosen))
-        rank = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-        document = np.repeat(rank + 1, lengths)
-        position = np.arange(len(document))
-        position -= np.repeat(np.cumsum(lengths) - lengths, lengths)
-        # The pieces of a row follow each other from its first column on; padding is at its end.
-        filled = np.arange(self.row_length) < used[:, None]
-        tokens = self._tokens.read(starts, lengths, chosen[row])
-        columns = {
-            "input_ids": (tokens, self.pad_id),
-            "document_ids": (document, 0),
-            "position_ids": (position, 0),
-        }
-        return {name: _laid_out(values, filled, fill) for name, (values, fill) in columns.items()}
+        # The pieces of a row stand side by side from its first column on. Behind them is one of padding, of document 0.
+        ends, every = np.cumsum(counts), np.arange(len(row))
+        table = np.zeros((3, len(row) + len(chosen)), dtype=np.int64)
+        table[:, every + row] = starts, lengths, every - (ends - counts)[row] + 1
+        last = ends + np.arange(len(chosen))
+        table[0, last], table[1, last] = PADDING, self.row_length - used
+        starts, lengths, number = table
+        shape = (len(chosen), self.row_length)
+        document = np.repeat(number, lengths).reshape(shape)
+        begin = (np.cumsum(lengths) - lengths) % self.row_length  # first column of each piece
+        position = np.arange(self.row_length) - np.repeat(begin, lengths).reshape(shape)
+        tokens = self._tokens.read(starts, lengths, np.repeat(chosen, counts + 1))
+        ids = tokens.astype(np.int64).reshape(shape)
+        if len(padding := np.flatnonzero(document == 0)):
+            ids.flat[padding], position.flat[padding] = self.pad_id, 0
+        return {"input_ids": ids, "document_ids": document, "position_ids": position}
 
     def _document_bounds(self, pieces: Pieces, chosen: Ints) -> tuple[Ints, Ints]:
         """Return of each piece the first token of its document, and the one after its last."""
@@ -211,15 +214,6 @@ class Rows:
             f"{self.folder}/{self.split}.{kind}.bin is damaged: row {row} refers to positions that do not exist. "
             "Prepare the data again (delete the directory first)."
         )
-
-
-def _laid_out(values: NDArray[Any], filled: NDArray[np.bool_], fill: int) -> Ints:
-    """Return (B, T) values where ``filled``, in order, and ``fill`` elsewhere."""
-    if len(values) == filled.size:
-        return values.astype(np.int64, copy=False).reshape(filled.shape)
-    padded = np.full(filled.shape, fill, dtype=np.int64)
-    padded[filled] = values
-    return padded
 
 
 # ------------------------------------------------------------------------------------------------ the directory
