@@ -197,7 +197,7 @@ def _chunk(
 
 
 def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the cross entropy of (n, V) logits, which their softmax replaces, with the targets ``index`` (n, 1).
+    """Compute the cross entropy of (n, V) logits, which are overwritten, with the targets ``index`` (n, 1).
 
     Returns:
         The losses (n,), whether the targets are the argmax (n,), and the softmax (n, V). Of equal logits the lowest id
@@ -213,10 +213,11 @@ def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             correct[rows] = logits[rows].argmax(1, keepdim=True).eq(index[rows]).squeeze(1)
     else:
         correct = logits.argmax(1, keepdim=True).eq(index).squeeze(1)
-    largest = torch.maximum(picked, others)
-    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    loss = (sums.log() - (picked - largest)).squeeze(1)
-    return loss, correct, logits.div_(sums)
+    # One call costs less than exp, sum and division; its largest value is 1 / sum(exp(logits - largest)). A CPU
+    # computes it row by row, so it needs no second buffer, whose pages would cost more than the rest.
+    probs = torch.softmax(logits, 1, out=logits if logits.is_cpu else None)
+    loss = torch.maximum(picked, others) - picked - probs.amax(1, keepdim=True).log()
+    return loss.squeeze(1), correct, probs
 
 
 @functools.cache
