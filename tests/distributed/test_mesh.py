@@ -22,6 +22,7 @@ from pretrain.distributed.estimates import (
 from pretrain.distributed.mesh import ParallelPlan, choose_mesh, possible_worlds
 from pretrain.errors import ConfigError
 from pretrain.models import build
+from pretrain.nn.kernels import multiplies_rows
 
 GIB = float(1 << 30)
 LLAMA = Needs(
@@ -342,9 +343,12 @@ def test_kept_activations_are_those_that_autograd_keeps(
         hidden=128,
         layers=2,
         intermediate=inner,
+        heads=4,
+        row_length=length,
         key_value=32 * groups,
         gated=gated,
         compute_bytes=2 if low else 4,
+        keeps_weights=low and multiplies_rows(torch.device("cpu"), torch.bfloat16, length),
     )
     assert activation_bytes(needs, rows * length) == pytest.approx(kept[3] - kept[1], rel=0.05)
 

@@ -67,6 +67,7 @@ class Needs:
         trainable: number of trainable parameters; ``muon`` of them have one moment instead of two.
         hidden, layers, intermediate, vocabulary: D, L, F, V.
         kept: bytes per token that one block keeps for the backward pass, if the widths do not tell it.
+        heads: query heads.
         query, key_value: total width of the query heads, and of the key heads; 0 means D.
         gated: the feed-forward layer has two input projections.
         tied: the vocabulary projection is the embedding.
@@ -74,6 +75,7 @@ class Needs:
         micro_tokens: maximum of tokens in a micro-batch if its rows are not fixed; 0 means one row.
         ema, anchors: whether there is a second copy of the weights, and a copy of the trainable ones (L2-SP).
         compute_bytes: bytes of a number in the forward pass: 2 for bf16 and fp16, 4 for fp32.
+        keeps_weights: whether a block keeps its attention weights for the backward pass, in full rows.
         gather_bytes: bytes of a weight that fsdp gathers; 0 means ``compute_bytes``.
         checkpointing: activation checkpointing: off, selective or full.
         device: cpu, cuda or mps.
@@ -87,6 +89,7 @@ class Needs:
     vocabulary: int = 0
     kept: float | None = None
     row_length: int = 1
+    heads: int = 0
     query: int = 0
     key_value: int = 0
     gated: bool = False
@@ -97,6 +100,7 @@ class Needs:
     anchors: bool = False
     compute_bytes: int = 2
     gather_bytes: int = 0
+    keeps_weights: bool = False
     checkpointing: str = "off"
     device: str = "cuda"
 
@@ -142,12 +146,13 @@ def kept_per_token(needs: Needs, tp: int = 1) -> float:
     d, b = needs.hidden, needs.compute_bytes
     q, kv = needs.query or d, needs.key_value or d
     ways = 2 if needs.gated else 1
+    weights = needs.heads * needs.row_length if needs.keeps_weights else 0
     if needs.checkpointing == "full":
         return float(FP32 * d)
     if needs.checkpointing == "selective":  # the input and the results of matmuls and attention
-        inside = 2 * q + 2 * kv + ways * needs.intermediate
+        inside = 2 * q + 2 * kv + ways * needs.intermediate + weights
         return FP32 * d + b * (2 * d + inside / tp)
-    inside = 2 * q + 2 * kv + 2 * ways * needs.intermediate
+    inside = 2 * q + 2 * kv + 2 * ways * needs.intermediate + weights
     return 2 * FP32 * d + b * (2 * d + inside / tp)
 
 

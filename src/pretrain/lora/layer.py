@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.nn.kernels import dropout
 from pretrain.nn.tensor_parallel import Group, all_reduce
 
 __all__ = ["LoraLinear"]
@@ -120,7 +121,7 @@ class LoraLinear(nn.Linear):
         return self._run(x, None)
 
     def _run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        dropped = dropout(x, self.dropout, self.training)
         update = F.linear(F.linear(dropped, self.down()), self.lora_B) * self.scale
         if self.lora_magnitude is None:
             return F.linear(x, self.weight, bias) + update

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.config import BackboneConfig, ConfigReader, Key, written_keys
@@ -24,6 +23,7 @@ from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block, run_block
 from pretrain.nn.buffers import changing_buffers
+from pretrain.nn.kernels import dropout
 from pretrain.nn.norm import compute_dtype
 from pretrain.nn.positions import Rope, document_positions
 from pretrain.nn.tensor_parallel import VocabShard
@@ -41,6 +41,7 @@ class ModelStats:
 
     Attributes:
         hidden, layers, intermediate: D, number of blocks, width of the feed-forward layer.
+        heads: query heads of a block; 0 without attention.
         query, key_value: total width of the query heads, and of the key heads; 0 means D.
         gated: the feed-forward layer has two input projections.
         vocabulary: V, the classes of a head over the vocabulary; 0 without one.
@@ -51,6 +52,7 @@ class ModelStats:
     hidden: int
     layers: int
     intermediate: int
+    heads: int = 0
     query: int = 0
     key_value: int = 0
     gated: bool = False
@@ -211,6 +213,7 @@ class Backbone(nn.Module):
             hidden=config.hidden_size,
             layers=len(blocks),
             intermediate=config.intermediate_size or 4 * config.hidden_size,
+            heads=config.num_heads,
             query=width * config.num_heads,
             key_value=width * (config.num_kv_heads or config.num_heads),
             gated=any(getattr(getattr(b, "mlp", None), "gate", None) is not None for b in blocks),
@@ -421,7 +424,7 @@ class Backbone(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout to the embeddings."""
-        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
+        return dropout(x, self.config.dropout, self.training)
 
     def init_parameter(self, name: str, value: Tensor, seed: int) -> None:
         """Initialise one fp32 CPU tensor: norms with ones, biases with zeros, matrices from a (truncated) normal."""

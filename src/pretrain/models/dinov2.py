@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pretrain.errors import ConfigError
 from pretrain.models.config import BackboneConfig, Key, round_up
@@ -29,6 +28,7 @@ from pretrain.models.vit import (
 )
 from pretrain.nn.attention import AttentionMask
 from pretrain.nn.block import Block
+from pretrain.nn.kernels import dropout
 from pretrain.nn.patches import PatchEmbedding
 
 __all__ = ["Dinov2", "Dinov2Config", "Dinov2WithRegisters", "Dinov2WithRegistersConfig"]
@@ -140,7 +140,7 @@ class ScaledBlock(Block):
     def _kept(self, x: Tensor) -> Tensor:
         if not (self.training and self.drop_path_rate):
             return x
-        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop_path_rate)
+        return x * dropout(x.new_ones(len(x), 1, 1), self.drop_path_rate)
 
 
 class Dinov2Embedding(PatchEmbedding):

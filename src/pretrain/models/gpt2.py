@@ -14,6 +14,7 @@ from pretrain.models.heads import decoder_head, text_architectures
 from pretrain.models.names import Name
 from pretrain.nn.attention import AttentionMask, KVCache
 from pretrain.nn.block import Block
+from pretrain.nn.kernels import dropout
 from pretrain.nn.norm import LayerNorm
 
 __all__ = ["GPT2", "GPT2Config"]
@@ -76,8 +77,7 @@ class GPT2(Backbone):
         start, _ = self.span(batch, cache)
         x = self.look_up(self.token_embedding, batch["input_ids"])
         x = x + self.embed_positions(batch, cache)
-        if self.training and self.config.embedding_dropout:
-            x = nn.functional.dropout(x, self.config.embedding_dropout)
+        x = dropout(x, self.config.embedding_dropout, self.training)
         mask = AttentionMask.from_batch(batch, causal=True, past=start)
         x = self.run(x, mask, cache=cache, keep=batch.get("keep_index"))
         hidden: Tensor = self.final_norm(x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import ConfigError, ModelError
+from pretrain.nn.kernels import dropout
 from pretrain.nn.mlp import activation
 from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 
@@ -232,10 +233,10 @@ class SequenceHead(nn.Module):
             )
         pooled = self._pool(hidden, batch)
         if self.dropout_first:
-            pooled = F.dropout(pooled, self.dropout, self.training)
+            pooled = dropout(pooled, self.dropout, self.training)
         if self.transform is not None:
             pooled = self.transform(pooled)
-        pooled = F.dropout(pooled, self.dropout, self.training)
+        pooled = dropout(pooled, self.dropout, self.training)
         if self.classifier.out_features > 1:
             scores: Tensor = self.classifier(pooled)
             return scores
@@ -327,7 +328,7 @@ class TokenHead(nn.Module):
     def forward(self, hidden: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         if self.transform is not None:
             hidden = self.transform(hidden)
-        scores: Tensor = self.classifier(F.dropout(hidden, self.dropout, self.training))
+        scores: Tensor = self.classifier(dropout(hidden, self.dropout, self.training))
         return scores
 
 

@@ -2,9 +2,9 @@
 
 A batch has one ``AttentionMask``; ``attend`` selects the kernel from it, the shapes, the dtype and the device:
 
-- nothing masked, or only later tokens: ``scaled_dot_product_attention`` with the kernel that torch chooses;
+- nothing masked, or only later tokens: ``dot_product_attention`` (``kernels``), by a kernel of torch or by products;
 - documents: per document, on a CPU where that costs less, on CUDA by FlashAttention in half precision (``packed``);
-- all else (a bias, fp32 on CUDA, a key-value cache): ``scaled_dot_product_attention`` with a dense mask.
+- all else (a bias, fp32 on CUDA, a key-value cache): ``dot_product_attention`` with a dense mask.
 
 Shapes: B rows, T queries, S keys, H heads, d head size.
 """
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pretrain.errors import ModelError
+from pretrain.nn.kernels import dot_product_attention
 from pretrain.nn.norm import RMSNorm
 from pretrain.nn.packed import (
     Buckets,
@@ -263,12 +263,9 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, scale: float, dropout: float
 ) -> Tensor:
     """Select the kernel and run it: q (B, H, T, d), k and v (B, H_kv, S, d) -> (B, H, T, d)."""
-    queries, keys = q.shape[2], k.shape[2]
-    how: dict[str, Any] = {}
-    if mask is not None and mask.only_causal(queries, keys):
-        # The literal True, because torch.compile may treat the condition as symbolic.
-        how["is_causal"] = True
-    elif mask is not None:
+    queries, keys, added = q.shape[2], k.shape[2], None
+    causal = mask is not None and mask.only_causal(queries, keys)
+    if mask is not None and not causal:
         if queries == keys:
             offsets = mask.sequences(q.device, q.dtype, q.shape[3])
             if offsets is not None:
@@ -278,12 +275,11 @@ def attend(
             buckets = mask.buckets()
             if buckets is not None:
                 return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
-        how["attn_mask"] = mask.scores(queries, keys, q.device, q.dtype)
-        if how["attn_mask"] is not None and q.is_cuda and k.shape[1] != q.shape[1]:
+        added = mask.scores(queries, keys, q.device, q.dtype)
+        if added is not None and q.is_cuda and k.shape[1] != q.shape[1]:
             # With a mask, few kernels support grouped keys, and the generic fallback materialises (B, H, T, S) scores.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    how["enable_gqa"] = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **how)
+    return dot_product_attention(q, k, v, added, causal, scale, dropout)
 
 
 class Attention(nn.Module):

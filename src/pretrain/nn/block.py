@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from pretrain.nn.attention import Attention, AttentionMask, KVCache
+from pretrain.nn.kernels import dropout
 from pretrain.nn.mlp import MLP
 from pretrain.nn.norm import build_norm
 from pretrain.nn.positions import Rope
@@ -211,7 +211,7 @@ class Block(nn.Module):
         return x if self.pre_norm else self.mlp_norm(x)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return dropout(x, self.dropout, self.training)
 
 
 def columns_of(x: Tensor, columns: Tensor) -> Tensor:
@@ -245,4 +245,13 @@ def _keep_products(context: Any, op: Any, *args: Any, **options: Any) -> Checkpo
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_scaled_mm_v2"}
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "linear",
+    "_scaled_mm",
+    "_scaled_mm_v2",
+    "attend_by_products",
+}

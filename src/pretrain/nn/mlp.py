@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.nn.kernels import dropout
 from pretrain.nn.tensor_parallel import Group, copy_to_tensor_parallel, row_linear
 
 __all__ = ["ACTIVATIONS", "MLP", "activation"]
@@ -91,4 +92,4 @@ class MLP(nn.Module):
         else:
             x = self.activation(self.gate(x)) * self.up(x)
         x = self.down(x) if self.parallel is None else row_linear(self.down, x, self.parallel)
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return dropout(x, self.dropout, self.training)

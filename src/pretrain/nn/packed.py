@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pretrain.nn.device import has_matrix_tiles
+from pretrain.nn.kernels import dot_product_attention, multiplies_rows
 
 __all__ = [
     "Buckets",
@@ -152,8 +153,9 @@ def attend_packed(
     """Compute attention within each document, (B, H, T, d) -> (B, H, T, d); padding gets zeros."""
     rows, heads, length, size = q.shape
     given = q.dtype
-    if given in (torch.bfloat16, torch.float16) and not has_matrix_tiles():
-        # Without hardware matrix tiles, attention over short documents is slower in half precision than in fp32.
+    half = given in (torch.bfloat16, torch.float16)
+    if half and not has_matrix_tiles() and not multiplies_rows(q.device, given, 0):
+        # There torch's kernel is slower in half precision than in fp32, for short documents.
         q, k, v = q.float(), k.float(), v.float()
     gathered = [_into(part, buckets) for part in (q, k, v)]
     counts = [n * width for n, width in buckets.shapes]
@@ -162,16 +164,7 @@ def attend_packed(
     for i, (n, width) in enumerate(buckets.shapes):
         a, b, c = (part[i].view(n, width, -1, size).transpose(1, 2) for part in parts)
         added = buckets.scores(i, causal, window, q.dtype)
-        mixed = F.scaled_dot_product_attention(
-            a,
-            b,
-            c,
-            attn_mask=added,
-            dropout_p=dropout,
-            is_causal=causal and added is None,
-            scale=scale,
-            enable_gqa=b.shape[1] != a.shape[1],
-        )
+        mixed = dot_product_attention(a, b, c, added, causal and added is None, scale, dropout)
         outputs.append(mixed.transpose(1, 2).reshape(n * width, heads * size))
     whole: Tensor = _Move.apply(  # type: ignore[no-untyped-call]
         torch.cat(outputs), buckets, False

@@ -18,6 +18,7 @@ from pretrain.distributed.estimates import Needs
 from pretrain.distributed.mesh import choose_mesh
 from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World
+from pretrain.nn.kernels import multiplies_rows
 from pretrain.training.optim import muon_weights
 from pretrain.training.plan import choose_micro_rows, row_length
 from pretrain.training.precision import choose_device
@@ -148,6 +149,7 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
         anchors=bool(optim.l2_sp),
         compute_bytes=trainer.precision.dtype.itemsize,
         gather_bytes=gather_type(trainer).itemsize,
+        keeps_weights=multiplies_rows(trainer.device, trainer.precision.dtype, length),
         checkpointing=trainer.parallel.activation_checkpointing,
         device=trainer.device.type,
     )
