@@ -17,7 +17,7 @@ from torch import nn
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
 from pretrain.distributed.world import current_world
 from pretrain.models import build
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.objectives.base import Loss
 from pretrain.objectives.next_token import NextToken
 from pretrain.training import micro_rows

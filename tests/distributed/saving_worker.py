@@ -26,7 +26,8 @@ from pretrain.checkpoint.sharded_loading import (
 from pretrain.distributed.world import World
 from pretrain.models import build
 from pretrain.models.base import Model
-from pretrain.nn.layout import ShardLayout, local
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout
 from pretrain.utils import files
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 2, "max_positions": 16, "vocab_size": 61}

@@ -90,17 +90,17 @@ def test_scores_are_not_rounded(products):
 def test_a_learned_bias_gets_its_gradient(products):
     q, k, v = parts(2, 2, 4, 4)
     bias = torch.zeros(1, 2, 4, 4, dtype=torch.bfloat16, requires_grad=True)
-    dot_product_attention(q, k, v, bias, False, 0.3).square().sum().backward()
+    dot_product_attention(q, k, v, bias, False, 0.3, 0.0).square().sum().backward()
     assert float(bias.grad.abs().sum()) > 0
     assert not products
 
 
 def test_other_cases_are_those_of_torch(products):
     q, k, v = (x.detach() for x in parts(2, 2, 4, 4))
-    dot_product_attention(q.float(), k.float(), v.float(), None, False, 0.3)
-    dot_product_attention(q[:, :, :1], k, v, None, False, 0.3)  # a token of a generation
+    dot_product_attention(q.float(), k.float(), v.float(), None, False, 0.3, 0.0)
+    dot_product_attention(q[:, :, :1], k, v, None, False, 0.3, 0.0)  # a token of a generation
     long = [x.repeat(1, 1, 200, 1) for x in (q, k, v)]
-    dot_product_attention(*long, None, True, 0.3)
+    dot_product_attention(*long, None, True, 0.3, 0.0)
     assert not products
 
 

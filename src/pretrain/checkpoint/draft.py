@@ -25,7 +25,8 @@ from pretrain.checkpoint.training_state import TrainingState, check_stem, encode
 from pretrain.models.config import drop_code
 from pretrain.models.state import disk_mapping
 from pretrain.nn.buffers import stored_tensors
-from pretrain.nn.layout import ShardLayout, local
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record
 from pretrain.utils.strict_json import names_only, parse_json, to_json

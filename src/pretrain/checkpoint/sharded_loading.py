@@ -41,7 +41,8 @@ from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
 from pretrain.models.names import Entry, LoadReport, check_stored, slice_from_disk
 from pretrain.models.state import heads_apart, match_disk_state, match_tying, modern_keys
 from pretrain.nn.buffers import stored_tensors
-from pretrain.nn.layout import ShardLayout, ShardSlice, local, whole
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout, ShardSlice, whole
 from pretrain.utils import files
 from pretrain.utils.files import Record, note, open_regular
 from pretrain.utils.memory_info import total_memory

@@ -32,7 +32,8 @@ from pretrain.distributed.whole_parameters import MatrixCollectives, broadcast_i
 from pretrain.distributed.world import World
 from pretrain.errors import ConfigError
 from pretrain.nn.buffers import changing_buffers
-from pretrain.nn.layout import ShardLayout, local
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout
 from pretrain.nn.tensor_parallel import Group
 from pretrain.objectives.base import Batch, Loss, Objective
 

@@ -20,7 +20,8 @@ from pretrain.distributed.mesh import ParallelPlan
 from pretrain.distributed.world import World
 from pretrain.errors import ModelError
 from pretrain.nn.buffers import changing_buffers
-from pretrain.nn.layout import ShardLayout, local
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout
 from pretrain.objectives.base import Batch, Loss, Objective
 
 __all__ = ["Strategy"]

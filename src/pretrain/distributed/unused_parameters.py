@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed.world import World
 from pretrain.errors import TrainingError
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 
 __all__ = ["drop_zero_gradients", "fill_missing_gradients", "find_used_parameters"]
 

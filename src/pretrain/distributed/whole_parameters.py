@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pretrain.distributed.processes import Processes
 from pretrain.nn.buffers import stored_tensors
-from pretrain.nn.layout import ShardLayout, local
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model

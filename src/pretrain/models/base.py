@@ -30,7 +30,7 @@ from pretrain.models.heads import HEAD_KINDS, LABELLED, SequenceHead, kind_named
 from pretrain.models.names import LoadReport, Name
 from pretrain.models.sentences import SentenceSettings
 from pretrain.nn.buffers import parameters_on_meta
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer

@@ -1,10 +1,11 @@
-"""Capabilities of the hardware: size of a forward pass, bf16 support."""
+"""This device: what its hardware can do, and which part of a tensor is in its memory."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["TOKENS_AT_ONCE", "has_matrix_tiles", "multiplies_bf16_fast", "tokens_at_once"]
+__all__ = ["TOKENS_AT_ONCE", "has_matrix_tiles", "local", "multiplies_bf16_fast", "tokens_at_once"]
 
 # Tokens in one forward pass: on a CPU about as many as fit its caches, on a GPU enough to keep it busy.
 TOKENS_AT_ONCE = {"cpu": 8192, "cuda": 65536, "mps": 8192}
@@ -32,3 +33,8 @@ def has_matrix_tiles() -> bool:
 def _supports(name: str) -> bool:
     # These are private functions of torch; a release without them loses speed, not correctness.
     return bool(getattr(torch.cpu, name, lambda: False)())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the local shard of a DTensor, in the same memory, or the tensor itself if it is not one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

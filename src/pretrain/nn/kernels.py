@@ -25,9 +25,6 @@ _KEYS = 512
 _FAST_BF16 = multiplies_bf16_fast(torch.device("cpu")) and not has_matrix_tiles()
 
 
-# ---------------------------------------------------------------------------- dropout
-
-
 def dropout(x: Tensor, share: float, training: bool = True) -> Tensor:
     """Set this share of the values to 0 in training, and divide the others by the rest (JMLR 15:56, 2014).
 
@@ -49,17 +46,8 @@ def _factors(shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
     return kept.view(shape).to(dtype).mul_(_LEVELS / (_LEVELS - dropped))
 
 
-# ---------------------------------------------------------------------------- attention
-
-
 def dot_product_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    added: Tensor | None,
-    causal: bool,
-    scale: float,
-    drop: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float, drop: float
 ) -> Tensor:
     """Compute attention: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d); K divides H.
 
@@ -74,9 +62,7 @@ def dot_product_attention(
     """
     fixed = added is None or not added.requires_grad
     if q.shape[2] > 1 and fixed and multiplies_rows(q.device, q.dtype, k.shape[2]):
-        rows = q.shape[1] * q.shape[2] // k.shape[1]
-        shape = (k.shape[0] * k.shape[1], rows, k.shape[2])
-        factors = _factors(shape, drop, q.dtype) if drop else None
+        factors = _factors(_weights_shape(q, k), drop, q.dtype) if drop else None
         mixed: Tensor = _products(q, k, v, added, factors, causal, scale)[0]
         return mixed
     # The literal True, because torch.compile may treat the condition as symbolic.
@@ -125,19 +111,8 @@ def _products(
 
 
 @_products.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    added: Tensor | None,
-    factors: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    rows = q.shape[1] * q.shape[2] // k.shape[1]
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
-        k.shape[0] * k.shape[1], rows, k.shape[2]
-    )
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(_weights_shape(q, k))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,6 +136,10 @@ def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 
 _products.register_autograd(_gradients, setup_context=_keep)
+
+
+def _weights_shape(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    return k.shape[0] * k.shape[1], q.shape[1] * q.shape[2] // k.shape[1], k.shape[2]
 
 
 def _stacked(x: Tensor, k: Tensor) -> Tensor:

@@ -11,19 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["ShardLayout", "ShardSlice", "fills_all", "local", "piece", "whole"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, in the same memory, or the tensor itself if it is not one."""
-    shared: Any = tensor
-    part: Tensor = shared.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+__all__ = ["ShardLayout", "ShardSlice", "fills_all", "piece", "whole"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pretrain.data.images.augment import Augmentation
 from pretrain.data.loader import Examples
 from pretrain.errors import DataError, ModelError
 from pretrain.models.clip import TwoTowers
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.objectives.base import (
     Batch,
     ExampleList,

@@ -26,7 +26,7 @@ from pretrain.data.images.augment import Augmentation
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.models.base import Model
 from pretrain.models.image_backbone import ImageBackbone
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.nn.patches import PatchEmbedding
 from pretrain.objectives.base import Batch, ExampleList, Loss, Objective, Rngs
 from pretrain.objectives.row_pixels import pixel_values, reads_audio

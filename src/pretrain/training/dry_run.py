@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretrain.errors import ModelError, PretrainError, TrainingError, out_of_memory
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.objectives.base import Loss
 from pretrain.training.feed import check_targets, hash_seed, to_device
 from pretrain.training.plan import row_length

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 
 __all__ = ["WeightAverage"]
 

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from pretrain.checkpoint.best import rates_of_run
 from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.objectives.base import Objective
 from pretrain.training.update_rules import CautiousAdamW, Muon
 

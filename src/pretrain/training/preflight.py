@@ -21,7 +21,7 @@ from pretrain.data.loader import Examples
 from pretrain.data.shards import Rows
 from pretrain.errors import ConfigError, DataError, TrainingError, out_of_memory
 from pretrain.nn.buffers import stored_tensors
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.printing import duration
 from pretrain.training.dry_run import dry_run
 from pretrain.training.evaluate import NoTargets, evaluate_rows

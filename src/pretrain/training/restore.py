@@ -18,7 +18,8 @@ from pretrain.checkpoint.sharded_loading import load_slices, read_training_slice
 from pretrain.data.shards import Rows
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
 from pretrain.models.heads import labels_named_by
-from pretrain.nn.layout import ShardLayout, local
+from pretrain.nn.device import local
+from pretrain.nn.layout import ShardLayout
 from pretrain.objectives import Objective, arguments
 from pretrain.training.state import RunState
 from pretrain.utils.strict_json import as_json

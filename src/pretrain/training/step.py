@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import TrainingError, out_of_memory
-from pretrain.nn.layout import local
+from pretrain.nn.device import local
 from pretrain.training.feed import check_targets, hash_seed, to_device
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def take_step(
         trainer.optimizers.step()
         with torch.no_grad():
             trainer.objective.after_step()
-        trainer.average.update(state.step)
+        if optim.ema:
+            trainer.average.update(state.step)
         state.skipped_in_row = 0
     else:
         strategy.restore_buffers()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed.estimates import MATRICES_TOGETHER
-from pretrain.nn.device import multiplies_bf16_fast
-from pretrain.nn.layout import local
+from pretrain.nn.device import local, multiplies_bf16_fast
 
 if TYPE_CHECKING:
     from pretrain.distributed.whole_parameters import MatrixCollectives
