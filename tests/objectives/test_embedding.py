@@ -227,6 +227,42 @@ def test_what_is_refused() -> None:
     assert long.cut == list(range(8))
 
 
+def test_lists_of_texts_as_published() -> None:
+    """FlagEmbedding lists positives and negatives; sentence-transformers makes a triplet of each negative."""
+    from pretrain.data.labelled import choose_columns, roles_table
+
+    task = Embedding(model())
+    listed: list[dict[str, Any]] = [
+        {"query": "red cat", "pos": ["old dog", " "], "neg": ["big fox", "sly cat", "old fox"]},
+        {"query": "red dog", "pos": ["big cat", "sly fox"], "neg": ["old dog"]},
+        {"query": "big cat", "pos": ["old cat"], "neg": []},
+    ]
+    single = [
+        {"query": one["query"], "document": one["pos"][p], "hard_neg": one["neg"][n]}
+        for one, p, n in [
+            (listed[0], 0, 0), (listed[0], 0, 1), (listed[0], 0, 2), (listed[1], 0, 0), (listed[1], 1, 0),
+        ]
+    ]  # fmt: skip
+    made = []
+    for given in (listed, single):
+        source = read_table(given)
+        made.append(task.encode(roles_table(source, choose_columns(source, Embedding.roles, {}))))
+    for one, other in zip(made[0], made[1], strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[key], other[key]) for key in one)
+    assert made[0].owners == [0, 0, 0, 1, 1] and made[0].dropped == {"empty text": [2]}
+    assert [*made[0].remarks.values()] == [[0, 1]]
+    short = Embedding(model(), max_length=3)
+    source = read_table([{"anchor": "red cat", "positive": ["old dog", "big fox"]}])
+    assert short.encode(source).cut == [0]
+
+
+def test_graded_pairs_are_refused() -> None:
+    rows = [{"query": text, "passage": text, "relevance": k % 3} for k, text in enumerate(WORDS)]
+    with pytest.raises(DataError, match="the column 'relevance' says which texts match"):
+        pretrain.data(rows, "embedding", model())
+
+
 @pytest.mark.parametrize("name", ["label", "gold_label", "is_duplicate"])
 @pytest.mark.parametrize("values", [("entailment", "contradiction", "neutral"), (0, 1), (1.0, 0.0)])
 def test_pairs_that_do_not_match_are_no_examples(

@@ -202,8 +202,9 @@ def _missing(
     if table.hint and not chosen:
         return f"{table.name} has no column for {wanted}. {table.hint}"
     looked = "; ".join(f"{role.name}: {', '.join(role.known)}" for role in missing)
-    if not left:
-        cure = "No column is left for it; check that the right file was given."
+    if len(left) < len(missing):
+        found = f"Only {column_names(left)}" if left else "No column"
+        cure = f"{found} is left for it; check that the right file was given."
     elif missing[0].many and len(marks := _marked(table, left)) > 1:
         some = marks if len(marks) <= _SHOWN else [*marks[:3], ...]
         cure = (

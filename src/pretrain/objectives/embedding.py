@@ -9,6 +9,7 @@ Letters: n pairs on this rank, N in the whole batch, C candidates, D hidden.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import column as column_option
-from pretrain.data.labelled import Role, text_id
+from pretrain.data.labelled import Role, is_missing, text_id
 from pretrain.data.labels import finite_numbers
 from pretrain.data.tables import shown
 from pretrain.data.task_rows import TaskRows
@@ -42,8 +43,10 @@ _LIKE = 0.8  # share of the highest score from which two texts count as a pair
 
 # Columns of published pairs that say whether two texts match, and values that say that they do not.
 _VERDICTS = ("label", "labels", "gold_label", "entailment_judgment", "is_duplicate")
+_RELEVANCE = ("relevance", "relevant", "is_relevant", "is_selected")  # grades, of which 0 is none
 _OPPOSITES = {"contradiction", "neutral", "not_entailment"}
 _BINARY = {"0", "1", "0.0", "1.0", "true", "false"}
+_NONE = {"0", "0.0", "false"}
 
 
 class Embedding(Task):
@@ -73,10 +76,17 @@ class Embedding(Task):
             help="a text",
         ),
         Role(
-            "positive", ("positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b"),
-            help="a text that matches the anchor", target=True,
+            "positive",
+            (
+                "positive", "sentence2", "answer", "hypothesis", "text2", "sentence_b", "document", "doc", "passage",
+                "pos", "positives",
+            ),
+            help="a text that matches the anchor, or a list of such", target=True,
         ),
-        Role("negative", ("negative", "hard_negative"), False, "a text that does not match it", target=True),
+        Role(
+            "negative", ("negative", "hard_negative", "neg", "negatives", "hard_neg", "hard_negatives"), False,
+            "a text that does not match it, or a list of such", target=True,
+        ),
         Role(
             "label", ("score", "similarity", "relatedness_score"), False, "the similarity, a number", target=True,
         ),
@@ -134,10 +144,11 @@ class Embedding(Task):
     @classmethod
     def check_unread(cls, table: Table, columns: Mapping[str, Any]) -> None:
         """Refuse pairs of which a column says that some do not match: they would be trained as if all did."""
-        for name in _VERDICTS:
+        for name in (*_VERDICTS, *_RELEVANCE):
             if name in table.columns and name not in columns.values() and "label" not in columns:
                 values = {str(value).strip().lower() for value in table.columns[name]}
-                if values & _OPPOSITES or (len(values) == 2 and values <= _BINARY):
+                graded = name in _RELEVANCE and bool(values & _NONE)
+                if values & _OPPOSITES or graded or (len(values) == 2 and values <= _BINARY):
                     raise DataError(
                         f"{table.name}: the column {name!r} says which texts match ({shown(sorted(values), 4)}), and "
                         "without it all pairs would count as such. Keep the rows that match; or, if it is a "
@@ -164,6 +175,7 @@ class Embedding(Task):
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows = TaskRows()
         parts = [p for p in _PARTS if p in table.names] if targets else ["anchor"]
+        table, owners = _one_text_each(table, parts)
         kept = read_texts(table, parts, rows, self.tokenizer)
         texts = {p: [self.sentences.cased(table.columns[p][i]) for i in kept] for p in parts}
         encoded = {part: self.encoder.texts(texts[part]) if kept else [] for part in parts}
@@ -179,7 +191,7 @@ class Embedding(Task):
             if scores is not None:
                 example["score"] = np.asarray(scores[i], dtype=np.float32)
             rows.add(i, example)
-        return rows
+        return rows if owners is None else _by_owner(rows, owners)
 
     def collate(self, examples: ExampleList, rngs: Rngs, *, evaluation: bool = False) -> Batch:
         """Pack all texts as documents: first the anchors, then the positives, then the negatives."""
@@ -280,6 +292,46 @@ class Embedding(Task):
             "pooling": modes[0] if len(modes) == 1 else list(modes),
             "normalize": self.sentences.normalize,
         }
+
+
+def _one_text_each(table: Table, parts: Sequence[str]) -> tuple[Table, list[int] | None]:
+    """Return a table with one text in each cell, and the row that each of its rows is of; None if they are the same.
+
+    A row with lists of texts stands once for each text of the longest of them, and the shorter ones begin again, as
+    triplets of sentence-transformers do. A blank text in a list is left out.
+    """
+    listed = [p for p in parts[1:] if any(isinstance(cell, list) for cell in table.columns[p])]
+    if not listed:
+        return table, None
+    texts = {
+        p: [
+            [text for text in cell if not is_missing(text)] or [""]
+            if isinstance(cell, list)
+            else [cell]
+            for cell in table.columns[p]
+        ]
+        for p in listed
+    }
+    times = [max(map(len, cells)) for cells in zip(*texts.values(), strict=True)]
+    places = [(i, k) for i, count in enumerate(times) for k in range(count)]
+    owners = [i for i, _ in places]
+    single = {p: [cells[i][k % len(cells[i])] for i, k in places] for p, cells in texts.items()}
+    every = table.take(owners)
+    return every.with_columns({**every.columns, **single}, every.label_names), owners
+
+
+def _by_owner(rows: TaskRows, owners: Sequence[int]) -> TaskRows:
+    """Return examples of the rows that `_one_text_each` made as those of the rows they are of."""
+
+    def of(places: Sequence[int]) -> list[int]:
+        return list(dict.fromkeys(owners[i] for i in places))
+
+    found = replace(rows, owners=[owners[i] for i in rows.owners], cut=of(rows.cut))
+    found.dropped = {reason: of(places) for reason, places in rows.dropped.items()}
+    found.remarks = {text: of(places) for text, places in rows.remarks.items()}
+    for i in (i for i, count in Counter(found.owners).items() if count > 1):
+        found.remark(i, "a list of texts makes an example of each text of the longest list")
+    return found
 
 
 def _alike(texts: Tensor, rows: slice = slice(None), places: slice | None = None) -> Tensor:
