@@ -19,6 +19,7 @@ from tokenizers import Regex, normalizers
 from contract import check_objective
 from pretrain import metrics
 from pretrain.data.columns import find_answers
+from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.tables import Table, read_table
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
 from pretrain.errors import ConfigError, DataError
@@ -326,6 +327,22 @@ def test_answers_come_in_several_shapes() -> None:
         one = Table("x", {"context": [context], "answers": ["lives"], "answer_start": [wrong]})
         with pytest.raises(DataError, match="answer_start is .*counts characters"):
             find_answers(one)
+
+
+def test_one_start_beside_several_answers_is_that_of_one_of_them() -> None:
+    context = "Anna lives in Oslo. Bert lives in Turin."
+    rows = {"context": [context], "answers": [["Oslo", "lives"]], "answer_start": [25]}
+    found = find_answers(Table("x", rows))
+    assert found.spans == [(25, 30)] and not found.repaired
+    assert found.texts == [["Oslo", "lives"]]
+
+
+def test_columns_that_the_datasets_library_flattened() -> None:
+    rows = [
+        {"question": "who", "context": "a b a", "answers.text": ["a"], "answers.answer_start": [4]}
+    ]
+    chosen = choose_columns(read_table(rows), QuestionAnswering.roles, {}, quiet=True)
+    assert find_answers(roles_table(read_table(rows), chosen)).spans == [(4, 5)]
 
 
 def test_answers_are_read_as_a_text_file_prints_them() -> None:

@@ -197,10 +197,13 @@ def find_answers(table: Table) -> Answers:
     found = Answers()
     for i in range(len(table)):
         given = [(text, start) for text, start in _given(table, i) if text.strip()]
-        context = table.columns["context"][i]
+        cell = table.columns["context"][i]
+        context = cell if isinstance(cell, str) else ""
+        # One answer_start for several answers is that of one of them.
+        likely = sorted(given, key=lambda pair: not _is_at(context, *pair))
         span = None
-        for text, start in given:
-            span = span or _place(context if isinstance(context, str) else "", text, start, found)
+        for text, start in likely:
+            span = span or _place(context, text, start, found)
         found.texts.append([text for text, _ in given])
         found.spans.append(span)
         if given and span is None:
@@ -208,8 +211,12 @@ def find_answers(table: Table) -> Answers:
     return found
 
 
+def _is_at(context: str, text: str, start: int | None) -> bool:
+    return start is not None and start >= 0 and context.startswith(text, start)
+
+
 def _place(context: str, text: str, start: int | None, found: Answers) -> tuple[int, int] | None:
-    if start is not None and start >= 0 and context.startswith(text, start):
+    if start is not None and _is_at(context, text, start):
         return start, start + len(text)
     for form in dict.fromkeys((text, text.strip())):
         times, place = context.count(form), context.find(form)

@@ -61,8 +61,19 @@ class QuestionAnswering(Task):
     roles: ClassVar[tuple[Role, ...]] = (
         Role("question", ("question", "query"), help="the question"),
         Role("context", ("context", "passage", "paragraph", "document"), help="the text to read"),
-        Role("answers", ("answers", "answer"), help="texts copied from the context", target=True),
-        Role("answer_start", ("answer_start",), False, "where each answer begins", target=True),
+        Role(
+            "answers",
+            ("answers", "answer", "answer_text", "answers.text"),
+            help="texts copied from the context",
+            target=True,
+        ),
+        Role(
+            "answer_start",
+            ("answer_start", "answers.answer_start"),
+            False,
+            "where each answer begins",
+            target=True,
+        ),
         Role("id", ("id",), required=False, help="the name of the row", target=True),
     )
     loss_unit: str = NATS
