@@ -517,6 +517,16 @@ def test_other_schemes_than_bio_are_told() -> None:
     assert "accuracy" in TokenClassification.learn(table([row]), {}).notes[0]
 
 
+@pytest.mark.parametrize("tags", [["b-per", "i-per", "o"], ["B-PER", "I-PER", "o"]])
+def test_span_tags_in_small_letters_are_told(tags: list[str]) -> None:
+    rows = table([{"tokens": ["Anna", "Lee", "sat"], "label": tags}])
+    learned = TokenClassification.learn(rows, {})
+    assert "begin with small letters" in learned.notes[0] and "'o': 'O'" in learned.notes[0]
+    names = {tag: tag[:1].upper() + tag[1:] for tag in tags}
+    named = TokenClassification.learn(rows, {"labels": names})
+    assert named.labels == tuple(names.values()) and not named.notes
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -154,7 +154,13 @@ class TokenClassification(ClassTask):
                 "every row has one word, which is read without others; words of one sentence are read together if a "
                 "column sentence_id numbers the sentences"
             )
-        if outside and not figures_of.is_bio(known.labels):
+        capital = {label: label[:1].upper() + label[1:] for label in known.labels}
+        if not figures_of.is_bio(known.labels) and figures_of.is_bio(capital.values()):
+            learned.notes.append(
+                "the tags begin with small letters, by which no library finds entities, so accuracy over words is "
+                f"measured; {option('labels', capital)} names them as usual"
+            )
+        elif outside and not figures_of.is_bio(known.labels):
             learned.notes.append(
                 "there is a tag O, but the others are not B-, I-, E- or S- (or L-, U-) with a type: accuracy over "
                 "words is measured, not entities"
