@@ -1,4 +1,4 @@
-"""Shapes in which a JSON file holds rows: the orientations of pandas, and an object of splits."""
+"""Shapes in which a JSON file holds rows: orientations of pandas, an object of splits, and the captions of COCO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from pretrain.data.encodings import open_text
 from pretrain.data.readers import table_kind
 from pretrain.errors import DataError
 
-__all__ = ["HELD_OUT", "TRAIN", "may_hold_splits", "split_for", "splits_of", "unoriented"]
+__all__ = [
+    "HELD_OUT",
+    "TRAIN",
+    "captions_of",
+    "may_hold_splits",
+    "split_for",
+    "splits_of",
+    "unoriented",
+]
 
 TRAIN = ("train", "training")
 HELD_OUT = {
@@ -59,6 +67,34 @@ def split_for(splits: Mapping[str, Any], name: str) -> str | None:
     """Return the split for the rows ``name``, which are ``train``, ``validation``, ``test`` or others."""
     use = {"validation": "valid"}.get(name, name)
     return next((split for split in _USES.get(use, ()) if split in splits), None)
+
+
+def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
+    """Return the columns ``image`` and ``caption``, a list for each image, of a file of COCO's captions; else None.
+
+    Raises:
+        DataError: a caption has no image, or an entry lacks a key.
+    """
+    keys = ("images", "annotations")
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), list) for k in keys):
+        return None
+    if not any(isinstance(one, dict) and "caption" in one for one in value["annotations"]):
+        return None
+    try:
+        files = {one["id"]: str(one["file_name"]) for one in value["images"]}
+        found: dict[str, list[Any]] = {file: [] for file in files.values()}
+        for one in value["annotations"]:
+            found[files[one["image_id"]]].append(one["caption"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} looks like a file of COCO's captions, but {error} is missing or no image has it as its id. Each "
+            "annotation needs image_id and caption, each image id and file_name."
+        ) from error
+    if len(files) < len(value["images"]):
+        raise DataError(
+            f"{path}: two images have one id, so their captions cannot be told apart. Give each its own."
+        )
+    return {"image": [*found], "caption": [*found.values()]}
 
 
 def unoriented(value: Any, path: Path) -> Any:

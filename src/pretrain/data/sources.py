@@ -32,6 +32,7 @@ from pretrain.data.readers import (
     no_column,
     read_file,
 )
+from pretrain.data.shard_folders import pattern_of, shards_of
 from pretrain.errors import DataError
 from pretrain.utils.files import replacing
 
@@ -493,6 +494,16 @@ def resolve_sources(
     return [_resolve(item, text, separator, encoding, spool, legacy) for item in items], weights
 
 
+def _remark(name: str) -> str:
+    """Return what a user should know about the files of a folder that are read and those that are not."""
+    told = skipped_files_note(name)
+    if len(shards := shards_of(name)) > 1:
+        pattern = next(pattern_of(s, shards[s]) for s in ("train", *shards) if s in shards)
+        several = f"{name} has the splits {', '.join(shards)}, and all are read; {pattern!r} names one of them"
+        told = f"{told}; {several}" if told else several
+    return told
+
+
 def _resolve(
     item: Any,
     text: str | Mapping[str, str],
@@ -508,9 +519,7 @@ def _resolve(
             return PythonSource()
         if name.startswith("hub:"):
             return HubSource(name.removeprefix("hub:"), column_of(text, name), spool)
-        return FileSource(
-            name, find_files(name), text, separator, encoding, skipped_files_note(name), legacy
-        )
+        return FileSource(name, find_files(name), text, separator, encoding, _remark(name), legacy)
     if hasattr(item, "column_names") and hasattr(item, "select_columns"):
         if hasattr(item, "__len__"):
             return DatasetSource(item, column_of(text, "dataset"))

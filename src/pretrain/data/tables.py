@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pretrain.config.spelling import either, option, option_name, reads_with
 from pretrain.data.json_shapes import (
     HELD_OUT,
     TRAIN,
+    captions_of,
     may_hold_splits,
     split_for,
     splits_of,
@@ -31,6 +33,7 @@ from pretrain.data.readers import (
     plain_value,
     table_kind,
 )
+from pretrain.data.shard_folders import absent_shards, parts_of_shards, pattern_of, shards_of
 from pretrain.data.table_readers import (
     cell_form,
     conll_sentences,
@@ -278,7 +281,14 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
             )
         return _resolve(parts[part], name, options)
     if isinstance(source, str | Path):
-        return _read_file(_one_file(source), name, **options)
+        if shards := shards_of(source):
+            return _of_split(source, shards, name, options)
+        files = _found(source)
+        return (
+            _joined(files, name, options)
+            if len(files) > 1
+            else _read_file(files[0], name, **options)
+        )
     extra = [key for key, value in options.items() if value is not None and key != "columns"]
     tuples = isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple)
     if extra or (options["columns"] is not None and not tuples):
@@ -411,6 +421,11 @@ def _dataset(dataset: Any, name: str) -> Table:
 
 
 def _one_file(source: str | Path) -> Path:
+    return _found(source)[0]
+
+
+def _found(source: str | Path) -> list[Path]:
+    """Return the file of a path or pattern, or several parquet files of a pattern."""
     spelled = str(source)
     if spelled.startswith("hub:"):
         raise DataError(
@@ -429,13 +444,13 @@ def _one_file(source: str | Path) -> Path:
             cure = f"The datasets library saved it. {_loaded(f'load_from_disk({folder!r})', split)}"
         raise DataError(f"{spelled} is a folder, not a file of rows. {cure}")
     found = find_files(spelled)
-    if len(found) > 1:
+    if len(found) > 1 and any(table_kind(file) != "parquet" for file in found):
         names = ", ".join(p.name for p in found[:4])
         raise DataError(
             f"{spelled!r} matches {len(found)} files ({names}{', ...' if len(found) > 4 else ''}). Give one, or join "
-            "them first."
+            "them first; only parquet files are joined here."
         )
-    return found[0]
+    return found
 
 
 def _loaded(call: str, split: str) -> str:
@@ -444,6 +459,81 @@ def _loaded(call: str, split: str) -> str:
     return either(
         f'Write its rows to a file, and give that: python -c "{written}".',
         f"Load it and give the result: datasets.{call}.",
+    )
+
+
+def _of_split(
+    folder: str | Path, shards: Mapping[str, list[Path]], name: str, options: dict[str, Any]
+) -> Table:
+    """Return the rows of the split of a folder that is meant for the rows ``name``, else those of training."""
+    uses = {"train": ("train",), "validation": ("validation", "train"), "test": ("test", "train")}
+    wanted = (split_for(shards, use) for use in uses.get(name, ("test", "validation", "train")))
+    split = next(filter(None, wanted), None)
+    if split is None and len(shards) > 1:
+        raise DataError(
+            f"{folder} has the splits {', '.join(shards)}, and none that is called as the {name} rows usually are. "
+            f"Give the files of one: {pattern_of(*next(iter(shards.items())))!r}."
+        )
+    split = next(iter(shards)) if split is None else split
+    held = {split, *(split_for(shards, use) for use in HELD_OUT)} if name == "train" else {split}
+    rest = [other for other in shards if other not in held]
+    if rest and name not in ("validation", "test"):
+        note(
+            f"{folder}: the split {split!r} is used of {len(shards)} splits (not used: {', '.join(rest)})"
+        )
+    if count := absent_shards(shards[split]):
+        note(
+            f"{folder}: {count:,} files of the split {split!r} are not there, by the number that their names state"
+        )
+    return _joined(shards[split], name, options)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Joined(Table):
+    """The rows of several files, whose ``places`` count through all of them; ``starts`` has the first of each."""
+
+    starts: Sequence[int] = ()
+    files: Sequence[Path] = ()
+
+    def where(self, i: int) -> str:
+        """Return the file of row `i` and its number there."""
+        place = i if self.places is None else self.places[i]
+        k = bisect_right(self.starts, place) - 1
+        return f"row {place - self.starts[k] + 1} of {self.files[k]}"
+
+
+def _joined(files: Sequence[Path], name: str, options: dict[str, Any]) -> Table:
+    """Return the rows of parquet files with the same columns, one after the other.
+
+    Raises:
+        DataError: two differ in their columns, or in the names or order of classes.
+    """
+    tables = [_read_file(file, name, **options) for file in files]
+    first = tables[0]
+    for table in tables[1:]:
+        for what, own, other in (
+            ("columns", set(table.names), set(first.names)),
+            ("names of classes", table.label_names, first.label_names),
+            ("categories", table.orders, first.orders),
+        ):
+            if own != other:
+                raise DataError(
+                    f"{table.origin} and {first.origin} differ in their {what}: {shortened(own)} and "
+                    f"{shortened(other)}. Only files of one data set are joined; give one of them, or write them again."
+                )
+    columns = {
+        name: list(chain.from_iterable(t.columns[name] for t in tables)) for name in first.names
+    }
+    starts = [0, *accumulate(map(len, tables))][:-1]
+    called = f"{files[0].name} and {len(files) - 1} more" if len(files) > 1 else first.name
+    return _Joined(
+        called,
+        columns,
+        first.label_names,
+        origin=first.origin,
+        orders=first.orders,
+        starts=starts,
+        files=files,
     )
 
 
@@ -712,6 +802,8 @@ def _json(path: Path, name: str, encoding: str | None) -> Table:
         rows = value["data"]
         if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
             return _squad(path, rows)
+    if captions := captions_of(value, path):
+        return _of_file(path, captions)
     if parts := splits_of(value):
         return _json_split(path, parts, name)
     rows = unoriented(value, path)
@@ -721,9 +813,9 @@ def _json(path: Path, name: str, encoding: str | None) -> Table:
 
 
 def parts_of_file(source: Any) -> list[str]:
-    """Return which of ``train``, ``valid`` and ``test`` a JSON file of splits has; of other sources none."""
+    """Return which of ``train``, ``valid`` and ``test`` a JSON file of splits or a folder of shards has, or none."""
     if not may_hold_splits(source):
-        return []
+        return parts_of_shards(source)
     try:
         parts = splits_of(json_value(Path(source).expanduser(), None))
     except DataError:  # it is raised again where the rows are read

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
@@ -22,6 +23,7 @@ from pretrain.data.labelled import (
     split,
 )
 from pretrain.data.labels import exact_number, printed_list, printed_mapping, spelled
+from pretrain.data.shard_folders import shards_of
 from pretrain.data.tables import shown, splits
 from pretrain.errors import DataError
 from pretrain.inference.predict import has_columns
@@ -123,11 +125,12 @@ def open_data(
         valid = held_out(valid_source, "validation")
         names["valid"] = valid.name
     test = None
-    if (test_source := objects.get("test", section.test)) is not None:
+    test_source, spare = _test_of(source, objects, section)
+    if test_source is not None:
         test = held_out(test_source, "test")
-    elif (test_source := objects.get("spare_test")) is not None:
+    elif spare is not None:
         try:  # the test split of a public data set often has no labels
-            test = _labelled(held_out(test_source, "test"), tidied, task)
+            test = _labelled(held_out(spare, "test"), tidied, task)
         except DataError as error:
             notes.append(f"the test split is not used: {error}")
     if test is not None:
@@ -150,6 +153,13 @@ def open_data(
         recurring,
         len(all_rows) - len(train),
     )
+
+
+def _test_of(source: Any, objects: Mapping[str, Any], section: Any) -> tuple[Any, Any]:
+    """Return the source of test rows, or that of a test split which is used if it has labels."""
+    given, spare = objects.get("test", section.test), objects.get("spare_test")
+    own = isinstance(source, str | Path) and str(given) == str(source)
+    return (None, source) if own and shards_of(source) else (given, spare)
 
 
 def _split(

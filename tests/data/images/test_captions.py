@@ -139,6 +139,32 @@ def test_a_folder_of_archives_and_a_pattern_are_read_too(tmp_path: Path) -> None
         read_images(str(tmp_path / "none.tar"))
 
 
+def test_captions_of_coco(tmp_path: Path) -> None:
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for i in range(3):
+        (tmp_path / "val2017" / f"{i}.png").write_bytes(png(i))
+    content: dict[str, Any] = {
+        "info": {}, "images": [{"id": 7 + i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": 8, "id": k, "caption": f"text {k}"} for k in range(2)]
+        + [{"image_id": 7, "id": 9, "caption": "other"}],
+    }  # fmt: skip
+    path = tmp_path / "annotations" / "captions_val2017.json"
+    path.write_text(json.dumps(content))
+    found = read_pairs(path, {})
+    assert found.columns["caption"] == [["other"], ["text 0", "text 1"]]
+    assert [Path(one.source).resolve().name for one in found.columns["image"]] == ["0.png", "1.png"]
+    assert found.columns["image"][0].read()[0].size
+    content["annotations"][0]["image_id"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"captions, but 1 is missing or no image has it"):
+        read_pairs(path, {})
+    content["images"][0]["id"] = 8
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="captions"):
+        read_pairs(path, {})
+
+
 def test_damaged_archives_and_samples_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

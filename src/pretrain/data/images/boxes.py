@@ -16,8 +16,10 @@ from typing import Any
 
 from pretrain.data.images.decode import Picture
 from pretrain.data.images.rows import (
+    USUAL_FOLDERS,
     ImageTable,
     image_files,
+    in_usual_folder,
     note_names,
     part_for,
     pictures,
@@ -61,7 +63,6 @@ _OBJECTS = "objects"  # column of the datasets library: {"bbox": [...], "categor
 # Columns that hold places in pixels.
 PLACES = frozenset((_OBJECTS, *BOXES.known, *(name for names in _SIDES for name in names)))
 _KEYS = (("bbox", "boxes"), ("category", "label", "labels", "categories"))  # keys in such a mapping
-_FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
 _MOST_BYTES = 1 << 30  # bytes of a file of annotations
 
 
@@ -137,10 +138,10 @@ def gathered_boxes(
     image, label = chosen["image"], chosen["label"]
     cells = table.columns.get(_OBJECTS)
     if cells is not None and chosen["boxes"] is None:
-        return _with_images(_from_objects(table, cells), image)
+        return in_usual_folder(_from_objects(table, cells), image)
     sides = [next((n for n in names if n in table.columns), None) for names in _SIDES]
     if image is None or None in sides or chosen["boxes"] is not None:
-        return _with_images(table, image)
+        return in_usual_folder(table, image)
     groups: dict[Any, list[int]] = {}
     for i, identity in enumerate(_identities(pictures(table, image))):
         groups.setdefault(identity, []).append(i)
@@ -162,7 +163,7 @@ def gathered_boxes(
         ]
         if _of_images(sizes, [*groups.values()], gathered["boxes"]):
             kept[SIZE.name] = [sizes[rows[0]] for rows in groups.values()]
-    return _with_images(first.with_columns({**kept, **gathered}, table.label_names), image)
+    return in_usual_folder(first.with_columns({**kept, **gathered}, table.label_names), image)
 
 
 def _identities(images: Sequence[Picture | None]) -> Iterator[Any]:
@@ -276,23 +277,6 @@ def stated_size(cell: Any) -> tuple[int, int] | None:
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _with_images(table: Table, column: str | None) -> Table:
-    """Resolve paths that lie in a usual folder beside the file that names them."""
-    origin = Path(table.origin) if table.origin else None
-    if column is None or origin is None or not origin.is_file():
-        return table
-    cells = table.columns[column]
-    first = next((v for v in cells if isinstance(v, str) and v.strip()), None)
-    if first is None:
-        return table
-    name = next((n for n in _FOLDERS if (origin.parent / n / first).is_file()), "")
-    if not name:
-        return table
-    # Relative to the file, as all paths of a table are.
-    held = [str(Path(name, v)) if isinstance(v, str) and v.strip() else v for v in cells]
-    return table.with_columns({**table.columns, column: held}, table.label_names)
-
-
 # ------------------------------------------------------------------------------------------------ COCO
 
 
@@ -381,7 +365,7 @@ def _coco(path: Path, content: Mapping[str, Any]) -> Table:
         SIZE.name: [extents[key] for key in by_file.values()],
     }
     table = BoxTable(path.name, columns, origin=str(path), categories=tuple(names.values()))
-    return _with_images(table, "image")
+    return in_usual_folder(table, "image")
 
 
 # ------------------------------------------------------------------------------------------ Pascal VOC
@@ -397,7 +381,7 @@ def _image_of(file: Path, *alike: Sequence[Path]) -> Path | None:
     Raises:
         DataError: several images are as near; the message names two.
     """
-    places = [os.path.normpath(file.parent / name) for name in _FOLDERS]
+    places = [os.path.normpath(file.parent / name) for name in USUAL_FOLDERS]
     near = [
         [image for image in found if os.path.normpath(image.parent) == place]
         for place in places

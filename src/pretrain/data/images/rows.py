@@ -34,6 +34,7 @@ from pretrain.data.images.decode import (
 from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.json_shapes import HELD_OUT
 from pretrain.data.paths import hidden, tar_files, walk
+from pretrain.data.shard_folders import parts_of_shards, shards_of
 from pretrain.data.tables import Table, read_table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.printing import console
@@ -48,12 +49,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGES",
+    "USUAL_FOLDERS",
     "Medium",
     "check_exists",
     "decoded",
     "files_below",
     "from_list",
     "image_files",
+    "in_usual_folder",
     "is_address",
     "is_image_source",
     "note_names",
@@ -77,6 +80,8 @@ _FOR = {
     "test": ("test",),
     "data": ("test", "valid", "train"),
 }
+# Where the images of a table or of annotations usually lie, from its folder.
+USUAL_FOLDERS = ("", "images", "JPEGImages", "../images", "../JPEGImages")
 _LABELS = ("labels", "label", "y", "targets")
 _MASKS = ("masks", "mask", "segmentation", "segmentations")
 _CLASSES = ("class_names", "classes", "label_names", "names")
@@ -186,9 +191,9 @@ def read_images(
     Args:
         source: a folder with one folder of images for each class, or with such a folder for each part (``train``,
             ``val``, ``test``), where a ``.txt`` of the name of an image is its caption; a folder with
-            ``metadata.csv``, ``.jsonl`` or ``.parquet``; a ``.tar`` of samples, or several (``train-*.tar``); a
-            ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...) and,
-            if there are any, ``class_names``; an IDX file with its labels beside it; one image; or whatever
+            ``metadata.csv``, ``.jsonl`` or ``.parquet``; a ``.json`` file of COCO's captions; a ``.tar`` of samples, or
+            several (``train-*.tar``); a ``.npz`` file of ``images`` and ``labels`` (for parts ``train_images``, ...)
+            and, if there are any, ``class_names``; an IDX file with its labels beside it; one image; or whatever
             ``read_table`` reads, with a column of paths (relative to the file), bytes, arrays or images of Pillow.
         name: what the rows are for, ``train``, ``validation``, ``test`` or ``data``, by which a part is chosen.
         medium: what the files hold.
@@ -197,6 +202,8 @@ def read_images(
     Raises:
         DataError: there are no images, or the source cannot be read.
     """
+    if shards_of(source) and not files_below(Path(os.path.expanduser(source)), medium)[0]:
+        return read_table(source, name=name, **options)
     if isinstance(source, str | Path) and is_image_source(Path(os.path.expanduser(source)), medium):
         if extra := [key for key, value in options.items() if value is not None]:
             raise DataError(
@@ -211,7 +218,9 @@ def read_images(
             known = ", ".join(endings[:6]) + ", ..." * (len(endings) > 6)
             raise DataError(f"{source} holds no {medium.many} ({known}).")
         return table
-    return read_table(_wrapped(source, medium), name=name, **options)
+    table = read_table(_wrapped(source, medium), name=name, **options)
+    named = medium.column in table.columns and table.origin.lower().endswith(".json")
+    return in_usual_folder(table, medium.column) if named else table
 
 
 def part_for(path: Path, name: str, medium: Medium = IMAGES) -> Any:
@@ -242,7 +251,7 @@ def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     path = Path(os.path.expanduser(source))
     if not is_image_source(path, medium) or not os.path.exists(path):
         return []
-    return [part for part in _parts(path, medium) if part]
+    return [part for part in _parts(path, medium) if part] or parts_of_shards(path)
 
 
 def pictures(table: Table, role: str = "", medium: Medium = IMAGES) -> list[Any]:
@@ -452,6 +461,25 @@ def from_list(value: list[Any]) -> NDArray[Any]:
         raise ValueError
     whole = array.dtype.kind in "iu" and array.size > 0
     return array.astype(np.uint8) if whole and array.min() >= 0 and array.max() <= 255 else array
+
+
+def in_usual_folder(table: Table, column: str | None) -> Table:
+    """Resolve paths that lie in a usual folder beside the file that names them."""
+    origin = Path(table.origin) if table.origin else None
+    if column is None or origin is None or not origin.is_file():
+        return table
+    cells = table.columns[column]
+    first = next((v for v in cells if isinstance(v, str) and v.strip()), None)
+    if first is None:
+        return table
+    # COCO's captions_val2017.json stands in a folder beside val2017.
+    places = (*USUAL_FOLDERS, f"../{origin.stem.rpartition('_')[2]}")
+    name = next((n for n in places if (origin.parent / n / first).is_file()), "")
+    if not name:
+        return table
+    # Relative to the file, as all paths of a table are.
+    held = [str(Path(name, v)) if isinstance(v, str) and v.strip() else v for v in cells]
+    return table.with_columns({**table.columns, column: held}, table.label_names)
 
 
 def _wrapped(source: Any, medium: Medium) -> Any:

@@ -1,0 +1,87 @@
+"""Folders of parquet files as the Hub holds data sets: shards of each split, in the folder or in ``data`` below it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.json_shapes import HELD_OUT, TRAIN, split_for
+from pretrain.data.paths import hidden
+from pretrain.data.readers import table_kind
+
+__all__ = ["absent_shards", "parts_of_shards", "pattern_of", "shards_of"]
+
+_SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")  # train-00000-of-00003
+_SPLITS = {*TRAIN, *(name for names in HELD_OUT.values() for name in names)}
+_TABLES = ("csv", "tsv", "jsonl")
+
+
+def shards_of(source: Any) -> dict[str, list[Path]]:
+    """Return split -> its parquet files, in order, of a folder; empty for what is no such folder.
+
+    The name of a file tells its split, as in the datasets library: ``train-00000-of-00003.parquet``,
+    ``validation.parquet``, ``test/0000.parquet``. Files of which none names a split are those of ``train``.
+    """
+    folder = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
+    if folder is None or not os.path.isdir(folder):
+        return {}
+    for place in (folder, folder / "data"):
+        files = _files(place)
+        if any(table_kind(file) in _TABLES for file in files):
+            return {}
+        if held := [file for file in files if file.suffix.lower() == ".parquet"]:
+            return _by_split(held, place)
+    return {}
+
+
+def _files(place: Path) -> list[Path]:
+    """Return the files of a folder and those of folders in it that are called like a split, sorted."""
+    try:
+        inside = sorted(p for p in place.iterdir() if not hidden(p.name))
+        below = [p for p in inside if p.name.lower() in _SPLITS and p.is_dir()]
+        return [*inside, *(p for one in below for p in sorted(one.iterdir()))]
+    except OSError:  # there is none, or it cannot be read, which is said where its files are named
+        return []
+
+
+def _by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(_split(file, place), []).append(file)
+    unnamed = found.pop("", [])
+    if unnamed and (found or any(file.stem == "metadata" for file in unnamed)):
+        return {}
+    return found or {"train": unnamed}
+
+
+def _split(file: Path, place: Path) -> str:
+    """Return the split that the name of a file, or that of its folder, tells; "" if none does."""
+    if shard := _SHARD.fullmatch(file.stem):
+        return shard[1]
+    words = (
+        file.stem,
+        re.split(r"[-_. ]", file.stem)[0],
+        file.parent.name * (file.parent != place),
+    )
+    return next((word.lower() for word in words if word.lower() in _SPLITS), "")
+
+
+def pattern_of(split: str, files: Sequence[Path]) -> str:
+    """Return the spelling of a source that holds the files of one split of `shards_of`."""
+    place = files[0].parent
+    return str(place if place.name.lower() == split else place / f"{split}*.parquet")
+
+
+def absent_shards(files: Sequence[Path]) -> int:
+    """Return how many shards of a split are not there, by the number of them that each name states."""
+    shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
+    return max((int(shard[3]) for shard in shards), default=0) - len(shards) if shards else 0
+
+
+def parts_of_shards(source: Any) -> list[str]:
+    """Return which of ``train``, ``valid`` and ``test`` a folder has shards of."""
+    shards = shards_of(source)
+    return [use for use in ("train", *HELD_OUT) if split_for(shards, use)]
