@@ -202,8 +202,10 @@ def read_images(
     Raises:
         DataError: there are no images, or the source cannot be read.
     """
-    if shards_of(source) and not files_below(Path(os.path.expanduser(source)), medium)[0]:
-        return read_table(source, name=name, **options)
+    if shards_of(source):  # beside archives, as img2dataset writes them, the tables describe the images
+        images, others, _ = files_below(Path(os.path.expanduser(source)), medium)
+        if not images and not any(file.suffix.lower() == ".tar" for file in others):
+            return read_table(source, name=name, **options)
     if isinstance(source, str | Path) and is_image_source(Path(os.path.expanduser(source)), medium):
         if extra := [key for key, value in options.items() if value is not None]:
             raise DataError(
