@@ -469,6 +469,18 @@ def test_an_annotation_of_pascal_voc_belongs_to_the_image_beside_it(tmp_path: Pa
         ObjectDetection.read(tmp_path / "far", name="train")
 
 
+def test_a_wrong_box_of_coco_is_named_in_the_numbers_of_its_file(
+    place: Path, tmp_path: Path
+) -> None:
+    coco = json.loads((place / "coco.json").read_text())
+    coco["annotations"][0]["bbox"] = [10, 12, -4, 5]
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    table = ObjectDetection.read(tmp_path / "coco.json")
+    said = r"the box \[10\.0, 12\.0, -4\.0, 5\.0\] ends .*left, top, width, height; correct the box"
+    with pytest.raises(DataError, match=said):
+        ObjectDetection.tidy(table, ObjectDetection.learn(table, {}), {})
+
+
 def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Path) -> None:
     for part, key in (("images", "file_name"), ("categories", "name")):
         coco = json.loads((place / "coco.json").read_text())
@@ -581,7 +593,7 @@ def test_one_object_in_many_rows_is_read_once(cell: Any, monkeypatch: pytest.Mon
     [
         ({"bbox": [None], "category": ["dark"]}, "four numbers"),
         ({"bbox": ["1234"], "category": ["dark"]}, "four numbers"),
-        ({"bbox": [[9, 9, -3, 3]], "category": ["dark"]}, "source says .* bottom; correct the box"),
+        ({"bbox": [[9, 9, -3, 3]], "category": ["dark"]}, "source says .* height; correct the box"),
         ({"bbox": 3, "category": ["dark"]}, "objects is .*Expected is a mapping"),
         ({"other": []}, "objects is .*Expected is a mapping"),
         (["dark"], "objects is .*Expected is a mapping"),

@@ -29,6 +29,7 @@ from pretrain.data.images.boxes import (
     BoxTable,
     Corners,
     DatasetsBox,
+    Extent,
     gathered_boxes,
     read_boxes,
     stated_size,
@@ -504,10 +505,15 @@ def _as_given(box: Any, form: str | None) -> Any:
     return box.given if form == "xyxy" and isinstance(box, DatasetsBox) else box
 
 
+def _numbers_of(box: Any) -> str:
+    """Return what the numbers of a box are in its source, if it says so."""
+    return "left, top, width, height" if isinstance(box, Extent) else "left, top, right, bottom"
+
+
 def _read_as(box: Any, form: str | None) -> str:
     """Return what the numbers of a box are taken for, and who says so."""
     if isinstance(box, Corners):
-        return "Its source says that these are left, top, right, bottom; correct the box."
+        return f"Its source says that these are {_numbers_of(box)}; correct the box."
     if form == "xywh":
         return f"By the box_format {form!r} boxes are left, top, width, height."
     if trains():
@@ -545,8 +551,7 @@ def _boxes_of(
             array = np.full((1, 4), np.nan)
         if not np.isfinite(array).all() or len(array) != len(row):
             raise DataError(
-                f"{table.where(i)}: a box is four numbers, left, top, right and bottom in pixels; found "
-                f"{str(row)[:80]}."
+                f"{table.where(i)}: a box is four numbers, {_numbers_of(row[0])} in pixels; found {str(row)[:80]}."
             )
         if array.any():
             shares.append(_are_shares(array))
@@ -554,8 +559,10 @@ def _boxes_of(
             own = [not isinstance(box, Corners) for box in row]
             array[own, 2:] += array[own, :2]
         if len(wrong := np.flatnonzero((array[:, 2:] < array[:, :2]).any(1))):
+            box = row[wrong[0]]
+            numbers = [round(n, 3) for n in _as_extent(box)] if isinstance(box, Extent) else box
             raise DataError(
-                f"{table.where(i)}: the box {row[wrong[0]]} ends before it begins. {_read_as(row[wrong[0]], form)}"
+                f"{table.where(i)}: the box {numbers} ends before it begins. {_read_as(box, form)}"
             )
         boxes.append(array.tolist())
     if shares and all(shares):

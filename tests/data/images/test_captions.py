@@ -126,7 +126,9 @@ def test_every_form_of_a_source_gives_the_same_pairs(
 
 def test_a_folder_of_archives_and_a_pattern_are_read_too(tmp_path: Path) -> None:
     tars(tmp_path / "a")
-    (tmp_path / "a" / "a-000.parquet").write_bytes(b"")  # what img2dataset writes beside each archive
+    (tmp_path / "a" / "a-000.parquet").write_bytes(
+        b""
+    )  # what img2dataset writes beside each archive
     for source in (tmp_path / "a", tmp_path / "a" / "a-*.tar"):
         table = read_images(str(source))
         assert table.columns["caption"] == [[text] for text in TEXTS]

@@ -39,6 +39,7 @@ __all__ = [
     "BoxTable",
     "Corners",
     "DatasetsBox",
+    "Extent",
     "annotations_of",
     "gathered_boxes",
     "read_boxes",
@@ -245,7 +246,11 @@ class Corners(list[Any]):
     """Left, top, right and bottom of a box, where its file says what its numbers are."""
 
 
-class DatasetsBox(Corners):
+class Extent(Corners):
+    """Corners of a box whose file has left, top, width and height."""
+
+
+class DatasetsBox(Extent):
     """Corners of a box of the datasets library, whose numbers usually are left, top, width and height.
 
     Attributes:
@@ -257,15 +262,15 @@ class DatasetsBox(Corners):
         self.given = box
 
 
-def _corners(box: Any) -> Corners:
+def _corners(box: Any) -> Extent:
     """Return left, top, right, bottom of left, top, width, height; other values as they are, to be refused."""
     if not isinstance(box, Iterable) or isinstance(box, str):
-        return Corners([box])
+        return Extent([box])
     try:
         left, top, width, height = map(float, box)
     except (TypeError, ValueError):
-        return Corners(box)
-    return Corners([left, top, left + width, top + height])
+        return Extent(box)
+    return Extent([left, top, left + width, top + height])
 
 
 def stated_size(cell: Any) -> tuple[int, int] | None:

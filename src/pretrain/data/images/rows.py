@@ -202,7 +202,9 @@ def read_images(
     Raises:
         DataError: there are no images, or the source cannot be read.
     """
-    if shards_of(source):  # beside archives, as img2dataset writes them, the tables describe the images
+    if shards_of(
+        source
+    ):  # beside archives, as img2dataset writes them, the tables describe the images
         images, others, _ = files_below(Path(os.path.expanduser(source)), medium)
         if not images and not any(file.suffix.lower() == ".tar" for file in others):
             return read_table(source, name=name, **options)
