@@ -53,6 +53,27 @@ def test_a_data_set_is_read_in_any_format() -> None:
         resolve_sources(data.with_transform(joined))
 
 
+def test_a_folder_that_the_datasets_library_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": GOOD})
+    data.select(range(0, 30, 2)).save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one" / "cache-1.arrow").write_bytes(b"of map")
+    splits = {"train": data.select(range(20)), "test": data.select(range(20, 30))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
+    wanted = {"one": GOOD[::2], "dict": GOOD[:20], "dict/test": GOOD[20:]}
+    for name, texts in wanted.items():
+        assert list(documents(resolve_sources(tmp_path / name)[0][0])) == texts
+    assert str(tmp_path / "dict" / "test") in capsys.readouterr().err
+    datasets.DatasetDict(a=data).save_to_disk(tmp_path / "odd")
+    with pytest.raises(DataError, match=r"splits a, and none called train.*/odd/a"):
+        resolve_sources(tmp_path / "odd")
+    next((tmp_path / "one").glob("data-*1-of*")).unlink()
+    with pytest.raises(DataError, match="cannot be read .*FileNotFoundError"):
+        resolve_sources(tmp_path / "one")
+
+
 def test_hub_name_is_streamed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     calls: list[tuple[object, ...]] = []

@@ -34,7 +34,7 @@ from pretrain.data.readers import (
 )
 from pretrain.data.shard_folders import pattern_of, shards_of
 from pretrain.errors import DataError
-from pretrain.utils.files import replacing
+from pretrain.utils.files import note, replacing
 
 __all__ = [
     "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "options_read",
@@ -494,6 +494,42 @@ def resolve_sources(
     return [_resolve(item, text, separator, encoding, spool, legacy) for item in items], weights
 
 
+def _saved(folder: Path) -> Any:
+    """Return what ``save_to_disk`` of the datasets library wrote to a folder, of several splits ``train``; else None.
+
+    Raises:
+        DataError: there is no split ``train``, or the folder cannot be read.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
+        if "train" not in splits:
+            raise DataError(
+                f"{str(folder)!r} holds the splits {', '.join(splits)}, and none called train. Name the folder of one: "
+                f"{str(folder / (splits or ['train'])[0])!r}."
+            )
+        others = [str(folder / split) for split in splits if split != "train"]
+        if others:
+            note(
+                f"{folder}: the split 'train' is read; others have folders of their own: {', '.join(others)}"
+            )
+        folder = folder / "train"
+    if not all((folder / name).is_file() for name in ("state.json", "dataset_info.json")):
+        return None
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise DataError(
+            f"{str(folder)!r} was saved by the datasets library: pip install datasets"
+        ) from error
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # many types, for files that are damaged or missing
+        raise DataError(
+            f"{str(folder)!r} was saved by the datasets library and cannot be read ({type(error).__name__}: {error}). "
+            "Copy or save it again."
+        ) from error
+
+
 def _remark(name: str) -> str:
     """Return what a user should know about the files of a folder that are read and those that are not."""
     told = skipped_files_note(name)
@@ -519,6 +555,8 @@ def _resolve(
             return PythonSource()
         if name.startswith("hub:"):
             return HubSource(name.removeprefix("hub:"), column_of(text, name), spool)
+        if (saved := _saved(Path(name).expanduser())) is not None:
+            return DatasetSource(saved, column_of(text, name), name)
         return FileSource(name, find_files(name), text, separator, encoding, _remark(name), legacy)
     if hasattr(item, "column_names") and hasattr(item, "select_columns"):
         if hasattr(item, "__len__"):
