@@ -113,6 +113,19 @@ def test_a_decoder_gets_an_id_for_padding(family: str, tmp_path: Path) -> None:
     assert found.tokenizer.pad_id == found.backbone.config.pad_id
 
 
+@pytest.mark.parametrize("stated", [None, int(1e30), 16])
+def test_a_length_is_stated_for_other_libraries(stated: int | None) -> None:
+    """Pipelines of transformers do not cut long texts without it, and fail on them."""
+    model = model_of()
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    if stated is not None:
+        model.tokenizer.config["model_max_length"] = stated
+    found = starting_model(model, TASK, ANIMALS, quiet=True)
+    length = 16 if stated == 16 else found.backbone.max_length
+    assert found.tokenizer.config["model_max_length"] == length
+    assert model.tokenizer.config.get("model_max_length") == stated  # the source is left as it is
+
+
 def test_padding_is_a_token_that_the_tokenizer_states() -> None:
     """An ordinary token that is spelt like one would be encoded otherwise if it were saved as special."""
     model = model_of("gpt2", pad_id=None)

@@ -34,6 +34,7 @@ __all__ = [
     "write_counts",
 ]
 
+_NO_LENGTH = 10**20  # what transformers writes where there is none is larger
 _LR_OF_BASE, _LR_BOUNDS, _LR_OF_ADAPTERS = 3.6e-5, (1e-5, 2e-3), 4e-3
 
 
@@ -84,6 +85,7 @@ def starting_model(
     if isinstance(model.head, SequenceHead) and "head.classifier.weight" in model.fresh:
         model.head.reads_padding = False  # whatever the replaced head was trained with
     _set_padding(model, task)
+    _set_length(model)
     model.card = None
     if not quiet:
         new = "all" if scratch else ", ".join(sorted(model.fresh)) or "none"
@@ -238,6 +240,19 @@ def _set_padding(model: Model, task: type[Task]) -> None:
     else:
         # A classifier of transformers looks for the id of the model: another padding would be read as text.
         model.tokenizer = tokenizer.padded(config.pad_id, *[end] * (not classifies))
+
+
+def _set_length(model: Model) -> None:
+    """State the positions of a model that reads whole texts, if its tokenizer states no length.
+
+    Pipelines of transformers cut texts at it, and without it do not cut them, although they are asked to.
+    """
+    heads = ("sequence-classification", "token-classification", "question-answering")
+    if model.tokenizer is None or model.head_kind not in heads:
+        return
+    stated = model.tokenizer.config.get("model_max_length")
+    if not isinstance(stated, int | float) or stated >= _NO_LENGTH:
+        model.tokenizer.config["model_max_length"] = int(model.backbone.max_length)
 
 
 def freeze(model: Model, what: str | int) -> int:
