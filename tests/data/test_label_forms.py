@@ -192,6 +192,7 @@ def test_the_order_of_a_set_does_not_matter() -> None:
         (["['a', 'b']", "a"], "row 2.*printed list"),
         ([["a"], "b"], "row 2.*lists of labels"),
         ([["a"], None], "row 2.*lists of labels"),
+        ([[1, 0, 0], [0, 1, 0], None], "row 3.*zeros, where the lists are vectors"),
         ([{"a": 1, "b": 0.5}, {"a": 0, "b": 1}], "row 1.*'b'.*0.5"),
         (
             ["sport", "sport,news", "arts,film", "opera"],

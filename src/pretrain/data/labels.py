@@ -45,6 +45,7 @@ __all__ = [
     "unlabelled_note",
 ]  # fmt: skip
 
+_EMPTY = "[] (zeros, where the lists are vectors of 0 and 1)"
 _SHOWN = 3
 _MANY = 1000
 _FEW_ROWS = 20
@@ -833,7 +834,7 @@ def _read(
             i = next(i for i, value in enumerate(values) if not _is_list(value))
             raise DataError(
                 f"{where(i)}: label holds {shortened(values[i])}, but other rows have lists of labels. Give every "
-                "row a list, [] where no class fits."
+                f"row a list, {_EMPTY} where no class fits."
             )
         # The order of a set depends on the seed of Python's hashes.
         rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else v for v in values]
@@ -1163,7 +1164,7 @@ def _from_printed(
             return MultiLabelColumn(None)
         raise DataError(
             f"{where(other)}: label holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
-            f"{shortened(texts[lists[0]])}. Write every row as a list, [] where no class fits."
+            f"{shortened(texts[lists[0]])}. Write every row as a list, {_EMPTY} where no class fits."
         )
     found = _from_lists([list(items or ()) for items in parsed], vectors)
     found.notes.insert(
