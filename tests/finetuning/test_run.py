@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +291,27 @@ def test_a_sweep_that_was_interrupted_goes_on(
     tried[1:] = []
     with pytest.raises(Interrupted, match="No trial was finished"):  # other rows: none is kept
         tune(checkpoint, tmp_path, rows_of(30), **given)
+
+
+def test_an_interruption_after_a_sweep_says_what_is_kept(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that there is nothing to save."""
+    given: dict[str, Any] = {"lr": "sweep", "lrs": [1e-3, 1e-2], "limit": "1 steps"}
+    out, begun = tmp_path / "run", running.keep_settings
+
+    def struck(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return begun(*arguments)
+
+    monkeypatch.setattr(running, "keep_settings", struck)
+    with pytest.raises(
+        Interrupted, match=r"^No step was made .* starts again.*are kept in .*/run/trials\.json"
+    ):
+        tune(checkpoint, out, **given)
+    monkeypatch.undo()
+    monkeypatch.setattr(running.Job, "score", lambda *a, **k: pytest.fail("a trial is made again"))
+    assert tune(checkpoint, out, **given).rates["lr"] in given["lrs"]
 
 
 @pytest.mark.parametrize(("monitor", "said"), [("pearson", "-0.2500"), ("mse", "0.2500")])

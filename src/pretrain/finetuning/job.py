@@ -44,7 +44,7 @@ from pretrain.finetuning.start import (
     used_unloaded_weights,
     write_counts,
 )
-from pretrain.finetuning.trials import ScoreFile, trials_key
+from pretrain.finetuning.trials import ScoreFile, kept_trials_named, trials_key
 from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
@@ -421,7 +421,8 @@ class Job:
             if task.model.layout is not None and not run.exit_code:
                 figures.extend(measure_in_parts(trainer, run, [held_out, tested]))
 
-        run = trainer.fit(begin, end, resume, locked=True)
+        with kept_trials_named(out):
+            run = trainer.fit(begin, end, resume, locked=True)
         return self.finish(task, run, held_out, tested, notes, figures)
 
     def held_out(self, task: Task, notes: list[str]) -> tuple[TaskRows | None, TaskRows | None]:

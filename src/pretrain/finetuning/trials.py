@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.best import write_choice
+from pretrain.checkpoint.best import COMPARISON, TRIALS, write_choice
 from pretrain.distributed.world import current_world
 from pretrain.errors import CheckpointCorrupt, CheckpointError, Interrupted
 from pretrain.training.run import resumable, run_key
@@ -21,7 +21,7 @@ from pretrain.utils.strict_json import unsealed, without_nan
 if TYPE_CHECKING:
     from pretrain.finetuning.job import Job
 
-__all__ = ["ScoreFile", "trials_key"]
+__all__ = ["ScoreFile", "kept_trials_named", "trials_key"]
 
 
 class ScoreFile:
@@ -109,6 +109,23 @@ class ScoreFile:
             if done:
                 text = f"{self.path} keeps the scores of finished trials ({done:,}); the same command goes on."
             raise Interrupted(code, text) from error
+
+
+@contextlib.contextmanager
+def kept_trials_named(out: Path) -> Iterator[None]:
+    """Say in an interruption inside the block, before the run has made a step, which scores of trials it keeps.
+
+    Raises:
+        Interrupted: in the place of another one, with more text.
+    """
+    try:
+        yield
+    except Interrupted as error:
+        kept = [str(out / name) for name in (TRIALS, COMPARISON) if (out / name).is_file()]
+        if not kept:
+            raise
+        text = f"{error} The learning rate need not be searched again: its trials are kept in {' and '.join(kept)}."
+        raise Interrupted(error.code, text.strip()) from error
 
 
 def trials_key(job: Job) -> str:

@@ -417,7 +417,7 @@ class Trainer:
         if self.world.size > 1:
             return contextlib.nullcontext()
         return self._stop.at_once(
-            "No step was made since the start, so there is nothing to save. The same command starts again."
+            "No step was made since the start, so there is nothing of the run to save. The same command starts again."
         )
 
     @contextlib.contextmanager
