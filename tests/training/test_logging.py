@@ -24,6 +24,7 @@ from pretrain.cli.main import main
 from pretrain.errors import ConfigError
 from pretrain.printing import discard
 from pretrain.training import live
+from pretrain.training.launch import read_run
 from pretrain.training.live import LiveView
 from pretrain.training.logging import Journal, Progress, RunLog, make_loggers
 from pretrain.training.state import RunState
@@ -45,6 +46,22 @@ def test_resume_drops_what_will_be_done_again(tmp_path: Path) -> None:
     again.close()
     assert [r["step"] for r in read_log(path)] == [1, 2, 3, 4]
     assert read_log(path)[2]["loss"] == 1 / 3, "a number lost bits"
+
+
+def test_a_run_that_is_opened_says_that_its_log_was_changed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In place, so that its size is the same."""
+    run = trainer(tmp_path / "run", objective(), Rows(8), limit="3 steps").fit()
+    assert read_run(run.path).history == run.history and "damaged" not in capfd.readouterr().err
+    path = run.path / "log.jsonl"
+    found = re.search(rb'"loss": \d\.(\d)', path.read_bytes())
+    assert found is not None
+    with open(path, "r+b") as file:
+        file.seek(found.start(1))
+        file.write(b"1" if found[1] == b"0" else b"0")
+    assert len(read_run(run.path).history) == len(run.history) - 1
+    assert "log.jsonl is damaged and shown in part: 1 of" in capfd.readouterr().err
 
 
 def test_a_fresh_run_starts_a_fresh_log(tmp_path: Path) -> None:

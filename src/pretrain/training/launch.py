@@ -24,8 +24,8 @@ from pretrain.training.live import open_screen
 from pretrain.training.logging import Progress, Silence
 from pretrain.training.relay import replay
 from pretrain.training.state import Run, RunState, catch_signals, last_metrics
-from pretrain.utils.files import printable
-from pretrain.utils.run_log import read_log
+from pretrain.utils.files import note, printable
+from pretrain.utils.run_log import open_log
 
 __all__ = ["on_devices", "read_run"]
 
@@ -136,7 +136,10 @@ def read_run(out: Path, stopped: str | None = None) -> Run:
         raise ConfigError(f"{out} holds no complete checkpoint.")
     plain = json.loads((checkpoint / "training" / "state.json").read_text(encoding="utf-8"))
     state = RunState.from_json(plain.get("run", plain))
-    history = read_log(out / "log.jsonl")
+    found = open_log(out / "log.jsonl", state.log)
+    if found.damage:
+        note(f"{out / 'log.jsonl'} is damaged and shown in part: {found.damage}.", once=True)
+    history = found.records
     ended = "limit" if state.step >= state.total_steps else "patience"
     return Run(
         path=out,
