@@ -11,21 +11,47 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pretrain
 from finetuning.conftest import ANIMALS, model_of, rows_of
 from pretrain.config.spelling import FINETUNE, Interface, using
 from pretrain.data.tables import read_table
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.rows import Data, encode, open_data
 from pretrain.finetuning.settings import from_keywords
+from pretrain.finetuning.start import begun_as
 from pretrain.objectives import check_options, task_class
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import Classification
+from pretrain.objectives.embedding import Embedding
 
 
 @using(FINETUNE)
 def opened(rows: Any, task: type = Classification, **options: Any) -> Data:
     tuned, objects = from_keywords(None, "m", "classification", {"train": rows, **options})
     return open_data(tuned, objects, task)
+
+
+def test_a_run_that_has_begun_keeps_its_columns(checkpoint: str, tmp_path: Path) -> None:
+    """A name that is recognised since would change its rows."""
+    pairs = [{"query": f"cat {i}", "document": f"dog {i}", "neg": f"fox {i}"} for i in range(9)]
+    tuned, objects = from_keywords(None, "m", "embedding", {"train": pairs, "valid": 0.2})
+    begun = {"begun_columns": {"anchor": "query", "positive": "document"}}
+    kept = open_data(tuned, objects, Embedding, None, begun)
+    assert kept.train.names == kept.valid.names == ["anchor", "positive"]
+    new = open_data(tuned, objects, Embedding)
+    assert new.train.names == new.valid.names == ["anchor", "positive", "negative"]
+    named, objects = from_keywords(None, "m", "embedding", {"train": pairs, "negative": "neg"})
+    assert "negative" in open_data(named, objects, Embedding, None, begun).train.names
+    found = pretrain.finetune(
+        checkpoint,
+        pairs,
+        "embedding",
+        out=tmp_path / "run",
+        limit="1 steps",
+        quiet=True,
+        device="cpu",
+    )
+    assert begun_as(found.run.path, Embedding)["begun_columns"] == new.columns
 
 
 def test_a_tenth_of_every_class_is_held_out() -> None:

@@ -53,6 +53,7 @@ __all__ = [
     "load",
     "named_classes",
     "open_described",
+    "recorded_columns",
     "recorded_objective",
     "report_line",
 ]
@@ -300,8 +301,17 @@ def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
 
 def recorded_objective(path: str | Path) -> Mapping[str, Any]:
     """Return the record of the objective of a checkpoint as ``named_classes`` does; empty if there is none."""
+    return _recorded(path, "objective")
+
+
+def recorded_columns(path: str | Path) -> Mapping[str, Any]:
+    """Return role -> column of the rows of a checkpoint as ``named_classes`` does; empty if there are none."""
+    return _recorded(path, "columns")
+
+
+def _recorded(path: str | Path, key: str) -> Mapping[str, Any]:
     try:
-        record = _configuration(path)["pretrain"]["objective"]
+        record = _configuration(path)["pretrain"][key]
     except (PretrainError, OSError, ValueError, TypeError, LookupError):
         return {}
     return record if isinstance(record, Mapping) else {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import option
 from pretrain.data.labelled import (
+    Role,
     choose_columns,
     column_names,
     drop_duplicates,
@@ -98,7 +99,8 @@ def open_data(
     if source is None:
         raise DataError("There are no training rows: name a file, or give a list of dicts.")
     whole = _read(source, section, "train", task)
-    columns = choose_columns(whole, task.roles, _named_columns(whole, task, settings))
+    given = _named_columns(whole, task, settings)
+    columns = choose_columns(whole, roles := _roles_read(task, given, begun or {}), given)
     task.check_unread(whole, columns)
     train = roles_table(whole, columns)
     options = dict(settings.task.options)
@@ -115,7 +117,7 @@ def open_data(
         if groups is not None:
             others = _groups(read, section.group, what)
             notes.extend(_shared_groups(groups, others, section.group, what))
-        return task.tidy(_by_role(read, task, columns), learned, options)
+        return task.tidy(_by_role(read, roles, columns), learned, options)
 
     valid_source = objects.get("valid", section.valid)
     if isinstance(valid_source, int | float):
@@ -289,6 +291,18 @@ def _same_image(table: Table) -> list[str] | None:
     return digests if len(set(digests)) < len(digests) else None
 
 
+def _roles_read(
+    task: type[Task], given: Mapping[str, Any], begun: Mapping[str, Any]
+) -> Sequence[Role]:
+    """Return the roles that are looked for: a run goes on with those that it has, whatever names are known since."""
+    known = {**given, **begun.get("begun_columns", {})}
+    return [
+        role
+        for role in task.roles
+        if role.required or not begun.get("begun_columns") or role.name in known
+    ]
+
+
 def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:
     """Columns that the settings name; if all ``labels`` are names of columns, each label is one column."""
     columns, labels = dict(settings.data.columns), settings.task.options.get("labels")
@@ -332,7 +346,7 @@ def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
     return next((names for names in (needed, every) if len(names) == len(row)), None)
 
 
-def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Table:
+def _by_role(table: Table, every: Sequence[Role], columns: Mapping[str, Any]) -> Table:
     """Held-out rows by role: the columns of the training rows if present, else those recognised by name.
 
     What the model reads is the same in all rows: a second text is read if the training rows have one, and must then be
@@ -341,7 +355,7 @@ def _by_role(table: Table, task: type[Task], columns: Mapping[str, Any]) -> Tabl
     known = {role: column for role, column in columns.items() if has_columns(table, column)}
     roles = [
         replace(role, required=True) if role.constant else role
-        for role in task.roles
+        for role in every
         if not role.constant or role.name in columns
     ]
     return roles_table(table, choose_columns(table, roles, known))

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.loading import kind_and_family, named_classes, recorded_objective
+from pretrain.checkpoint.loading import (
+    kind_and_family,
+    named_classes,
+    recorded_columns,
+    recorded_objective,
+)
 from pretrain.config.spelling import option_name
 from pretrain.errors import ConfigError, ModelError
 from pretrain.models.backbone import Backbone
@@ -131,7 +136,7 @@ def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
 
 
 def begun_as(out: Path | None, task: type[Task], source: Any = None) -> dict[str, Any]:
-    """Return what ``Task.learn`` is told of a run that has begun: ``begun_labels`` and ``begun_objective``.
+    """Return what is known of a run that has begun: ``begun_labels``, ``begun_objective`` and ``begun_columns``.
 
     A run that begins with a directory ``source`` whose head was trained for the same task goes on with its objective.
     """
@@ -141,7 +146,10 @@ def begun_as(out: Path | None, task: type[Task], source: Any = None) -> dict[str
         )
         return {"begun_objective": record} if record.get("name") == task.__name__ else {}
     kind, labels = named_classes(out)
-    facts: dict[str, Any] = {"begun_objective": recorded_objective(out)}
+    facts: dict[str, Any] = {
+        "begun_objective": recorded_objective(out),
+        "begun_columns": recorded_columns(out),
+    }
     return facts | ({"begun_labels": labels} if labels and kind == task.head_kind else {})
 
 
