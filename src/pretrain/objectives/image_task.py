@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -114,7 +116,9 @@ class ImageTask(Task):
 
     @classmethod
     def parts(cls, source: Any) -> Sequence[str]:
-        return parts_of(source, cls.medium) or super().parts(source)
+        own = parts_of(source, cls.medium)
+        folder = isinstance(source, str | Path) and os.path.isdir(os.path.expanduser(source))
+        return own if own or folder else super().parts(source)
 
     def encode_inputs(
         self,

@@ -32,6 +32,7 @@ from pretrain.data.labelled import drop_duplicates, roles_table
 from pretrain.data.row_source import open_rows
 from pretrain.data.tables import in_chunks, stream_chunks
 from pretrain.errors import ConfigError, DataError
+from pretrain.objectives.image_classification import ImageClassification
 
 RNG = np.random.default_rng(0)
 
@@ -84,6 +85,20 @@ def test_parts_of_a_folder(tmp_path: Path) -> None:
     assert parts_of(tmp_path) == ["test", "train", "valid"]
     sizes = [len(read_images(tmp_path, name=n)) for n in ("train", "validation", "test", "data")]
     assert sizes == [3, 2, 1, 1]
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+def test_tables_beside_images_are_no_parts(place: str, tmp_path: Path) -> None:
+    """The images are read, whichever rows are asked for, so they would be trained and held out."""
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png"):
+        png(tmp_path / name)
+    for split in ("train", "valid", "test"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / f"{split}.parquet").write_bytes(b"")
+    assert parts_of(tmp_path) == [] and not ImageClassification.parts(str(tmp_path))
+    assert len(read_images(tmp_path, name="train")) == 4
+    rows = labelled_images(str(tmp_path), valid=0.5, seed=0)
+    assert len(rows.train) == len(rows.valid) == 2
 
 
 @pytest.mark.parametrize(

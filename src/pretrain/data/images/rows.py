@@ -202,12 +202,8 @@ def read_images(
     Raises:
         DataError: there are no images, or the source cannot be read.
     """
-    if shards_of(
-        source
-    ):  # beside archives, as img2dataset writes them, the tables describe the images
-        images, others, _ = files_below(Path(os.path.expanduser(source)), medium)
-        if not images and not any(file.suffix.lower() == ".tar" for file in others):
-            return read_table(source, name=name, **options)
+    if _holds_shards(source, medium):
+        return read_table(source, name=name, **options)
     if isinstance(source, str | Path) and is_image_source(Path(os.path.expanduser(source)), medium):
         if extra := [key for key, value in options.items() if value is not None]:
             raise DataError(
@@ -255,7 +251,17 @@ def parts_of(source: Any, medium: Medium = IMAGES) -> list[str]:
     path = Path(os.path.expanduser(source))
     if not is_image_source(path, medium) or not os.path.exists(path):
         return []
-    return [part for part in _parts(path, medium) if part] or parts_of_shards(path)
+    own = [part for part in _parts(path, medium) if part]
+    return own or (parts_of_shards(path) if _holds_shards(path, medium) else [])
+
+
+def _holds_shards(source: Any, medium: Medium) -> bool:
+    """Whether a folder is read as parquet files by split; those beside images or archives only describe them."""
+    if not shards_of(source):
+        return False
+    images, others, _ = files_below(Path(os.path.expanduser(source)), medium)
+    # Beside archives, img2dataset writes a table of each.
+    return not images and not any(file.suffix.lower() == ".tar" for file in others)
 
 
 def pictures(table: Table, role: str = "", medium: Medium = IMAGES) -> list[Any]:
