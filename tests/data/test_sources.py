@@ -69,6 +69,8 @@ def test_a_folder_that_the_datasets_library_saved(
     datasets.DatasetDict(a=data).save_to_disk(tmp_path / "odd")
     with pytest.raises(DataError, match=r"splits a, and none called train.*/odd/a"):
         resolve_sources(tmp_path / "odd")
+    with pytest.raises(DataError, match="a text of 5,000 characters"):
+        resolve_sources("x" * 5000)
     next((tmp_path / "one").glob("data-*1-of*")).unlink()
     with pytest.raises(DataError, match="cannot be read .*FileNotFoundError"):
         resolve_sources(tmp_path / "one")

@@ -500,6 +500,8 @@ def _saved(folder: Path) -> Any:
     Raises:
         DataError: there is no split ``train``, or the folder cannot be read.
     """
+    if not os.path.isdir(folder):
+        return None
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
         if "train" not in splits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import struct
 import zipfile
@@ -85,6 +86,12 @@ def test_parts_of_a_folder(tmp_path: Path) -> None:
     assert parts_of(tmp_path) == ["test", "train", "valid"]
     sizes = [len(read_images(tmp_path, name=n)) for n in ("train", "validation", "test", "data")]
     assert sizes == [3, 2, 1, 1]
+
+
+def test_a_cell_that_is_too_long_for_a_path_is_no_error(tmp_path: Path) -> None:
+    """Such as an image in base64, which is then told as what cannot be opened."""
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "x" * 5000, "label": "a"}]))
+    assert read_images(tmp_path / "a.json").columns["image"] == ["x" * 5000]
 
 
 @pytest.mark.parametrize("place", ["", "data"])

@@ -484,7 +484,8 @@ def in_usual_folder(table: Table, column: str | None) -> Table:
         return table
     # COCO's captions_val2017.json stands in a folder beside val2017.
     places = (*USUAL_FOLDERS, f"../{origin.stem.rpartition('_')[2]}")
-    name = next((n for n in places if (origin.parent / n / first).is_file()), "")
+    # Unlike Path.is_file, it raises no error for what is too long for a path, such as an image in base64.
+    name = next((n for n in places if os.path.isfile(origin.parent / n / first)), "")
     if not name:
         return table
     # Relative to the file, as all paths of a table are.
