@@ -13,7 +13,8 @@ pytest.importorskip("pyarrow")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.data.shard_folders import parts_of_shards, shards_of
+from pretrain.data.paths import find_files
+from pretrain.data.shard_folders import parts_of_shards, pattern_of, shards_of
 from pretrain.data.sources import resolve_sources
 from pretrain.data.tables import read_table
 from pretrain.errors import DataError
@@ -50,6 +51,11 @@ HUB = {
         (["train.parquet", "other.parquet"], {}),
         (["metadata.parquet"], {}),
         (["sst2/train.parquet"], {}),
+        (["train/data-00000-of-00002.parquet", "train/data-00001-of-00002.parquet", "test/data-00000-of-00001.parquet"],
+         {"train": 2, "test": 1}),
+        (["Train-00000-of-00001.parquet", "Test-00000-of-00001.parquet"], {"train": 1, "test": 1}),
+        (["train/0000.parquet", "train/._0000.parquet"], {"train": 1}),
+        (["train.parquet/part-0.parquet"], {}),
     ],
 )  # fmt: skip
 def test_splits_are_told_by_names(names: list[str], splits: dict[str, int], tmp_path: Path) -> None:
@@ -83,6 +89,38 @@ def test_rows_name_their_file_and_the_split_is_chosen(
     assert "1 files of the split 'train' are not there" in capsys.readouterr().err
 
 
+def test_the_pattern_of_a_split_fits_no_other(tmp_path: Path) -> None:
+    names = [f"{split}-00000-of-00001.parquet" for split in ("train", "train_sft", "Test")]
+    found = shards_of(write(tmp_path / "a", {name: [0] for name in names}))
+    for split, files in found.items():
+        assert [Path(file) for file in find_files(pattern_of(split, files))] == files
+    odd = shards_of(
+        write(
+            tmp_path / "b", {"train.parquet": [0], "train-x.parquet": [0], "training.parquet": [0]}
+        )
+    )
+    assert pattern_of("train", odd["train"]) == str(odd["train"][0])
+
+
+def test_a_pattern_that_fits_several_splits_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, HUB)
+    assert len(read_table(str(tmp_path / "data" / "*.parquet"))) == 10
+    assert (
+        "the files of the splits test, train, validation are read as one" in capsys.readouterr().err
+    )
+    read_table(str(tmp_path / "data" / "train*.parquet"))
+    assert capsys.readouterr().err == ""
+
+
+def test_shards_that_are_there_twice_are_not_counted_as_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, {f"train-00000-of-00001-{digest}.parquet": [0] for digest in ("0a", "0b")})
+    assert len(read_table(tmp_path)) == 2 and "not there" not in capsys.readouterr().err
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     names = [f"{split}-00000-of-00001.parquet" for split in ("train_gen", "train_sft")]
     write(tmp_path / "a", {name: [0] for name in names})
@@ -92,6 +130,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "b" / "train-00001-of-00002.parquet")
     with pytest.raises(DataError, match="differ in their columns"):
         read_table(tmp_path / "b")
+    write(tmp_path / "c", {"x/0.parquet": [0], "y/0.parquet": [0]})
+    with pytest.raises(DataError, match="different folders"):  # paths of images would be those of x
+        read_table(str(tmp_path / "c" / "*" / "0.parquet"))
 
 
 def test_held_out_rows_are_taken_and_a_test_split_without_labels_is_left(tmp_path: Path) -> None:

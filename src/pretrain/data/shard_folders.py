@@ -12,7 +12,7 @@ from pretrain.data.json_shapes import HELD_OUT, TRAIN, split_for
 from pretrain.data.paths import hidden
 from pretrain.data.readers import table_kind
 
-__all__ = ["absent_shards", "parts_of_shards", "pattern_of", "shards_of"]
+__all__ = ["absent_shards", "parts_of_shards", "pattern_of", "shards_of", "splits_among"]
 
 _SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")  # train-00000-of-00003
 _SPLITS = {*TRAIN, *(name for names in HELD_OUT.values() for name in names)}
@@ -32,7 +32,7 @@ def shards_of(source: Any) -> dict[str, list[Path]]:
         files = _files(place)
         if any(table_kind(file) in _TABLES for file in files):
             return {}
-        if held := [file for file in files if file.suffix.lower() == ".parquet"]:
+        if held := [file for file in files if file.suffix.lower() == ".parquet" and file.is_file()]:
             return _by_split(held, place)
     return {}
 
@@ -42,7 +42,7 @@ def _files(place: Path) -> list[Path]:
     try:
         inside = sorted(p for p in place.iterdir() if not hidden(p.name))
         below = [p for p in inside if p.name.lower() in _SPLITS and p.is_dir()]
-        return [*inside, *(p for one in below for p in sorted(one.iterdir()))]
+        return [*inside, *(p for one in below for p in sorted(one.iterdir()) if not hidden(p.name))]
     except OSError:  # there is none, or it cannot be read, which is said where its files are named
         return []
 
@@ -58,27 +58,39 @@ def _by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
 
 
 def _split(file: Path, place: Path) -> str:
-    """Return the split that the name of a file, or that of its folder, tells; "" if none does."""
-    if shard := _SHARD.fullmatch(file.stem):
-        return shard[1]
-    words = (
-        file.stem,
-        re.split(r"[-_. ]", file.stem)[0],
-        file.parent.name * (file.parent != place),
-    )
-    return next((word.lower() for word in words if word.lower() in _SPLITS), "")
+    """Return the split that the folder of a file in ``place``, or its own name, tells; "" if none does."""
+    if file.parent != place:  # train/data-00000-of-00003.parquet
+        return file.parent.name.lower()
+    shard = _SHARD.fullmatch(file.stem)
+    words = [shard[1]] if shard else [file.stem, re.split(r"[-_. ]", file.stem)[0]]
+    named = next((word.lower() for word in words if word.lower() in _SPLITS), "")
+    return named or (shard[1] if shard else "")
 
 
 def pattern_of(split: str, files: Sequence[Path]) -> str:
-    """Return the spelling of a source that holds the files of one split of `shards_of`."""
-    place = files[0].parent
-    return str(place if place.name.lower() == split else place / f"{split}*.parquet")
+    """Return the spelling of a source that holds the files of one split of `shards_of`, or the first of them."""
+    place, name = files[0].parent, files[0].stem[: len(split)]
+    if name.lower() != split and place.name.lower() == split:
+        return str(place)
+    patterns = (f"{name}*.parquet", f"{name}-*.parquet")  # train* also fits train_sft
+    exact = (str(place / p) for p in patterns if {*place.glob(p)} == {*files})
+    return next(exact, str(files[0]))
+
+
+def splits_among(files: Sequence[Path]) -> list[str]:
+    """Return the splits that the names of files, or those of their folders, tell."""
+    folders = (file.parent.name.lower() for file in files)
+    found = (
+        f if f in _SPLITS else _split(file, file.parent)
+        for f, file in zip(folders, files, strict=True)
+    )
+    return [*dict.fromkeys(filter(None, found))]
 
 
 def absent_shards(files: Sequence[Path]) -> int:
     """Return how many shards of a split are not there, by the number of them that each name states."""
     shards = [shard for file in files if (shard := _SHARD.fullmatch(file.stem))]
-    return max((int(shard[3]) for shard in shards), default=0) - len(shards) if shards else 0
+    return max((int(shard[3]) for shard in shards), default=0) - len({shard[2] for shard in shards})
 
 
 def parts_of_shards(source: Any) -> list[str]:

@@ -33,7 +33,13 @@ from pretrain.data.readers import (
     plain_value,
     table_kind,
 )
-from pretrain.data.shard_folders import absent_shards, parts_of_shards, pattern_of, shards_of
+from pretrain.data.shard_folders import (
+    absent_shards,
+    parts_of_shards,
+    pattern_of,
+    shards_of,
+    splits_among,
+)
 from pretrain.data.table_readers import (
     cell_form,
     conll_sentences,
@@ -450,6 +456,8 @@ def _found(source: str | Path) -> list[Path]:
             f"{spelled!r} matches {len(found)} files ({names}{', ...' if len(found) > 4 else ''}). Give one, or join "
             "them first; only parquet files are joined here."
         )
+    if len(several := splits_among(found)) > 1:
+        note(f"{spelled}: the files of the splits {', '.join(several)} are read as one table")
     return found
 
 
@@ -506,8 +514,13 @@ def _joined(files: Sequence[Path], name: str, options: dict[str, Any]) -> Table:
     """Return the rows of parquet files with the same columns, one after the other.
 
     Raises:
-        DataError: two differ in their columns, or in the names or order of classes.
+        DataError: two differ in their columns, or in the names or order of classes, or lie in several folders.
     """
+    if apart := next((file for file in files if file.parent != files[0].parent), None):
+        raise DataError(
+            f"{files[0]} and {apart} lie in different folders, from which paths in their rows are read. Only files of "
+            "one folder are joined; give those of one."
+        )
     tables = [_read_file(file, name, **options) for file in files]
     first = tables[0]
     for table in tables[1:]:
