@@ -54,6 +54,31 @@ def test_a_run_that_has_begun_keeps_its_columns(checkpoint: str, tmp_path: Path)
     assert begun_as(found.run.path, Embedding)["begun_columns"] == new.columns
 
 
+def test_a_run_that_has_begun_keeps_pairs_of_which_a_column_says_that_they_do_not_match() -> None:
+    """Columns that are refused since were read when it began, and its rows are still those."""
+    pairs = [{"query": f"cat {i}", "answer": f"dog {i}", "relevance": i % 2} for i in range(9)]
+    tuned, objects = from_keywords(None, "m", "embedding", {"train": pairs, "valid": 0.2})
+    begun = {"begun_columns": {"anchor": "query", "positive": "answer"}}
+    assert open_data(tuned, objects, Embedding, None, begun).counts == {"train": 7, "valid": 2}
+    with pytest.raises(DataError, match="relevance"):
+        open_data(tuned, objects, Embedding)
+
+
+def test_negatives_that_a_model_was_trained_without_are_told(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among more candidates the figures are lower."""
+    pairs = [{"query": f"cat {i}", "answer": f"dog {i}"} for i in range(9)]
+    given: dict[str, Any] = {"limit": "1 steps", "quiet": True, "device": "cpu"}
+    pretrain.finetune(checkpoint, pairs, "embedding", out=tmp_path / "run", **given)
+    rows = tmp_path / "more.jsonl"
+    for neg in ({}, {"neg": "fox"}):
+        rows.write_text("\n".join(json.dumps({**pair, **neg}) for pair in pairs))
+        capsys.readouterr()
+        pretrain.evaluate(tmp_path / "run", rows)
+        assert ("'neg' is read as negative, which" in capsys.readouterr().err) == bool(neg)
+
+
 def test_a_tenth_of_every_class_is_held_out() -> None:
     found = opened(rows_of(90))
     assert found.counts == {"train": 81, "valid": 9} and found.test is None

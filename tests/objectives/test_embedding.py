@@ -257,6 +257,20 @@ def test_lists_of_texts_as_published() -> None:
     assert short.encode(source).cut == [0]
 
 
+@pytest.mark.parametrize("cell", [[3, 7], 0.25, [], None, [{"docid": 3}]])
+def test_negatives_without_texts_are_not_read(cell: Any) -> None:
+    """Ids and scores of negatives stand beside published pairs, which are trained as before."""
+    from pretrain.data.labelled import choose_columns
+
+    for name in ("neg", "Negatives"):
+        source = read_table([{"query": "red cat", "positive": "old dog", name: cell}])
+        assert choose_columns(source, Embedding.roles, {}) == {
+            "anchor": "query", "positive": "positive",
+        }  # fmt: skip
+        source = read_table([{"query": "red cat", "positive": "old dog", name: ["fox"]}])
+        assert choose_columns(source, Embedding.roles, {})["negative"] == name
+
+
 def test_graded_pairs_are_refused() -> None:
     rows = [{"query": text, "passage": text, "relevance": k % 3} for k, text in enumerate(WORDS)]
     with pytest.raises(DataError, match="the column 'relevance' says which texts match"):

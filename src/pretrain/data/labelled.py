@@ -44,6 +44,7 @@ class Role:
         beside: (column, other role, its column), the last recognised as that role and the first as this one only
             where a table has both: ``("sentence", "text", "question")``.
         file: a text in the column is the path of a file, relative to the file that the table was read from.
+        doubtful: those of ``known`` that often name something else, by which only columns with texts are recognised.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Role:
     constant: bool = False
     beside: tuple[tuple[str, str, str], ...] = ()
     file: bool = False
+    doubtful: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -145,6 +147,8 @@ def _folded(name: str) -> str:
 
 def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
     free = [name for name in table.columns if name not in taken]
+    other = [n for n in free if _folded(n) in role.doubtful and not _holds_texts(table.columns[n])]
+    free = [name for name in free if name not in other]
     for known in role.known:
         if known in free:
             return known
@@ -157,6 +161,12 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
         if alike:
             return alike[0]
     return None
+
+
+def _holds_texts(cells: Sequence[Any]) -> bool:
+    """Whether any cell is a text, or a list with one, that is not blank."""
+    each = (value for cell in cells for value in (cell if isinstance(cell, list) else [cell]))
+    return any(isinstance(value, str) and value.strip() for value in each)
 
 
 def _choose_together(table: Table, roles: Mapping[str, Role], chosen: dict[str, Any]) -> None:

@@ -105,7 +105,15 @@ def labelled(
     roles = [
         wanted.get(role.name, role) for role in task.roles if role.target or role.name in wanted
     ]
-    return roles_table(table, choose_columns(table, roles, columns_of(task.model, table, named)))
+    chosen = choose_columns(table, roles, columns_of(task.model, table, named))
+    trained = task.model.provenance.get("columns") or chosen
+    for role in roles:
+        if role.doubtful and role.name in set(chosen) - set(trained) - set(named):
+            note(
+                f"{table.name}: {chosen[role.name]!r} is read as {role.name}, which the model was trained without; the "
+                "metrics depend on it"
+            )
+    return roles_table(table, chosen)
 
 
 def measure(

@@ -99,9 +99,7 @@ def open_data(
     if source is None:
         raise DataError("There are no training rows: name a file, or give a list of dicts.")
     whole = _read(source, section, "train", task)
-    given = _named_columns(whole, task, settings)
-    columns = choose_columns(whole, roles := _roles_read(task, given, begun or {}), given)
-    task.check_unread(whole, columns)
+    roles, columns = _columns_read(whole, task, _named_columns(whole, task, settings), begun or {})
     train = roles_table(whole, columns)
     options = dict(settings.task.options)
     if labels is not None and "labels" not in options:
@@ -291,16 +289,19 @@ def _same_image(table: Table) -> list[str] | None:
     return digests if len(set(digests)) < len(digests) else None
 
 
-def _roles_read(
-    task: type[Task], given: Mapping[str, Any], begun: Mapping[str, Any]
-) -> Sequence[Role]:
-    """Return the roles that are looked for: a run goes on with those that it has, whatever names are known since."""
-    known = {**given, **begun.get("begun_columns", {})}
-    return [
-        role
-        for role in task.roles
-        if role.required or not begun.get("begun_columns") or role.name in known
-    ]
+def _columns_read(
+    table: Table, task: type[Task], given: Mapping[str, Any], begun: Mapping[str, Any]
+) -> tuple[Sequence[Role], dict[str, Any]]:
+    """Return the roles that are looked for and the column of each.
+
+    A run goes on with those that it has, whatever names are known or columns are refused since.
+    """
+    if not (recorded := begun.get("begun_columns")):
+        columns = choose_columns(table, task.roles, given)
+        task.check_unread(table, columns)
+        return task.roles, columns
+    roles = [role for role in task.roles if role.required or role.name in {**given, **recorded}]
+    return roles, choose_columns(table, roles, given)
 
 
 def _named_columns(table: Table, task: type[Task], settings: TuneConfig) -> dict[str, Any]:

@@ -47,6 +47,8 @@ _RELEVANCE = ("relevance", "relevant", "is_relevant", "is_selected")  # grades, 
 _OPPOSITES = {"contradiction", "neutral", "not_entailment"}
 _BINARY = {"0", "1", "0.0", "1.0", "true", "false"}
 _NONE = {"0", "0.0", "false"}
+# Columns that usually hold negatives, but in some data sets their ids or scores.
+_NEGATIVES = ("neg", "negatives", "hard_neg", "hard_negatives")
 
 
 class Embedding(Task):
@@ -84,8 +86,8 @@ class Embedding(Task):
             help="a text that matches the anchor, or a list of such", target=True,
         ),
         Role(
-            "negative", ("negative", "hard_negative", "neg", "negatives", "hard_neg", "hard_negatives"), False,
-            "a text that does not match it, or a list of such", target=True,
+            "negative", ("negative", "hard_negative", *_NEGATIVES), False,
+            "a text that does not match it, or a list of such", target=True, doubtful=_NEGATIVES,
         ),
         Role(
             "label", ("score", "similarity", "relatedness_score"), False, "the similarity, a number", target=True,
