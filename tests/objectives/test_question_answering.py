@@ -335,6 +335,9 @@ def test_one_start_beside_several_answers_is_that_of_one_of_them() -> None:
     found = find_answers(Table("x", rows))
     assert found.spans == [(25, 30)] and not found.repaired
     assert found.texts == [["Oslo", "lives"]]
+    rows["answer_start"] = [[13, 25]]  # the first has one of its own, which is wrong by a letter
+    found = find_answers(Table("x", rows))
+    assert found.spans == [(14, 18)] and found.repaired == 1
 
 
 def test_columns_that_the_datasets_library_flattened() -> None:

@@ -199,8 +199,9 @@ def find_answers(table: Table) -> Answers:
         given = [(text, start) for text, start in _given(table, i) if text.strip()]
         cell = table.columns["context"][i]
         context = cell if isinstance(cell, str) else ""
-        # One answer_start for several answers is that of one of them.
-        likely = sorted(given, key=lambda pair: not _is_at(context, *pair))
+        # One answer_start for several answers is that of one of them; otherwise each has its own, and the first counts.
+        one = len({start for _, start in given}) == 1
+        likely = sorted(given, key=lambda pair: one and not _is_at(context, *pair))
         span = None
         for text, start in likely:
             span = span or _place(context, text, start, found)

@@ -78,7 +78,8 @@ def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
     keys = ("images", "annotations")
     if not isinstance(value, dict) or not all(isinstance(value.get(k), list) for k in keys):
         return None
-    if not any(isinstance(one, dict) and "caption" in one for one in value["annotations"]):
+    has = {"images": ("id", "file_name"), "annotations": ("caption",)}
+    if not all(any(isinstance(x, dict) and {*has[k]} & {*x} for x in value[k]) for k in keys):
         return None
     try:
         files = {one["id"]: str(one["file_name"]) for one in value["images"]}
@@ -86,9 +87,15 @@ def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
         for one in value["annotations"]:
             found[files[one["image_id"]]].append(one["caption"])
     except (KeyError, TypeError) as error:
+        missing = isinstance(error, KeyError)
+        wrong = (
+            f"{error} is missing or no image has it as its id"
+            if missing
+            else f"has a wrong entry ({error})"
+        )
         raise DataError(
-            f"{path} looks like a file of COCO's captions, but {error} is missing or no image has it as its id. Each "
-            "annotation needs image_id and caption, each image id and file_name."
+            f"{path} looks like a file of COCO's captions, but {wrong}. Each annotation needs image_id and caption, "
+            "each image id and file_name."
         ) from error
     if len(files) < len(value["images"]):
         raise DataError(

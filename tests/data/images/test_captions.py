@@ -20,6 +20,7 @@ from PIL import Image
 from pretrain.data.images.captions import captioned_images, read_pairs
 from pretrain.data.images.rows import read_images
 from pretrain.data.images.source import labelled_images
+from pretrain.data.tables import read_table
 from pretrain.errors import DataError, TokenizerError
 from pretrain.models import build
 
@@ -167,6 +168,13 @@ def test_captions_of_coco(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="two images have one id"):
         read_pairs(path, {})
+    content["annotations"].append(3)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"but has a wrong entry \('int'"):
+        read_pairs(path, {})
+    columns = {"images": ["0.png"], "annotations": [{"caption": "x"}], "text": ["y"]}
+    path.write_text(json.dumps(columns))
+    assert read_table(path).columns == columns
 
 
 def test_damaged_archives_and_samples_are_said(
