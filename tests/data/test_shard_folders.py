@@ -84,6 +84,10 @@ def test_rows_name_their_file_and_the_split_is_chosen(
     assert "the split 'test' is used of 3" in capsys.readouterr().err
     assert len(read_table(str(tmp_path / "data" / "train-*.parquet"))) == 6
     assert parts_of_shards(tmp_path) == ["train", "valid", "test"]
+    write(tmp_path / "two", {"train.parquet": [0], "test.parquet": [1, 1]})
+    assert len(read_table(tmp_path / "two", name="test")) == 2 and capsys.readouterr().err == ""
+    assert len(read_table(tmp_path / "two", name="validation")) == 1
+    assert "the split 'train' is used of 2 splits (not used: test)" in capsys.readouterr().err
     (tmp_path / "data/train-00000-of-00002.parquet").unlink()
     read_table(tmp_path, name="train")
     assert "1 files of the split 'train' are not there" in capsys.readouterr().err

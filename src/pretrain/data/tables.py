@@ -485,7 +485,8 @@ def _of_split(
     split = next(iter(shards)) if split is None else split
     held = {split, *(split_for(shards, use) for use in HELD_OUT)} if name == "train" else {split}
     rest = [other for other in shards if other not in held]
-    if rest and name not in ("validation", "test"):
+    own = name in ("validation", "test") and split == split_for(shards, name)
+    if rest and not own:
         note(
             f"{folder}: the split {split!r} is used of {len(shards)} splits (not used: {', '.join(rest)})"
         )
