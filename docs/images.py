@@ -3,7 +3,7 @@
     python docs/images.py labels --counts 100 1000   # a vision transformer from random weights beside pixels
     python docs/images.py transfer                   # MaskedImage and LeJEPA beside random weights, pixels and probes
     python docs/images.py characters                 # few shots of written characters, for the models of mnist
-    python docs/images.py signs                      # MaskedImage on photographs of hands, as transfer on digits
+    python docs/images.py signs                      # the same on photographs of hands
     python docs/images.py classes                    # a classifier of the digits 0 to 4, fine-tuned on 5 to 9
     python docs/images.py reading                    # seconds to read 1,000 photos, from files and prepared
 
@@ -54,7 +54,12 @@ PRETRAINING: dict[tuple[str, str], tuple[int, int, dict[str, Any], dict[str, Any
     ("mnist", "MaskedImage"): (800, 256, ADAMW, {"crop": 0.7}),
     ("signs", "MaskedImage"): (1100, 256, ADAMW, {"crop": 0.7}),
     ("mnist", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
-    ("signs", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
+    ("signs", "LeJEPA"): (
+        1200,
+        128,
+        MUON,
+        {"crop": 0.8, "mask_ratio": 0.5, "randaugment": 3},
+    ),
 }
 
 
