@@ -468,6 +468,21 @@ def test_merging_writes_a_whole_model(
     assert cli.main(["merge", str(tmp_path / "base"), "--out", str(tmp_path / "x")]) == 2
 
 
+@pytest.mark.parametrize("place", ["base", "adapter"])
+def test_merging_does_not_replace_what_the_adapter_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """On a merged base, an adapter of peft would be added a second time without a word."""
+    expected = on_disk(tmp_path).eval()(BATCH)
+    plain(tmp_path / "adapter")
+    words = ["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / place)]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / place} holds" in said and "--out DIR" in said
+    again = load(tmp_path / "adapter", quiet=True)
+    torch.testing.assert_close(again(BATCH), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("theirs", [False, True])
 def test_a_merged_model_keeps_the_terms_of_its_base_and_not_its_card(
     tmp_path: Path, theirs: bool

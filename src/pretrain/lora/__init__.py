@@ -10,10 +10,12 @@ The directory of an adapter holds the path of its base, but not the weights of t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import ModelError
+from pretrain.config.spelling import option
+from pretrain.errors import CheckpointError, ModelError
 from pretrain.hub import function
 from pretrain.lora.attach import attach, choose_full, choose_sites, draw, merge, unload
 from pretrain.lora.config import LoraConfig
@@ -89,10 +91,29 @@ def merge_to(adapter: str | Path, out: str | Path, base: Model | str | Path | No
 
     Raises:
         ModelError: the directory holds no adapter, or a merged weight is not finite.
-        CheckpointError: see ``load_adapter``; or ``out`` cannot be written.
+        CheckpointError: see ``load_adapter``; or ``out`` cannot be written, or holds the adapter's base or an adapter.
     """
-    path: Path = function("save_model")(merge(load_adapter(adapter, base)), out)
+    model = load_adapter(adapter, base)
+    _refuse_sources(model, Path(out))
+    path: Path = function("save_model")(merge(model), out)
     return path
+
+
+def _refuse_sources(model: Model, out: Path) -> None:
+    """Refuse to write a merged model over the base of the adapter, or over an adapter.
+
+    An adapter that peft wrote would open on the merged weights, and so be added to them a second time.
+    """
+    base = model.adapter.base
+    if base is not None and os.path.realpath(base) == os.path.realpath(out):
+        lost = "the base of this adapter, to which the adapter would be added once more when it is opened"
+    elif os.path.lexists(out / "adapter_config.json"):
+        lost = "an adapter, which would be lost"
+    else:
+        return
+    raise CheckpointError(
+        f"{out} holds {lost}. Choose another directory for the merged model: {option('out', 'DIR')}."
+    )
 
 
 def load_adapter(directory: str | Path, base: Model | str | Path | None = None) -> Model:
