@@ -617,6 +617,26 @@ def test_a_damaged_adapter_is_refused(
                 load(path, base=saved / "base", quiet=True)
 
 
+@pytest.mark.parametrize(
+    "narrowed", [{}, {"layers_to_transform": [0]}, {"target_modules": ".*c_attn"}]
+)
+def test_matrices_that_the_file_of_an_adapter_lacks_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], narrowed: dict[str, Any]
+) -> None:
+    """Peft warns of them, too; settings that choose among the layers do not tell."""
+    on_disk(tmp_path)
+    path = plain(tmp_path / "adapter")
+    load(path, quiet=True)
+    assert "holds no tensors" not in capsys.readouterr().err
+    file = path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if ".h.1." not in name}, file)
+    edit(path / "adapter_config.json", **narrowed)
+    load(path, quiet=True)
+    said = capsys.readouterr().err
+    assert ("holds no tensors for 4 matrices" in said) is (not narrowed)
+    assert ("transformer.h.1.attn.c_attn" in said) is (not narrowed)
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     on_disk(tmp_path, dora=True)
     path = plain(tmp_path / "adapter")

@@ -13,7 +13,7 @@ a fully trained module is stored under its own name after the same prefix.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,12 @@ from pretrain.lora.attach import (
     attach,
     matches,
     sites_of,
+    within,
 )
 from pretrain.lora.config import MODULE, LoraConfig, is_number
 from pretrain.models.names import DiskMapping, Entry, Shapes, from_disk, to_disk
 from pretrain.models.state import copies_of, tied_embedding, untie
+from pretrain.utils.files import note
 from pretrain.utils.hub_names import hub_name
 
 if TYPE_CHECKING:
@@ -207,10 +209,11 @@ def saved_names(model: Model) -> list[str]:
 
 # Keys that do not affect the result of a trained adapter, or are read elsewhere. The adapted modules are determined
 # from the tensors, so the settings that selected them are ignored.
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _FREE = frozenset(
     {
         *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("target_modules", *_NARROWING),
         *("fan_in_fan_out", "task_type", "lora_dropout"),
     }
 )
@@ -237,6 +240,7 @@ class PeftSettings:
         task: PEFT's task type.
         ranks: module name or its end, in full after ``^`` -> rank, where it differs from ``lora.r``.
         alphas: the same -> alpha, where it differs from ``lora.alpha``.
+        targets: names of the adapted modules or their ends, if nothing else in the file chooses among the modules.
     """
 
     lora: LoraConfig
@@ -245,6 +249,7 @@ class PeftSettings:
     task: str | None
     ranks: dict[str, float] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
 
 def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
@@ -293,7 +298,15 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
     ranks, alphas = (_pattern(content.get(key), key, where) for key in _PATTERNS)
-    return PeftSettings(lora, base, revision, task, ranks, alphas)
+    return PeftSettings(lora, base, revision, task, ranks, alphas, _target_names(content))
+
+
+def _target_names(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names in ``target_modules``; none where these are a pattern, or other keys narrow the choice."""
+    named = content.get("target_modules")
+    narrowed = any(content.get(key) not in (None, [], "") for key in _NARROWING)
+    listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    return tuple(named) if named and listed and not narrowed else ()
 
 
 def _pattern(value: Any, key: str, where: object) -> dict[str, float]:
@@ -465,7 +478,27 @@ def _stored_sites(
         raise CheckpointError(
             f"{where} holds no lora_A tensor. It is incomplete, or not the weights of a LoRA adapter."
         )
+    if absent := _absent_sites(model, settings, known.values(), sites):
+        note(
+            f"{where} holds no tensors for {len(absent)} matrices that adapter_config.json names "
+            f"({', '.join(absent[:3])}{', ...' * (len(absent) > 3)}): they stay as in the base. Has a part of the file "
+            "been lost, or was it saved by one process of several?"
+        )
     return sites
+
+
+def _absent_sites(
+    model: Model, settings: PeftSettings, known: Iterable[Site], stored: Collection[str]
+) -> list[str]:
+    """Return the matrices of the blocks that the settings name and the file does not hold."""
+    spelled = peft_names(model)
+    absent = [site.module for site in known if site.in_blocks and site.module not in stored]
+    return [
+        module
+        for module in absent
+        if matches(spelled.get(module, module), settings.targets)
+        and not within(f"{module}.weight", settings.lora.modules_to_save)
+    ]
 
 
 def _aliases(model: Model) -> dict[str, str]:
