@@ -315,6 +315,46 @@ class TestLoading:
         report = build("gpt2", seed=9, **TINY).load_disk_state(hub)
         assert not report.missing and not report.unexpected and report.ignored == ["h.0.attn.bias"]
 
+    @pytest.mark.parametrize("family", ["gpt2", "modernbert"])
+    @pytest.mark.parametrize(
+        "front", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+    )
+    def test_names_of_wrapped_models(self, family, front):
+        """Torch puts the names of its wrappers before all names, or between their parts."""
+        model = build(family, **TINY)
+        wrapped = {
+            front
+            + name.replace(".0.", ".0._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+            for name, value in model.disk_state().items()
+        }
+        target = build(family, seed=9, **TINY)
+        report = target.load_disk_state(wrapped)
+        assert not report.missing and not report.unexpected
+        assert all(torch.equal(v, model.disk_state()[k]) for k, v in target.disk_state().items())
+        wrapped[next(iter(model.disk_state()))] = next(iter(wrapped.values()))
+        with pytest.raises(CheckpointError, match="two names of one tensor|has no place for"):
+            build(family, **TINY).load_disk_state(wrapped)
+
+    def test_own_names_with_the_prefix_of_a_wrapper_stay(self, monkeypatch):
+        """A family of one's own may call its body like the wrapper does."""
+        own = type("Own", (family_class("gpt2"),), {"prefix": "module."})
+        monkeypatch.setattr(own, "prefix_of", lambda self, kind: "module.")
+        model = Model(own(build("gpt2", **TINY).backbone.config))
+        model.init_weights(3)
+        state = model.disk_state()
+        assert all(name.startswith("module.") for name in state)
+        target = Model(own(model.backbone.config))
+        report = target.load_disk_state(state)
+        assert not report.missing and not report.unexpected
+
+    def test_the_names_in_a_file_of_others_are_shown(self):
+        model = build("gpt2", **TINY)
+        state = {f"encoder.{name}": value for name, value in model.disk_state().items()}
+        with pytest.raises(
+            CheckpointError, match=r"lack transformer\.wte.*hold encoder\.transformer"
+        ):
+            model.load_disk_state(state)
+
     def test_two_spellings_of_one_tensor_are_refused(self):
         model = build("gpt2", **TINY)
         state = model.disk_state()

@@ -175,7 +175,9 @@ def _open_on_meta(path: Path, named: str, peers: Peers, head: str | None) -> tup
             model, _, names = open_described(directory, head=head, tokenizer=True)
             model.source, model.files_hash = named, directory.weights_hash(names)
             stored = stack.enter_context(_stored(directory, names))
-        untied = match_tying(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
+        untied = match_tying(
+            model, modern_keys(model, stored), lambda a, b: stored.same(a, b, peers)
+        )
         if untied and peers.rank == 0:
             note(f"{named}: head untied, because its weights differ from the embedding")
         with errors_on_all_ranks(peers):
@@ -239,7 +241,9 @@ def load_slices(
                 check_index(directory, name, expected, stored.holds[name])
         if directory.manifest is not None and not verified:
             hash_by_ranks(directory.path, directory.manifest.needed, peers)
-        apart = heads_apart(model, modern_keys(stored), lambda a, b: stored.same(a, b, peers))
+        apart = heads_apart(
+            model, modern_keys(model, stored), lambda a, b: stored.same(a, b, peers)
+        )
         with errors_on_all_ranks(peers), files.reading(path):
             if apart:
                 raise CheckpointError(

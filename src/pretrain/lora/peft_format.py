@@ -30,7 +30,7 @@ from pretrain.lora.attach import (
     within,
 )
 from pretrain.lora.config import MODULE, LoraConfig, is_number
-from pretrain.models.names import DiskMapping, Entry, Shapes, from_disk, to_disk
+from pretrain.models.names import DiskMapping, Entry, Shapes, from_disk, modern_key, to_disk
 from pretrain.models.state import copies_of, tied_embedding, untie
 from pretrain.utils.files import note
 from pretrain.utils.hub_names import hub_name
@@ -526,13 +526,15 @@ def _own_names(
     own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}
     aliases = _aliases(model)
     for key in tensors:
-        if not key.startswith(PREFIX):
+        usual = modern_key(key).removeprefix("module.")
+        if not usual.startswith(PREFIX):
             raise CheckpointError(
                 f"{where}: the name of the tensor {key[:80]!r} does not begin with {PREFIX!r}, so the file is not a "
                 "PEFT adapter of a complete model."
             )
-        name = key.removeprefix(PREFIX)
-        name = name.removesuffix(".weight") if name.endswith(_M + ".weight") else name
+        # A state dict of the model itself has the name of the adapter behind the kind of the matrix.
+        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", usual.removeprefix(PREFIX))
+        name = re.sub(rf"{re.escape(_M)}(\.[^.]+)?(\.weight)?$", _M, name)
         leaf = next((e for e in (_A, _B, _M) if name.endswith(e)), f".{name.rpartition('.')[2]}")
         module = name.removesuffix(leaf)
         found = own.get(module, module) + leaf

@@ -273,7 +273,8 @@ def modern_key(key: str) -> str:
     """Return the usual spelling of a tensor name.
 
     Old BERT files use ``LayerNorm.gamma`` and ``LayerNorm.beta``. transformers 5 saves the decoder of ViT-MAE as
-    ``decoder_encoder.layer``, which no other version reads.
+    ``decoder_encoder.layer``, which no other version reads. Modules that torch has compiled, sharded or wrapped for
+    recomputation have a name of the wrapper in theirs.
     """
     for pattern, usual in _SPELLINGS:
         key = re.sub(pattern, usual, key)
@@ -281,6 +282,8 @@ def modern_key(key: str) -> str:
 
 
 _SPELLINGS = (
+    (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", ""),
+    (r"^\.", ""),
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),

@@ -47,6 +47,7 @@ __all__ = [
     "untie",
 ]
 
+_PARALLEL = "module."
 _BUFFERS = (
     "position_ids",
     "attn.bias",
@@ -144,7 +145,7 @@ def load_disk_state(
     def same(one: str, two: str) -> bool:
         return torch.equal(tensors[one], tensors[two])
 
-    untied = match_tying(model, modern_keys(tensors), same)
+    untied = match_tying(model, modern_keys(model, tensors), same)
     there = stored_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in there.items()}
 
@@ -172,20 +173,28 @@ def init_missing(model: Model, seed: int) -> None:
     model.init_weights(seed, model.fresh)
 
 
-def modern_keys(names: Iterable[str]) -> dict[str, str]:
+def modern_keys(model: Model, names: Iterable[str]) -> dict[str, str]:
     """Return the current spelling of every tensor name of a file -> its spelling in the file.
+
+    DistributedDataParallel and DataParallel put ``module.`` before all names; it is left out, unless the model has such
+    names itself.
 
     Raises:
         CheckpointError: two names mean the same tensor.
     """
+    usual = {key: modern_key(key) for key in names}
+    if usual and all(key.startswith(_PARALLEL) for key in usual.values()):
+        places = _places(model, entries_of(model))
+        if places.keys().isdisjoint(usual.values()):
+            usual = {key: new.removeprefix(_PARALLEL) for key, new in usual.items()}
     keys: dict[str, str] = {}
-    for key in names:
-        if modern_key(key) in keys:
+    for key, new in usual.items():
+        if new in keys:
             raise CheckpointError(
-                f"The weights hold both {key!r} and {keys[modern_key(key)]!r}, which are two names of one tensor. "
-                "Keep only one of them."
+                f"The weights hold both {key!r} and {keys[new]!r}, which are two names of one tensor. Keep only one of "
+                "them."
             )
-        keys[modern_key(key)] = key
+        keys[new] = key
     return keys
 
 
@@ -211,7 +220,7 @@ def match_disk_state(
     copies = copies_of(model)
     done: dict[str, str] = {}
     spare: dict[str, str] = {}
-    for key, original in modern_keys(names).items():
+    for key, original in modern_keys(model, names).items():
         entry = places.get(key)
         if entry is None:
             if key in copies:
@@ -238,7 +247,7 @@ def match_disk_state(
             fill(entry, done[entry.disk])
     report.loaded = len(done)
     absent = [entry for entry in entries if entry.disk not in done]
-    _refuse_incomplete(model, absent)
+    _refuse_incomplete(model, absent, report.unexpected)
     report.missing = [entry.disk for entry in absent]
     return report, frozenset(name for entry in absent for name in entry.memory)
 
@@ -316,14 +325,17 @@ def _make_real(model: Model, name: str, value: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(value, requires_grad=grad))
 
 
-def _refuse_incomplete(model: Model, absent: list[Entry]) -> None:
-    """Raise if a tensor of the body is absent; those of a head may be."""
+def _refuse_incomplete(model: Model, absent: list[Entry], unexpected: list[str]) -> None:
+    """Raise if a tensor of the body is absent; those of a head may be. What the file holds instead is named."""
     body = [e.disk for e in absent if not e.memory[0].startswith("head.")]
     if body:
         more = f" (and {len(body) - 8} more)" if len(body) > 8 else ""
         raise CheckpointError(
-            f"The weights lack {', '.join(body[:8])}{more}, which this {model.backbone.model_type} model needs. The "
-            "file is incomplete, or belongs to another architecture than its config.json."
+            f"The weights lack {', '.join(body[:8])}{more}, which this {model.backbone.model_type} model needs"
+            + f", and hold {', '.join(unexpected[:3])}, which it has no place for"
+            * bool(unexpected)
+            + ". The file is incomplete, has other names than transformers writes, or belongs to another architecture "
+            "than its config.json."
         )
 
 
