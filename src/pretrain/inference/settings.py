@@ -312,7 +312,7 @@ class _Reader:
         return tuple(value)
 
     def biases(self) -> tuple[tuple[tuple[int, ...], float], ...]:
-        key, found = "sequence_bias", []
+        key, found = "sequence_bias", dict[tuple[int, ...], float]()
         value = self._value(key, ())
         pairs = value.items() if isinstance(value, dict) else value
         for pair in pairs if isinstance(value, list | tuple | dict) else [None]:
@@ -320,8 +320,10 @@ class _Reader:
                 raise self._wrong(key, "a list of [token ids, bias]")
             if isinstance(pair[1], bool) or not isinstance(pair[1], int | float):
                 raise self._wrong(key, "a list of [token ids, bias]")
-            found.append((self.sequence(key, pair[0]), float(pair[1])))
-        return tuple(found)
+            found[self.sequence(key, pair[0])] = float(
+                pair[1]
+            )  # the last one of a sequence, as in transformers
+        return tuple(found.items())
 
     def bad_words(self) -> tuple[tuple[int, ...], ...]:
         key = "bad_words_ids"
