@@ -77,6 +77,13 @@ def test_greedy_tokens_equal_those_of_transformers(both: Any, config: dict[str, 
     same(both, config)
 
 
+@pytest.mark.parametrize("both", ["gpt2"], indirect=True)
+def test_of_two_biases_of_one_sequence_the_last_counts(both: Any) -> None:
+    likely = same(both, {})[0][len(PROMPTS[0])]
+    changed = same(both, {"sequence_bias": [[[likely], 30.0], [[likely], -30.0]]}, PROMPTS[:1])
+    assert changed[0][len(PROMPTS[0])] != likely
+
+
 @pytest.mark.parametrize("both", ["llama"], indirect=True)
 def test_forbidden_tokens_and_sequences_equal_transformers(both: Any) -> None:
     """The tokens that come without a rule are those that the rules forbid."""
@@ -290,3 +297,32 @@ def test_the_file_is_read_from_the_directory_and_kept_by_save(tmp_path: Path) ->
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.generation_config.repetition_penalty == 1.5
     assert set(HF) >= {"gpt2", "llama", "qwen3"}
+
+
+def test_all_ends_of_config_json_hold_where_the_other_file_names_none(tmp_path: Path) -> None:
+    """One of them did, as for a single end."""
+    pair("llama")[0].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [5, 6]}))
+    for content, ends in (({"max_new_tokens": 9}, [5, 6]), ({"eos_token_id": 7}, [7])):
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        assert load(tmp_path, quiet=True).end_ids() == ends
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "version https://git-lfs.github.com/spec/v1"])
+def test_a_broken_file_is_named_and_left(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As transformers does; no weight needs it."""
+    theirs = pair("llama")[0]
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    ours = load(tmp_path, quiet=True)
+    said = capsys.readouterr().err
+    assert said.count("generation_config.json is damaged") == 1
+    assert "opened without these generation settings" in said
+    prompt = PROMPTS[0]
+    assert (
+        ours.generate(prompt, max_new_tokens=NEW)
+        == theirs_greedy(theirs, [prompt], max_new_tokens=NEW)[0]
+    )

@@ -58,6 +58,7 @@ __all__ = [
     "report_line",
 ]
 
+_GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 _SHOWN = 5  # tensor names listed in the report line
 
@@ -131,7 +132,7 @@ def _load(
         model, beneath = checkpoint.adapter_files.open_adapter(
             directory, head=head, base=base, verify=verify, quiet=quiet
         )
-        if beneath is not None and not directory.intact("generation_config.json"):
+        if beneath is not None and not directory.intact(_GENERATION):
             _open_of_base(model, directory, beneath, _open_generation, "generation settings")
         _open_rest(model, directory, tokenizer=tokenizer)
         if beneath is not None and tokenizer and model.processor is None:  # peft writes none
@@ -188,15 +189,23 @@ def _open_rest(model: Model, directory: ModelDirectory, *, tokenizer: bool) -> N
     """Read the generation and sentence-embedding settings, the tokenizer, and the card of another's model."""
     if not directory.model_config().get("pretrain"):
         model.card = directory.card()
-    _open_generation(model, directory)
+    try:
+        _open_generation(model, directory)
+    except CheckpointCorrupt as error:
+        directory.report_damage(error, _GENERATION)
     model.sentences = SentenceSettings.read(directory) or model.sentences
     if tokenizer:
         _open_processor(model, directory)
 
 
 def _open_generation(model: Model, directory: ModelDirectory) -> None:
-    if directory.intact("generation_config.json"):
-        model.generation_config = drop_code(directory.json("generation_config.json"))
+    """Read generation_config.json, which replaces all settings of config.json but ends that it does not name."""
+    if directory.intact(_GENERATION):
+        found = drop_code(directory.json(_GENERATION))
+        ends = model.generation_config.get("eos_token_id")
+        if ends is not None and found.get("eos_token_id") is None:
+            found["eos_token_id"] = ends
+        model.generation_config = found
 
 
 def _open_processor(model: Model, directory: ModelDirectory) -> None:

@@ -67,9 +67,12 @@ class ModelDirectory:
                 path, self.manifest, training=False, hashes=(), on_damage=self.report_damage
             )
 
-    def report_damage(self, error: CheckpointCorrupt) -> None:
-        """Report, once for each file, that one of the `INESSENTIAL` files is damaged."""
-        name = Path(error.file).name
+    def report_damage(self, error: CheckpointCorrupt, name: str | None = None) -> None:
+        """Report, once for each file, that one of the `INESSENTIAL` files is damaged.
+
+        ``name`` is its name in the directory; None if it is that of the file in the error, which is no link then.
+        """
+        name = name or Path(error.file).name
         if name not in self.damaged:
             self.damaged.add(name)
             note(f"{error} {_WITHOUT[name]}")
