@@ -15,6 +15,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
 from pretrain.utils import files
 from pretrain.utils.files import HashingFile, Record, hash_file, read_bytes, write_file
 from pretrain.utils.strict_json import names_only, parse_json, to_json
+from pretrain.utils.tensors import read_header
 
 
 @pytest.mark.parametrize(
@@ -151,3 +152,36 @@ def test_a_key_twice_is_found_in_linear_time():
     with pytest.raises(CheckpointCorrupt, match="key '99999' twice"):
         parse_json(f'{{{text},"99999":0}}'.encode(), "f")
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "git lfs pull",
+        ),
+        (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"PK\x03\x04" + bytes(400), "a pickle"),
+        (b"\x80\x02}q\x00." + bytes(400), "a pickle"),
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_named(tmp_path, content, cause):
+    """Clones without Git LFS and failed downloads leave such files under the names of weights and settings."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointCorrupt, match=cause):
+        read_header(path)
+    with pytest.raises(CheckpointCorrupt, match=cause):
+        parse_json(content, "config.json")
+    path.write_bytes(bytes(8) + content)
+    with pytest.raises(CheckpointCorrupt) as caught:
+        read_header(path)
+    assert cause not in str(caught.value)
+
+
+def test_a_link_in_place_of_a_file_is_said_not_to_be_followed(tmp_path):
+    (tmp_path / "real").write_bytes(b"{}")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(CheckpointCorrupt, match="a link or device.*copy the file"):
+        read_bytes(tmp_path / "link")

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from pretrain.data.tokenizer_build import library_errors, trained_here
 from pretrain.errors import TokenizerError
+from pretrain.utils.files import known_as
 
 __all__ = ["ROLE_KEYS", "open_directory", "open_file"]
 
@@ -456,7 +457,8 @@ def _stored(file: Path) -> dict[str, Any]:
             raise ValueError(f"it holds {type(content).__name__}")
     except (ValueError, RecursionError) as error:
         raise TokenizerError(
-            f"{file} is not a tokenizer of the 'tokenizers' library ({error}). {_DAMAGED}"
+            f"{file} is not a tokenizer of the 'tokenizers' library ({error}). "
+            + (known_as(text[:64].encode()) or _DAMAGED)
         ) from error
     check_harmless(content, file)
     return content

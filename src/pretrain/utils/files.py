@@ -35,6 +35,7 @@ __all__ = [
     "fsync_directory",
     "hash_file",
     "is_muted",
+    "known_as",
     "muted",
     "note",
     "open_regular",
@@ -162,7 +163,10 @@ def open_regular(path: Path) -> tuple[int, int]:
         raise CheckpointCorrupt(path, "a file", "nothing") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
-            raise CheckpointCorrupt(path, "a regular file", "a link or device") from None
+            hint = "Links to files are not followed: copy the file here." * (
+                error.errno == errno.ELOOP
+            )
+            raise CheckpointCorrupt(path, "a regular file", "a link or device", hint) from None
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):
@@ -225,6 +229,23 @@ def read_bytes(
     if record is not None:
         record.check(path, len(data), hashlib.sha256(data).hexdigest(), hint)
     return data
+
+
+def known_as(data: bytes) -> str:
+    """Return a sentence that says what stands in place of a file, from its first bytes; empty if it is not known."""
+    if data.startswith(b"version https://git-lfs"):
+        return (
+            "It is a pointer of Git LFS, and the file itself has not been fetched: `git lfs pull` in that directory "
+            "fetches it."
+        )
+    if data.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "It is a web page, as a failed download leaves: download the file again."
+    if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return (
+            "It is a pickle, as torch.save writes; such files can run any code when they are opened, so pretrain never "
+            "opens them."
+        )
+    return ""
 
 
 def hash_file(path: Path) -> Record:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pretrain.errors import CheckpointCorrupt
+from pretrain.utils.files import known_as
 
 __all__ = ["as_json", "names_only", "parse_json", "sealed", "to_json", "unsealed", "without_nan"]
 
@@ -58,7 +59,7 @@ def parse_json(data: bytes, name: object, *, limit: int = JSON_LIMIT) -> Any:
     # JSONDecodeError and UnicodeDecodeError are ValueErrors.
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(
-            name, "valid JSON in UTF-8", f"{type(error).__name__}: {error}"
+            name, "valid JSON in UTF-8", f"{type(error).__name__}: {error}", known_as(data[:64])
         ) from None
     return value
 

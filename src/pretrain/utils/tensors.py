@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.utils.files import CHUNK, HashingFile, Record, open_regular
+from pretrain.utils.files import CHUNK, HashingFile, Record, known_as, open_regular
 from pretrain.utils.memory_info import total_memory
 from pretrain.utils.strict_json import parse_json
 
@@ -289,7 +289,10 @@ def read_header_bytes(path: Path, descriptor: int, size: int) -> bytes:
     limit = min(HEADER_LIMIT, size - 8, max(1 << 20, int(size * HEADER_SHARE)))
     if length > limit:
         found = f"{length:,}"
-        raise CheckpointCorrupt(path, f"a safetensors header of at most {limit:,} bytes", found)
+        hint = known_as(os.pread(descriptor, 64, 0))
+        raise CheckpointCorrupt(
+            path, f"a safetensors header of at most {limit:,} bytes", found, hint
+        )
     text = bytearray(length)
     for _ in _fill(path, descriptor, len(start), memoryview(text)):
         pass
