@@ -637,6 +637,61 @@ def test_matrices_that_the_file_of_an_adapter_lacks_are_named(
     assert ("transformer.h.1.attn.c_attn" in said) is (not narrowed)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("front", ["", "module.", "_orig_mod."])
+def test_names_of_a_state_dict_are_read(tmp_path: Path, front: str, dora: bool) -> None:
+    """The model that peft trains has its adapters by name, and torch may have wrapped it."""
+    expected = on_disk(tmp_path, dora=dora).eval()(BATCH)
+    file = plain(tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        name = name.removesuffix(".weight").replace(".h.0.", ".h.0._orig_mod.")
+        tensors[f"{front}{name}.default" + ".weight" * ("magnitude" not in name)] = tensor
+    save_file(tensors, file)
+    model = load(tmp_path / "adapter", quiet=True)
+    torch.testing.assert_close(model(BATCH), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_with_resized_embeddings(tmp_path: Path, tied: bool) -> None:
+    """Peft saves them up to three times where they are in ``modules_to_save``; the base has to be resized first."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    save_model(tiny("llama", tie_embeddings=tied), tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    rows = theirs.config.vocab_size + 3
+    theirs.resize_token_embeddings(rows)
+    theirs.save_pretrained(tmp_path / "resized")
+    wanted = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=wanted, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(theirs, settings).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("original_module" in name for name in names)
+    advice = rf"has {rows} rows.*resize_token_embeddings\({rows}\)"
+    with pytest.raises(CheckpointError, match=advice):
+        load(tmp_path / "adapter", base=tmp_path / "base")
+    ours = load(tmp_path / "adapter", base=tmp_path / "resized", quiet=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
+    reopened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(BATCH), reopened(**BATCH).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"), [("P_TUNING", "use it with peft"), ("IA3", "Merge the adapter")]
+)
+def test_the_kind_of_another_adapter_is_named_first(kind: str, fix: str) -> None:
+    """Keys of its own are no cause, and what only changes the input has no merged form."""
+    with pytest.raises(CheckpointError, match=f"'peft_type' is '{kind}'.*{fix}"):
+        from_peft({"feedforward_modules": ["c_proj"], "peft_type": kind}, "adapter_config.json")
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     on_disk(tmp_path, dora=True)
     path = plain(tmp_path / "adapter")

@@ -212,7 +212,7 @@ def _find(settings: PeftSettings, adapter: Path) -> str | Path:
     returned as such.
     """
     name = settings.base
-    if name is None:
+    if not name:
         raise CheckpointError(
             f"{adapter} does not name the base that it was trained on. Give it: load({adapter.name!r}, base=...)."
         )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain.config.spelling import either
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.lora.attach import (
     Adapter,
@@ -225,6 +226,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core", None),
     "qalora_group_size": (16, None),
 }
+_MERGE = "Merge the adapter into its base with peft and load the merged model instead."
+# Kinds that change the input, not the weights.
+_UNMERGEABLE = frozenset(
+    {
+        "PROMPT_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "ADAPTION_PROMPT",
+        "CPT",
+    }
+)
 _READ = frozenset({"r", "lora_alpha", "use_dora", "use_rslora", "modules_to_save"})
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -262,7 +275,8 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
     Raises:
         CheckpointError: a key has the wrong type, or a value that this package does not implement.
     """
-    for key, value in content.items():
+    # The kind comes first: the other keys of another kind are no cause.
+    for key, value in sorted(content.items(), key=lambda item: item[0] != "peft_type"):
         if key in _FREE or key in _READ or key in _PATTERNS:
             continue
         neutral = _NEUTRAL.get(key)
@@ -270,9 +284,13 @@ def from_peft(content: Mapping[str, Any], where: object) -> PeftSettings:
         known = neutral is not None and any(type(value) is type(n) and value == n for n in neutral)
         if not known and (neutral is not None or value not in (None, False, "", [], {})):
             allowed = f"; supported: {', '.join(map(repr, neutral))}" if neutral else ""
+            fix = (
+                _MERGE
+                if str(value) not in _UNMERGEABLE
+                else "Such an adapter has no merged form: use it with peft."
+            )
             raise CheckpointError(
-                f"{where}: {key!r} is {str(value)[:80]!r}, which this package does not implement{allowed}. Merge the "
-                "adapter into its base with peft and load the merged model instead."
+                f"{where}: {key!r} is {str(value)[:80]!r}, which this package does not implement{allowed}. {fix}"
             )
     if "peft_type" not in content:
         raise CheckpointError(f"{where} has no 'peft_type'. Is it the file of a PEFT adapter?")
@@ -320,7 +338,7 @@ def _pattern(value: Any, key: str, where: object) -> dict[str, float]:
         if not MODULE.fullmatch(name.removeprefix("^")):
             raise CheckpointError(
                 f"{where}: {key!r} names its modules by the pattern {name[:80]!r}; only plain module names are "
-                "read, and full ones after '^'."
+                f"read, and full ones after '^'. {_MERGE}"
             )
         if not is_number(number) or number <= 0:
             raise CheckpointError(
@@ -398,6 +416,7 @@ def attach_stored(
     for key, _, name in _own_names(model, tensors, where):
         if name in entries:
             full[name] = entries[name]
+            _refuse_other_vocabulary(model, entries[name], key, tensors[key], where)
         elif ".lora_" not in name:
             unused.append(key)
     if unused and strict:
@@ -420,6 +439,23 @@ def attach_stored(
             for name in entry.memory:
                 parameters[name].requires_grad_(True)
     return unused
+
+
+def _refuse_other_vocabulary(
+    model: Model, entry: Entry, key: str, tensor: Tensor, where: object
+) -> None:
+    """Raise if an embedding or a head of an adapter has other rows than the base: tokens were added to its base."""
+    parameters = dict(model.named_parameters())
+    if not all(name in parameters for name in entry.memory):
+        return
+    wanted, given = tuple(to_disk(entry, parameters, "meta").shape), tuple(tensor.shape)
+    if wanted[:1] == (model.backbone.vocab_size,) and wanted[1:] == given[1:] and wanted != given:
+        raise CheckpointError(
+            f"{where}: {key!r} has {given[0]:,} rows, and the vocabulary of the base {wanted[0]:,}: the base was "
+            "resized before the adapter was trained, as for added tokens. Do the same with transformers, "
+            f"model.resize_token_embeddings({given[0]}) and model.save_pretrained(NEW_DIR), and give that base: "
+            f"{either('pretrain merge ADAPTER --base NEW_DIR --out DIR', 'load(ADAPTER, base=NEW_DIR)')}."
+        )
 
 
 def _untied(model: Model, tensors: Mapping[str, Tensor], where: object) -> Mapping[str, Tensor]:
@@ -532,13 +568,23 @@ def _own_names(
                 f"{where}: the name of the tensor {key[:80]!r} does not begin with {PREFIX!r}, so the file is not a "
                 "PEFT adapter of a complete model."
             )
-        # A state dict of the model itself has the name of the adapter behind the kind of the matrix.
-        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", usual.removeprefix(PREFIX))
-        name = re.sub(rf"{re.escape(_M)}(\.[^.]+)?(\.weight)?$", _M, name)
+        if ".original_module." in usual:  # of the base, beside the trained copy
+            continue
+        name = _as_saved(usual.removeprefix(PREFIX))
         leaf = next((e for e in (_A, _B, _M) if name.endswith(e)), f".{name.rpartition('.')[2]}")
         module = name.removesuffix(leaf)
         found = own.get(module, module) + leaf
         yield key, module, aliases.get(found, found)
+
+
+def _as_saved(name: str) -> str:
+    """Return a name without what stands in it in a state dict of peft's model: the adapter, and its wrapper.
+
+    Peft saves embeddings under both names where it takes the vocabulary for changed.
+    """
+    name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
+    name = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name)
+    return re.sub(rf"{re.escape(_M)}(\.[^.]+)?(\.weight)?$", _M, name)
 
 
 def fill(
