@@ -643,3 +643,32 @@ def test_an_edited_file_says_how_to_keep_the_change(tmp_path: Path) -> None:
         file.write_text(change(file.read_text()))
         with pytest.raises(CheckpointCorrupt, match="If you changed it on purpose"):
             load(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (["adapter_config.json", "adapter_model.bin", "training_args.bin"], "load_peft_weights"),
+        (
+            ["config.json", "model-00001-of-00002.safetensors", "optimizer.pt"],
+            "no model.safetensors.index.json",
+        ),
+        (["config.json", "model.fp16.safetensors"], "rename it model.safetensors"),
+        (["snapshots/0/config.json"], "hub:org/name, or a folder in"),
+        (
+            ["README.md", "french/adapter_config.json", "german/adapter_config.json"],
+            "french, german",
+        ),
+        (["config.json", "pytorch_model.bin"], "only pytorch_model.bin"),
+        (["run.yaml", "model/adapter_config.json"], "a run without a checkpoint"),
+    ],
+)
+def test_where_the_weights_are_is_said(tmp_path, files, advice):
+    """Their files are there under other names, in folders, or without the one that lists them."""
+    folder = tmp_path / "models--org--name"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert advice in str(caught.value)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ __all__ = [
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = manifest.ADAPTER_CONFIG
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS, _ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # The name of config.json for an adapted model: with a config.json beside adapter_config.json, transformers would expect
 # a whole model in the directory and not look for the base.
 ADAPTED_MODEL = "pretrain.json"
@@ -178,6 +178,8 @@ class ModelDirectory:
 
     def _no_weights(self) -> str:
         names = sorted(os.listdir(self.path))
+        if other := self._other_places(names):
+            return other
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles:
             return (
@@ -210,6 +212,42 @@ class ModelDirectory:
         if "run.yaml" in names:
             return f"{self.path} is a run without a checkpoint: it has not saved one yet. Wait, or start it again."
         return f"{self.path} has no {SINGLE}. Name the directory of a run, a checkpoint or a Hugging Face model."
+
+    def _other_places(self, names: Sequence[str]) -> str:
+        """Return a sentence on weights that are there under another name or in a folder; empty if there are none."""
+        if _ADAPTER_PICKLE in names:
+            return (
+                f"{self.path} holds an adapter as a pickle, {_ADAPTER_PICKLE}. Such files can run any code when they "
+                "are opened, so pretrain never opens them. If you trust its origin, convert it once with peft, in a "
+                "sandbox: "
+                f"safetensors.torch.save_file(peft.load_peft_weights(DIR, device='cpu'), 'DIR/{ADAPTER_WEIGHTS}')."
+            )
+        files = [
+            name for name in names if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS
+        ]
+        if files and re.search(r"-\d+-of-\d+\.safetensors$", files[0]):
+            return (
+                f"{self.path} holds {files[0]} but no {INDEX}, which names the file of every tensor. Copy it, too: "
+                "it is published beside the weights."
+            )
+        if files:
+            return (
+                f"{self.path} has no {SINGLE}, but {files[0]}. If that is the whole model under the names of "
+                f"transformers, rename it {SINGLE}."
+            )
+        if self.path.name.startswith("models--") and "snapshots" in names:
+            return (
+                f"{self.path} is the folder of a model in the cache of the Hub. Name the model, "
+                f"hub:{self.path.name.removeprefix('models--').replace('--', '/')}, or a folder in "
+                f"{self.path / 'snapshots'}."
+            )
+        adapters = [name for name in names if os.path.lexists(self.path / name / ADAPTER_CONFIG)]
+        if adapters and not {ADAPTER_CONFIG, "run.yaml"}.intersection(names):
+            return (
+                f"{self.path} holds no model but adapters in folders of their own: {', '.join(adapters[:8])}. Name one "
+                "of them."
+            )
+        return ""
 
 
 def read_weights(
