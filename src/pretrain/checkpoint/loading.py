@@ -269,13 +269,13 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
         tokenizer = Tokenizer.from_directory(directory.path)
     rows = model.backbone.vocab_size
     if tokenizer.vocab_size > rows:
-        added = sorted((i, token) for token, i in tokenizer.vocab.items() if i >= rows)
-        some = f"{added[0][1]!r:.80} and what follows it" if added else "some ids"
+        first = min((i, token) for token, i in tokenizer.vocab.items() if i >= rows)[1]
         raise CheckpointError(
             f"{directory.path}: the tokenizer has {tokenizer.vocab_size} ids and the model {rows} embedding rows, so "
-            f"{some} would have no embedding. If tokens were added, give them rows, with transformers: "
-            f"model.resize_token_embeddings({tokenizer.vocab_size}) and model.save_pretrained(DIR). If the "
-            "two come from different models, put the right tokenizer beside the weights, or load(..., tokenizer=False)."
+            f"{first!r:.80} and what follows it would have no embedding. If tokens were added, give them rows, with "
+            f"transformers: model.resize_token_embeddings({tokenizer.vocab_size}) and model.save_pretrained(DIR). If "
+            "the two come from different models, put the right tokenizer beside the weights, or load(..., "
+            "tokenizer=False)."
         )
     model.processor = tokenizer  # as published, whatever id it pads with
 
