@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tiny
 from contract import TEXT_FAMILIES, batch_for, check_model
+from pretrain import load
+from pretrain.checkpoint import save_model
 from pretrain.errors import CheckpointError, ConfigError, ModelError
+from pretrain.lora import LoraConfig, apply_lora, save_adapter
 from pretrain.models import build, family_class
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model
 from pretrain.models.qwen import Qwen3, Qwen3Config
+from pretrain.models.state import untie
 from pretrain.nn.attention import KVCache
 
 TINY = {
@@ -335,17 +340,38 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="two names of one tensor|has no place for"):
             build(family, **TINY).load_disk_state(wrapped)
 
-    def test_own_names_with_the_prefix_of_a_wrapper_stay(self, monkeypatch):
-        """A family of one's own may call its body like the wrapper does."""
-        own = type("Own", (family_class("gpt2"),), {"prefix": "module."})
-        monkeypatch.setattr(own, "prefix_of", lambda self, kind: "module.")
-        model = Model(own(build("gpt2", **TINY).backbone.config))
-        model.init_weights(3)
-        state = model.disk_state()
-        assert all(name.startswith("module.") for name in state)
-        target = Model(own(model.backbone.config))
-        report = target.load_disk_state(state)
-        assert not report.missing and not report.unexpected
+    @pytest.mark.parametrize(("before", "own"), [("", "module."), ("attn.", "attn._orig_mod.")])
+    def test_own_names_with_that_of_a_wrapper_stay(self, tmp_path, before, own):
+        """A family of one's own may call its parts like a wrapper does, or compile one of them."""
+
+        class Own(family_class("gpt2")):
+            model_type = "own"
+
+            def prefix_of(self, kind):
+                return ""
+
+            def names(self):
+                return [
+                    replace(rule, disk=rule.disk.replace(before, own, 1))
+                    for rule in super().names()
+                ]
+
+            def head_names(self, kind, tied):
+                return [
+                    replace(rule, disk=rule.disk.replace(before, own, 1))
+                    for rule in super().head_names(kind, tied)
+                ]
+
+        model = Model.build(Own, build("gpt2", **TINY).backbone.config, head="causal-lm")
+        untie(model.materialize(3))
+        assert "module.lm_head.weight" in model.disk_state() or not own.startswith("module")
+        save_model(model, tmp_path / "base")
+        again = load(tmp_path / "base", family=Own, quiet=True)
+        assert all(torch.equal(v, again.disk_state()[k]) for k, v in model.disk_state().items())
+        adapted = apply_lora(again, LoraConfig(r=2, targets=("c_attn",)))
+        save_adapter(adapted, tmp_path / "adapter")
+        state = load(tmp_path / "adapter", quiet=True).state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in adapted.state_dict().items())
 
     def test_the_names_in_a_file_of_others_are_shown(self):
         model = build("gpt2", **TINY)

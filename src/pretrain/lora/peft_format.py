@@ -561,30 +561,39 @@ def _own_names(
             own.setdefault(prefix + other, disk)
     own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}
     aliases = _aliases(model)
-    for key in tensors:
-        usual = modern_key(key).removeprefix("module.")
+    for key, usual in stored_names(tensors).items():
         if not usual.startswith(PREFIX):
             raise CheckpointError(
                 f"{where}: the name of the tensor {key[:80]!r} does not begin with {PREFIX!r}, so the file is not a "
                 "PEFT adapter of a complete model."
             )
-        if ".original_module." in usual:  # of the base, beside the trained copy
-            continue
-        name = _as_saved(usual.removeprefix(PREFIX))
-        leaf = next((e for e in (_A, _B, _M) if name.endswith(e)), f".{name.rpartition('.')[2]}")
-        module = name.removesuffix(leaf)
+        module, leaf = _split(key.removeprefix(PREFIX))
+        if module not in own:  # own names may hold that of a wrapper, too
+            module, leaf = _split(usual.removeprefix(PREFIX))
         found = own.get(module, module) + leaf
         yield key, module, aliases.get(found, found)
 
 
-def _as_saved(name: str) -> str:
-    """Return a name without what stands in it in a state dict of peft's model: the adapter, and its wrapper.
+def _split(name: str) -> tuple[str, str]:
+    leaf = next((e for e in (_A, _B, _M) if name.endswith(e)), f".{name.rpartition('.')[2]}")
+    return name.removesuffix(leaf), leaf
 
-    Peft saves embeddings under both names where it takes the vocabulary for changed.
+
+def stored_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the names in a file -> those without what stands in a state dict of peft's model: adapter and wrappers.
+
+    Names of the base beside a trained copy are left out. Peft saves embeddings under several names where it takes the
+    vocabulary for changed.
     """
-    name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
-    name = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name)
-    return re.sub(rf"{re.escape(_M)}(\.[^.]+)?(\.weight)?$", _M, name)
+    found = {}
+    for key in names:
+        name = modern_key(key).removeprefix("module.")
+        if ".original_module." in name:
+            continue
+        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
+        name = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name)
+        found[key] = re.sub(rf"{re.escape(_M)}(\.[^.]+)?(\.weight)?$", _M, name)
+    return found
 
 
 def fill(

@@ -176,16 +176,18 @@ def init_missing(model: Model, seed: int) -> None:
 def modern_keys(model: Model, names: Iterable[str]) -> dict[str, str]:
     """Return the current spelling of every tensor name of a file -> its spelling in the file.
 
-    DistributedDataParallel and DataParallel put ``module.`` before all names; it is left out, unless the model has such
-    names itself.
+    DistributedDataParallel and DataParallel put ``module.`` before all names; it is left out. A name that the model has
+    itself stays as it is, also with that of a wrapper in it.
 
     Raises:
         CheckpointError: two names mean the same tensor.
     """
     usual = {key: modern_key(key) for key in names}
-    if usual and all(key.startswith(_PARALLEL) for key in usual.values()):
-        places = _places(model, entries_of(model))
-        if places.keys().isdisjoint(usual.values()):
+    parallel = bool(usual) and all(key.startswith(_PARALLEL) for key in usual.values())
+    if parallel or any(key != new for key, new in usual.items()):
+        own = _places(model, entries_of(model)).keys() | copies_of(model).keys()
+        usual = {key: key if key in own else new for key, new in usual.items()}
+        if parallel and own.isdisjoint(usual.values()):
             usual = {key: new.removeprefix(_PARALLEL) for key, new in usual.items()}
     keys: dict[str, str] = {}
     for key, new in usual.items():
