@@ -124,7 +124,8 @@ def test_files_with_the_names_of_transformers_4_and_5(tmp_path: Path):
         for name, value in stored.items()
     }
     assert set(old) == set(ours.disk_state())
-    for names in (stored, old):
+    parallel = {f"module.{name}": value for name, value in stored.items()}
+    for names in (stored, old, parallel):
         save_file(names, tmp_path / "model.safetensors", metadata={"format": "pt"})
         again, report = open_ours(tmp_path)
         assert not report.missing and not report.unexpected

@@ -188,7 +188,7 @@ def modern_keys(model: Model, names: Iterable[str]) -> dict[str, str]:
         own = _places(model, entries_of(model)).keys() | copies_of(model).keys()
         usual = {key: key if key in own else new for key, new in usual.items()}
         if parallel and own.isdisjoint(usual.values()):
-            usual = {key: new.removeprefix(_PARALLEL) for key, new in usual.items()}
+            usual = {key: modern_key(new.removeprefix(_PARALLEL)) for key, new in usual.items()}
     keys: dict[str, str] = {}
     for key, new in usual.items():
         if new in keys:
