@@ -652,6 +652,42 @@ def test_names_of_a_state_dict_are_read(tmp_path: Path, front: str, dora: bool) 
     torch.testing.assert_close(model(BATCH), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["default", "french"])
+def test_the_head_in_a_state_dict_has_its_classes(tmp_path: Path, name: str) -> None:
+    """Their number is that of the rows, whatever the names of adapter and wrapper are."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    save_model(tiny("llama"), tmp_path / "base")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=5
+    )
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(theirs, settings, adapter_name=name)
+    adapted.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / ("" if name == "default" else name)
+    kept = {k: v for k, v in adapted.state_dict().items() if "lora" in k or "modules_to_save" in k}
+    save_file({f"module.{k}": v for k, v in kept.items()}, path / "adapter_model.safetensors")
+    ours = load(path, base=tmp_path / "base", quiet=True)
+    assert len(ours.labels or ()) == 5
+    torch.testing.assert_close(
+        ours.disk_state()["score.weight"],
+        kept[f"base_model.model.score.modules_to_save.{name}.weight"],
+    )
+
+
+@pytest.mark.parametrize("second", ["other.", ""])
+def test_several_adapters_in_one_file_are_refused(tmp_path: Path, second: str) -> None:
+    """Those on other matrices would be added to the one that adapter_config.json describes."""
+    on_disk(tmp_path)
+    file = plain(tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        adapter = second if ".h.1." in name else "first."
+        tensors[name.removesuffix("weight") + adapter + "weight"] = tensor
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="several adapters: .*first.*selected_adapters"):
+        load(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_adapter_with_resized_embeddings(tmp_path: Path, tied: bool) -> None:
     """Peft saves them up to three times where they are in ``modules_to_save``; the base has to be resized first."""
@@ -677,6 +713,8 @@ def test_an_adapter_with_resized_embeddings(tmp_path: Path, tied: bool) -> None:
     with pytest.raises(CheckpointError, match=advice):
         load(tmp_path / "adapter", base=tmp_path / "base")
     ours = load(tmp_path / "adapter", base=tmp_path / "resized", quiet=True)
+    trained = sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    assert inspect(tmp_path / "adapter")["trainable_parameters"] == trained
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
     reopened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():

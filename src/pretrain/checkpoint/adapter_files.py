@@ -32,6 +32,7 @@ from pretrain.lora.peft_format import (
     fill,
     from_peft,
     head_of,
+    stored_names,
 )
 from pretrain.models.base import Model
 from pretrain.models.heads import LABELLED
@@ -243,7 +244,8 @@ def adapter_sizes(directory: ModelDirectory) -> dict[str, int | None]:
     The total is None if the model configuration is that of the base and the base is not found or does not fit.
     """
     path = directory.path
-    tensors = read_header(directory.real(ADAPTER_WEIGHTS))
+    header = read_header(directory.real(ADAPTER_WEIGHTS))
+    tensors = {name: header[key] for key, name in stored_names(header).items()}  # each one once
     trained = sum(info.numel for info in tensors.values() if info.dtype.is_floating_point)
     added = sum(info.numel for name, info in tensors.items() if ".lora_" in name)
     settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)

@@ -48,6 +48,7 @@ __all__ = [
     "fill",
     "from_peft",
     "head_of",
+    "stored_names",
 ]
 
 PREFIX = "base_model.model."
@@ -379,8 +380,9 @@ def head_of(
             f"{where}: 'task_type' is {settings.task[:40]!r}, which this package does not support."
         )
     classes = 0
+    keys = {name: key for key, name in stored_names(tensors).items()}
     for name in ("score", "classifier", "classifier.out_proj"):
-        found = tensors.get(f"{PREFIX}{name}.weight")
+        found = tensors.get(keys.get(f"{PREFIX}{name}.weight", ""))
         if found is not None and found.ndim == 2:
             classes = found.shape[0]
     return ("none" if kind is None else kind), classes
@@ -561,6 +563,12 @@ def _own_names(
             own.setdefault(prefix + other, disk)
     own |= {name: name for name in (entry.disk.rpartition(".")[0] for entry in entries)}
     aliases = _aliases(model)
+    if len(adapters := _adapters_in(tensors)) > 1:
+        several = ", ".join(name or "one without a name" for name in adapters)
+        raise CheckpointError(
+            f"{where} holds tensors of several adapters: {several}. "
+            "Save one of them with peft: model.save_pretrained(DIR, selected_adapters=[NAME])."
+        )
     for key, usual in stored_names(tensors).items():
         if not usual.startswith(PREFIX):
             raise CheckpointError(
@@ -579,19 +587,26 @@ def _split(name: str) -> tuple[str, str]:
     return name.removesuffix(leaf), leaf
 
 
-def stored_names(names: Iterable[str]) -> dict[str, str]:
+def _adapters_in(names: Iterable[str]) -> list[str]:
+    """Return the names of the adapters in a state dict of peft's model; ``""`` stands for none."""
+    found = (re.search(r"\.lora_[AB]\.(?:([^.]+)\.)?weight$", modern_key(name)) for name in names)
+    return sorted({match[1] or "" for match in found if match})
+
+
+def stored_names(names: Collection[str]) -> dict[str, str]:
     """Return the names in a file -> those without what stands in a state dict of peft's model: adapter and wrappers.
 
     Names of the base beside a trained copy are left out. Peft saves embeddings under several names where it takes the
     vocabulary for changed.
     """
     found = {}
+    adapters = "|".join(map(re.escape, filter(None, _adapters_in(names)))) or "default"
     for key in names:
         name = modern_key(key).removeprefix("module.")
         if ".original_module." in name:
             continue
         name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", name)
-        name = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", name)
+        name = re.sub(rf"\.modules_to_save(\.({adapters}))?(?=\.)", "", name)
         found[key] = re.sub(rf"{re.escape(_M)}(\.[^.]+)?(\.weight)?$", _M, name)
     return found
 
