@@ -637,6 +637,24 @@ def test_matrices_that_the_file_of_an_adapter_lacks_are_named(
     assert ("transformer.h.1.attn.c_attn" in said) is (not narrowed)
 
 
+@pytest.mark.parametrize(("family", "name"), [("llama", "q_proj"), ("vit", "query")])
+def test_matrices_that_are_fully_trained_are_not_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, name: str
+) -> None:
+    """Also where peft has another name for them than the files of the base."""
+    sizes = {"image_size": 8, "patch_size": 4, "intermediate_size": 32}
+    options = sizes if family == "vit" else {}
+    options |= {"num_layers": 2, "hidden_size": 16, "num_heads": 2}
+    save_model(build(family, head=None, **options), tmp_path / "base")
+    base = load(tmp_path / "base", quiet=True)
+    saved = next(entry.disk for entry in base.entries() if entry.disk.endswith(f"{name}.weight"))
+    config = LoraConfig(r=2, modules_to_save=(saved.removesuffix(".weight"),))
+    save_adapter(apply_lora(base, config), tmp_path / "adapter")
+    load(plain(tmp_path / "adapter"))
+    said = capsys.readouterr().err
+    assert "of the adapter" in said and "holds no tensors" not in said
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("front", ["", "module.", "_orig_mod."])
 def test_names_of_a_state_dict_are_read(tmp_path: Path, front: str, dora: bool) -> None:

@@ -531,11 +531,12 @@ def _absent_sites(
     """Return the matrices of the blocks that the settings name and the file does not hold."""
     spelled = peft_names(model)
     absent = [site.module for site in known if site.in_blocks and site.module not in stored]
+    saved = settings.lora.modules_to_save
     return [
         module
         for module in absent
         if matches(spelled.get(module, module), settings.targets)
-        and not within(f"{module}.weight", settings.lora.modules_to_save)
+        and not any(within(f"{name}.weight", saved) for name in (module, spelled.get(module, "")))
     ]
 
 
