@@ -656,11 +656,14 @@ def test_an_edited_file_says_how_to_keep_the_change(tmp_path: Path) -> None:
         (["config.json", "model.fp16.safetensors"], "rename it model.safetensors"),
         (["snapshots/0/config.json"], "hub:org/name, or a folder in"),
         (
-            ["README.md", "french/adapter_config.json", "german/adapter_config.json"],
+            ["training_args.bin", "french/adapter_config.json", "german/adapter_config.json"],
             "french, german",
         ),
         (["config.json", "pytorch_model.bin"], "only pytorch_model.bin"),
+        (["config.json", "pytorch_model.bin", "vectors.safetensors"], "only pytorch_model.bin"),
+        (["consolidated.safetensors", "model-00001-of-00002.safetensors"], "holds model-00001-of"),
         (["run.yaml", "model/adapter_config.json"], "a run without a checkpoint"),
+        (["one/run.yaml", "two/adapter_config.json"], "no model but runs: one"),
     ],
 )
 def test_where_the_weights_are_is_said(tmp_path, files, advice):

@@ -225,12 +225,13 @@ class ModelDirectory:
         files = [
             name for name in names if name.endswith(".safetensors") and name != ADAPTER_WEIGHTS
         ]
-        if files and re.search(r"-\d+-of-\d+\.safetensors$", files[0]):
+        shards = [name for name in files if re.search(r"-\d+-of-\d+\.safetensors$", name)]
+        if shards:
             return (
-                f"{self.path} holds {files[0]} but no {INDEX}, which names the file of every tensor. Copy it, too: "
+                f"{self.path} holds {shards[0]} but no {INDEX}, which names the file of every tensor. Copy it, too: "
                 "it is published beside the weights."
             )
-        if files:
+        if files and not any(name.startswith("pytorch_model") for name in names):
             return (
                 f"{self.path} has no {SINGLE}, but {files[0]}. If that is the whole model under the names of "
                 f"transformers, rename it {SINGLE}."
@@ -242,7 +243,8 @@ class ModelDirectory:
                 f"{self.path / 'snapshots'}."
             )
         adapters = [name for name in names if os.path.lexists(self.path / name / ADAPTER_CONFIG)]
-        if adapters and not {ADAPTER_CONFIG, "run.yaml"}.intersection(names):
+        runs = any(os.path.lexists(self.path / name / "run.yaml") for name in names)
+        if adapters and not runs and not {ADAPTER_CONFIG, "run.yaml"}.intersection(names):
             return (
                 f"{self.path} holds no model but adapters in folders of their own: {', '.join(adapters[:8])}. Name one "
                 "of them."
