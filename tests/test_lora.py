@@ -469,16 +469,19 @@ def test_merging_writes_a_whole_model(
 
 
 @pytest.mark.parametrize("place", ["base", "adapter"])
+@pytest.mark.parametrize("given", [False, True])
 def test_merging_does_not_replace_what_the_adapter_needs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, given: bool
 ) -> None:
-    """On a merged base, an adapter of peft would be added a second time without a word."""
+    """On a merged base, an adapter of peft would be added a second time without a word; also where --base is a copy."""
     expected = on_disk(tmp_path).eval()(BATCH)
     plain(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
     words = ["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / place)]
-    assert cli.main(words) == 2
+    assert cli.main(words + ["--base", str(tmp_path / "copy")] * given) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path / place} holds" in said and "--out DIR" in said
+    assert f"{tmp_path / place} {'is the base' if place == 'base' else 'holds'}" in said
+    assert "--out DIR" in said
     again = load(tmp_path / "adapter", quiet=True)
     torch.testing.assert_close(again(BATCH), expected, atol=1e-6, rtol=0)
 

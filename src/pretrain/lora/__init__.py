@@ -104,15 +104,17 @@ def _refuse_sources(model: Model, out: Path) -> None:
 
     An adapter that peft wrote would open on the merged weights, and so be added to them a second time.
     """
-    base = model.adapter.base
-    if base is not None and os.path.realpath(base) == os.path.realpath(out):
-        lost = "the base of this adapter, to which the adapter would be added once more when it is opened"
+    bases = {
+        name for name in (model.adapter.base, model.adapter.named_base) if name and "\0" not in name
+    }
+    if os.path.realpath(out) in map(os.path.realpath, bases):
+        lost = "is the base of this adapter, to which the adapter would be added once more when it is opened"
     elif os.path.lexists(out / "adapter_config.json"):
-        lost = "an adapter, which would be lost"
+        lost = "holds an adapter, which would be lost"
     else:
         return
     raise CheckpointError(
-        f"{out} holds {lost}. Choose another directory for the merged model: {option('out', 'DIR')}."
+        f"{out} {lost}. Choose another directory for the merged model: {option('out', 'DIR')}."
     )
 
 

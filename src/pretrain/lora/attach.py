@@ -65,6 +65,7 @@ class Adapter:
         full: names on disk of the tensors that are fully trained.
         base: absolute path of the base directory, or its name on the hub; None if the base was not loaded from one.
         base_sample: hash of a few values of every base tensor, see ``base_sample``.
+        named_base: the base that the file of a stored adapter names, also where another one was given.
     """
 
     config: LoraConfig
@@ -72,6 +73,7 @@ class Adapter:
     full: tuple[str, ...] = ()
     base: str | None = None
     base_sample: str = ""
+    named_base: str | None = None
 
     def __repr__(self) -> str:
         kind = "DoRA" if self.config.dora else "LoRA"

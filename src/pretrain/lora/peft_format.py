@@ -428,6 +428,7 @@ def attach_stored(
             "head."
         )
     attach(model, settings.lora, sites, full.values())
+    model.adapter.named_base = settings.base
     known_keys = {key: tensor for key, tensor in tensors.items() if key not in unused}
     values = fill(model, known_keys, where)
     parameters = dict(model.named_parameters())
