@@ -743,7 +743,12 @@ def test_an_adapter_with_resized_embeddings(tmp_path: Path, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fix"), [("P_TUNING", "use it with peft"), ("IA3", "Merge the adapter")]
+    ("kind", "fix"),
+    [
+        ("P_TUNING", "use it with peft"),
+        ("CARTRIDGE", "use it with peft"),
+        ("IA3", "Merge the adapter"),
+    ],
 )
 def test_the_kind_of_another_adapter_is_named_first(kind: str, fix: str) -> None:
     """Keys of its own are no cause, and what only changes the input has no merged form."""

@@ -162,7 +162,7 @@ def test_a_key_twice_is_found_in_linear_time():
             "git lfs pull",
         ),
         (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
-        (b"PK\x03\x04" + bytes(400), "a pickle"),
+        (b"PK\x03\x04" + bytes(400), "a zip archive"),
         (b"\x80\x02}q\x00." + bytes(400), "a pickle"),
     ],
 )

@@ -237,6 +237,7 @@ _UNMERGEABLE = frozenset(
         "PREFIX_TUNING",
         "ADAPTION_PROMPT",
         "CPT",
+        "CARTRIDGE",
     }
 )
 _READ = frozenset({"r", "lora_alpha", "use_dora", "use_rslora", "modules_to_save"})

@@ -240,10 +240,14 @@ def known_as(data: bytes) -> str:
         )
     if data.lstrip()[:5].lower() in (b"<!doc", b"<html"):
         return "It is a web page, as a failed download leaves: download the file again."
-    if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    if data.startswith(b"PK\x03\x04"):
         return (
-            "It is a pickle, as torch.save writes; such files can run any code when they are opened, so pretrain never "
-            "opens them."
+            "It is a zip archive. One of torch.save holds pickles, which can run any code when they are opened, "
+            "so pretrain never opens them."
+        )
+    if data.startswith((b"\x80\x02", b"\x80\x04")):
+        return (
+            "It is a pickle, which can run any code when it is opened, so pretrain never opens one."
         )
     return ""
 
