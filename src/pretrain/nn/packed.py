@@ -105,8 +105,8 @@ def plan(documents: Tensor) -> Buckets | None:
     owner = np.stack((starts // length, flat[starts]))
     if np.unique(owner, axis=1).shape[1] < starts.size:
         return None
-    # Bucket widths grow in steps of an eighth to a quarter, which limits the padding in a bucket.
-    step = np.maximum(8, 2 ** np.maximum(np.ceil(np.log2(sizes)).astype(np.int64) - 3, 0))
+    # Bucket widths grow in steps of a quarter to a half: less padding in a bucket would mean more of them.
+    step = np.maximum(8, 2 ** np.maximum(np.ceil(np.log2(sizes)).astype(np.int64) - 2, 0))
     width = -(-sizes // step) * step
     order = np.argsort(width, kind="stable")
     starts, sizes, width = starts[order], sizes[order], width[order]
