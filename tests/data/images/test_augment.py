@@ -44,6 +44,21 @@ def test_a_crop_lies_inside_and_is_as_large_as_asked(
         assert 0.7 < wide / tall < 1.43
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "least"),
+    [(90, 160, 0.8), (1280, 720, 0.8), (375, 1242, 0.5), (40, 400, 0.3)],
+)
+def test_crops_of_wide_and_tall_images_keep_their_share_and_reach_all_pixels(
+    height: int, width: int, least: float
+) -> None:
+    boxes = [crop_box(height, width, least, row_rng(0, "x", i)) for i in range(60)]
+    seen = np.zeros((height, width), bool)
+    for left, top, right, bottom in boxes:
+        assert (right - left) * (bottom - top) >= 0.97 * least * height * width
+        seen[top:bottom, left:right] = True
+    assert len(set(boxes)) > 20 and seen.mean() > 0.99
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.floats(0.05, 1.0), st.booleans(), st.integers(0, 30), st.integers(0, 1 << 62),

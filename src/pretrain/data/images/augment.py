@@ -184,7 +184,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom of a random part with a share of the area from ``least`` to 1.
 
-    The proportions are between 3:4 and 4:3; if no such part is found, it is the middle of the image.
+    The proportions are between 3:4 and 4:3. Where no such part is found, an image of such proportions is kept whole,
+    and a part of any other has those of the image: of a wide one, the middle alone would be seen in every epoch.
     """
     area = height * width
     for _ in range(_TRIES):
@@ -192,11 +193,12 @@ def crop_box(
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         wide, tall = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < wide <= width and 0 < tall <= height:
-            top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
-            return left, top, left + wide, top + tall
-    tall = min(height, max(1, round(width / _RATIO[0])))
-    wide = min(width, max(1, round(height * _RATIO[1])))
-    left, top = (width - wide) // 2, (height - tall) // 2
+            break
+    else:
+        usual = _RATIO[0] <= width / height <= _RATIO[1]
+        side = 1.0 if usual else math.sqrt(rng.uniform(least, 1.0))
+        wide, tall = max(1, round(width * side)), max(1, round(height * side))
+    top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
     return left, top, left + wide, top + tall
 
 
