@@ -313,6 +313,22 @@ def test_names_that_are_not_known_are_refused_unless_the_caller_gave_them() -> N
     refused(lambda: alike.ids(["SPAM"]), "'SPAM' is not among")
 
 
+def test_a_name_of_two_classes_is_refused_and_their_numbers_are_read() -> None:
+    names = ("tench", "crane", "crane")  # as in checkpoints of ImageNet
+    loaded = LabelMap(names, {name: k for k, name in enumerate(names)})
+    for values, told in (([1, 2, 0], None), (["1", "2", "0"], None), ([1, 2, 0], names)):
+        assert loaded.ids(values, names=told) == [1, 2, 0]
+        assert LabelMap.learn(values, checkpoint=names, names=told).ids(values) == [1, 2, 0]
+    assert loaded.ids(["tench"]) == [0]
+    for made in (loaded.ids, lambda values: LabelMap.learn(values, checkpoint=names)):
+        refused(lambda made=made: made(["tench", "crane"]), "row 2", "classes 1 and 2", "numbers")
+    refused(lambda: loaded.ids(["CRANE"]), "classes 1 and 2")
+    refused(lambda: loaded.ids([0, 1], names=["tench", "crane", "machine"]), "classes 1 and 2")
+    refused(lambda: make_label_map([0, 1, 2], names=names), "classes 1 and 2", "'crane'")
+    alike = LabelMap(("Crane", "crane", "crane"), {"Crane": 0, "crane": 2})
+    assert alike.ids(["Crane"]) == [0]
+
+
 def test_bools_and_the_numbers_0_and_1_stand_for_each_other() -> None:
     forms = ([0, 1], ["0", "1"], [False, True], ["False", "True"], ["false", "true"], [0.0, 1.0])
     for values in forms:

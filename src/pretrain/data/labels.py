@@ -149,8 +149,18 @@ class LabelMap:
 
     @classmethod
     def numbered(cls, names: Sequence[str]) -> LabelMap:
-        """Return classes for a column that contains either their numbers or their names."""
+        """Return classes for a column that contains either their numbers or their names.
+
+        Raises:
+            DataError: two classes have one name.
+        """
         spelled = {str(name).strip(): k for k, name in enumerate(names)}
+        if shared := _shared(texts := [str(name) for name in names]):
+            name, numbers = next(iter(shared.items()))
+            raise DataError(
+                f"Of the names of the classes, {_listed(texts)}, the classes {_all(numbers)} have the same, {name!r}. "
+                "Give each class a name of its own."
+            )
         return cls(tuple(spelled), _positions(names) | spelled)
 
     def ids(
@@ -208,9 +218,11 @@ class LabelMap:
         texts, find = _spelled(values, at, column), _id_finder(spellings)
         numeric = not any(isinstance(value, str) for value in values[:1])
         of_names: dict[str, tuple[str, int | None]] = {}
+        same = False  # the source has the classes of the model, in their order
         if names is not None:
             own = [str(name).strip() for name in names]
-            pairs = list(zip(own, self.named(own), strict=True))
+            same = own == [label.strip() for label in self.labels]
+            pairs = list(zip(own, range(len(own)) if same else self.named(own), strict=True))
             # Where one side has numbers in place of names, there is nothing to compare, and numbers count.
             nameless = any(map(_nameless, (own, self.labels)))
             counted = self._numbered and all(str(i) in self.codes for i in range(len(own)))
@@ -238,7 +250,20 @@ class LabelMap:
                 self._unknown(told, strange, at, column, what, names if of_names else None)
             )
         self._check_mixed(told, spellings, at, column)
+        self._check_shared(texts if same else told, at, column)
         return [k for text in texts if (k := found[text][1]) is not None]
+
+    def _check_shared(self, texts: Sequence[str], at: Where, column: str) -> None:
+        """Refuse a name that several classes have, as ``crane`` in checkpoints of ImageNet."""
+        shared = {_plain(name): (name, numbers) for name, numbers in _shared(self.labels).items()}
+        alone = {label.strip() for label in self.labels} - {name for name, _ in shared.values()}
+        for i, text in enumerate(texts if shared else ()):
+            if text not in alone and number_in(text) is None and _plain(text) in shared:
+                name, numbers = shared[_plain(text)]
+                raise DataError(
+                    f"{at(i)}: {column} {shortened(text)} does not tell which class is meant, because the classes "
+                    f"{_all(numbers)} of the model are called {name!r}. Give the numbers of the classes, for all rows."
+                )
 
     def _check_mixed(
         self, texts: Sequence[str], spellings: Mapping[str, int], at: Where, column: str
@@ -420,6 +445,18 @@ def _positions(names: Sequence[str]) -> dict[str, int]:
     if any(number_in(str(name)) is not None for name in names):
         return {}
     return {str(k): k for k in range(len(names))}
+
+
+def _shared(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the names that several classes have, with the numbers of these."""
+    found: dict[str, list[int]] = {}
+    for k, name in enumerate(names):
+        found.setdefault(name.strip(), []).append(k)
+    return {name: numbers for name, numbers in found.items() if len(numbers) > 1}
+
+
+def _all(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def _nameless(names: Sequence[str]) -> bool:
@@ -729,6 +766,10 @@ def _of_checkpoint(
         own = [str(name).strip() for name in names]
         found = {str(i): k for i, name in enumerate(own) if (k := find(name)) is not None}
         if len(found) == len(own):
+            if own == [
+                label.strip() for label in labels
+            ]:  # where several classes have one name, too
+                found = {str(i): i for i in range(len(own))}
             return LabelMap(labels, (found if _positions(own) else {}) | codes)
         texts, at = own, lambda i: f"class {i}"
     elif all(find(text) is not None for text in texts):
