@@ -256,6 +256,22 @@ def test_settings_are_checked(model: Model) -> None:
         predict(model, [{"text": "a"}], columns={"txt": "text"})
 
 
+def test_another_task_than_that_of_the_model_is_refused(
+    model: Model, saved: Path, tmp_path: Path
+) -> None:
+    (rows := tmp_path / "rows.csv").write_text("text\na\n", encoding="utf-8")
+    assert predict(model, "a", task="classification") == predict(model, "a")
+    for call in (
+        lambda: predict(model, "a", task="regression"),
+        lambda: predict_file(saved, rows, tmp_path / "out.csv", task="regression"),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"task, classification, and cannot by regression.*task=\.\.\."
+        ):
+            call()
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_prediction_leaves_the_model_as_it_was(model: Model) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()

@@ -417,11 +417,8 @@ _PREDICT: tuple[Option, ...] = (
 
 def _predict(args: Any) -> None:
     from pretrain.inference.predict import predict_file
-    from pretrain.objectives import task_class
 
     options = vars(args)
-    if (task := options.pop("task")) is not None:
-        task_class(task)
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
     if (top_k := options.pop("top_k")) is not None:
         options["top_k"] = None if top_k == "all" else top_k

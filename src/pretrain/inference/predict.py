@@ -192,11 +192,25 @@ def predict(
     Raises:
         ModelError: the model makes no predictions.
         DataError: inputs of another kind, or without a column that the task needs.
-        ConfigError: an option that the task does not have.
+        ConfigError: an option that the task does not have, or another task than that of the model.
     """
-    if task is not None:
-        task_class(task)
-    return predict_with(task_of(model), inputs, columns=columns, batch_rows=batch_rows, **options)
+    own = _task_named(model, task)
+    return predict_with(own, inputs, columns=columns, batch_rows=batch_rows, **options)
+
+
+def _task_named(model: Model, named: str | type[Task] | None) -> Task:
+    """Return the task of a model, see ``task_of``, which may be the caller's own class.
+
+    Raises:
+        ConfigError: the caller has named another one, which would not change the answers.
+    """
+    wanted = Task if named is None else task_class(named)
+    task = task_of(model)
+    if not isinstance(task, wanted):
+        raise ConfigError(
+            f"The model answers by its task, {task.name}, and cannot by {wanted.name}. Leave {option('task')} out."
+        )
+    return task
 
 
 @using(PREDICT)
@@ -456,6 +470,7 @@ def predict_file(
     delimiter: str | None = None,
     quoting: bool | None = None,
     encoding: str | None = None,
+    task: str | type[Task] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Path:
@@ -481,6 +496,7 @@ def predict_file(
         delimiter: cell delimiter of .csv or .tsv; None: comma or tab, or as detected in the header.
         quoting: whether double quotes enclose cells of .csv or .tsv; None: see :func:`pretrain.data.tables.read_table`.
         encoding: encoding of a text file; None: UTF-8, or that of a byte order mark.
+        task: see ``predict``.
         progress: show a progress bar in a terminal or notebook.
         **options: see ``predict``.
 
@@ -491,7 +507,7 @@ def predict_file(
         DataError: a broken row (with its line), a missing column, predictions already in the file, an output that
             cannot be written.
         ModelError: the model makes no predictions.
-        ConfigError: an option that the task does not have.
+        ConfigError: an option that the task does not have, or another task than that of the model.
         TrainingError: too little memory.
     """
     check_count("batch_rows", batch_rows)
@@ -500,13 +516,12 @@ def predict_file(
     chunks = _table_chunks(source, **form)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     model = opened_model(checkpoint, device, quiet=not progress)
-    task = task_of(model).to(model.device)
-    chunks = _task_chunks(task, source, chunks, dict(columns or {}), **form)
+    own = _task_named(model, task).to(model.device)
+    chunks = _task_chunks(own, source, chunks, dict(columns or {}), **form)
     first = next(chunks)
-    chosen = columns_read(task, first.table, dict(columns or {}), quiet=not progress)
-    files = _file_columns(task, first.table, dict(columns or {}))
-    count = empty = 0
-    task.reset_counts()
+    chosen = columns_read(own, first.table, dict(columns or {}), quiet=not progress)
+    files, count, empty = _file_columns(own, first.table, dict(columns or {})), 0, 0
+    own.reset_counts()
     with (
         naming_memory("predicting", lambda: smaller_batch(batch_rows)),
         RowWriter(target, first.table.names) as output,
@@ -514,16 +529,15 @@ def predict_file(
     ):
         for chunk in chain([first], chunks):
             table = roles_table(chunk.with_columns(chosen.values()), chosen)
-            answers = _answers(task, table, batch_rows, options)
-            rows = _rows_beside(target, chunk, files)
-            for row, answer in zip(rows, answers, strict=True):
+            answers = _answers(own, table, batch_rows, options)
+            for row, answer in zip(_rows_beside(target, chunk, files), answers, strict=True):
                 output.write(row, answer)
                 count, empty = count + 1, empty + _is_empty(answer)
                 bar.update()
             if chunk is first and progress:
                 # The tokens of a forward pass are bounded, so the first chunk shows the memory that all chunks need.
                 note(f"memory about {peak_memory(model.device) / 2**30:.2f} GiB at the peak")
-    _say_unanswered(task, empty, count)
+    _say_unanswered(own, empty, count)
     return target
 
 
