@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -175,6 +176,24 @@ def test_captions_of_coco(tmp_path: Path) -> None:
     columns = {"images": ["0.png"], "annotations": [{"caption": "x"}], "text": ["y"]}
     path.write_text(json.dumps(columns))
     assert read_table(path).columns == columns
+
+
+def test_byte_order_marks_and_dots_in_names_of_archives(tmp_path: Path, capsys: Any) -> None:
+    mark = codecs.BOM_UTF8
+    members = {
+        "a.cls": mark + b"3", "a.txt": mark + b"one\ntwo", "a.json": mark + b'{"n": 5}',
+        "a.png": png(0), "22.05.png": png(1),
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    table = read_images(str(tmp_path / "a.tar"))
+    found = {name: table.columns[name][0] for name in ("label", "caption", "n")}
+    assert found == {"label": 3, "caption": ["one", "two"], "n": 5} and len(table) == 1
+    said = capsys.readouterr().err
+    assert "not read: .05.png (1); the name of a sample ends at its first dot" in said
 
 
 def test_damaged_archives_and_samples_are_said(

@@ -6,6 +6,7 @@ the classes. Nothing is decoded here. A ``Medium`` says what other files, such a
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import math
@@ -925,7 +926,8 @@ def _read_tars(paths: Sequence[Path]) -> dict[str, list[Any]]:
         note(f"{lost:,} of {len(rows):,} samples have no image and are left out")
     if passed:
         named = ", ".join(f".{ending} ({count:,})" for ending, count in passed.most_common(4))
-        note(f"members that are not read: {named}{', ...' * (len(passed) > 4)}")
+        dotted = "; the name of a sample ends at its first dot" * any("." in e for e in passed)
+        note(f"members that are not read: {named}{', ...' * (len(passed) > 4)}{dotted}")
     names = dict.fromkeys(name for row in kept for name in row)
     return {name: [row.get(name) for row in kept] for name in names}
 
@@ -963,6 +965,7 @@ def _add(
         return
     held = archive.extractfile(member) if ending in ("txt", "cls", "json") else None
     content = b"" if held is None or member.size > _MOST_TEXT else held.read()
+    content = content.removeprefix(codecs.BOM_UTF8)
     try:
         text = content.decode("utf-8").strip()
     except UnicodeDecodeError:
