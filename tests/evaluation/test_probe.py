@@ -278,3 +278,12 @@ def test_texts_and_pairs_of_texts() -> None:
 def test_what_cannot_be_probed(model: Model, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         asked(model, **options)
+
+
+def test_a_model_of_recordings_is_not_asked_for_images() -> None:
+    sizes = {"num_mel_bins": 16, "max_length": 16, "patch_size": 8, "num_layers": 1}
+    model = build("audio-spectrogram-transformer", "tiny", **sizes)
+    with pytest.raises(ModelError, match="reads recordings.*task='audio-classification'"):
+        pretrain.probe(model, [{"audio": np.zeros(8000, np.float32), "label": "a"}] * 4)
+    with pytest.raises(ModelError, match=r"see predict\.$"):
+        model.embed("a text")

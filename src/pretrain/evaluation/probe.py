@@ -21,7 +21,7 @@ import numpy as np
 
 from pretrain import metrics
 from pretrain.checkpoint import load
-from pretrain.config.spelling import PROBE, option, using
+from pretrain.config.spelling import PROBE, either, option, using
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
 from pretrain.errors import (
@@ -42,6 +42,7 @@ from pretrain.models.base import Model
 from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives import task_class
+from pretrain.objectives.row_pixels import reads_audio
 from pretrain.objectives.tasks import Learned, Task
 from pretrain.utils.files import note
 from pretrain.utils.imports import sklearn_module
@@ -59,6 +60,7 @@ _READING = (
     *("group", "labels", "label_form", "label_separator", "problem"),
     *("format", "names", "delimiter", "quoting", "encoding"),
 )
+_FINETUNE = "pretrain.finetune(model, data, task='audio-classification')"
 _TEST = 0.2  # share of the rows that is held out if no test rows are given
 
 
@@ -169,6 +171,11 @@ def _tables(
     model: Model, data: Any, valid: Any, test: Any, columns: Mapping[str, Any], seed: int
 ) -> list[Table]:
     """Return the rows with labels, those to choose on and the test rows, without rows that recur in a later part."""
+    if reads_audio(model):
+        raise ModelError(
+            f"A probe reads images or texts, and this {model.backbone.model_type} model reads recordings. Fine-tune "
+            f"it: {either('pretrain finetune --task audio-classification', _FINETUNE)}."
+        )
     if not _reads_images(model) and model.tokenizer is None:
         raise ModelError(
             f"This {model.backbone.model_type} model has no tokenizer and reads no images, so no features of rows can "

@@ -128,7 +128,10 @@ def tokenizer_of(model: Model, purpose: str) -> Tokenizer:
     if model.tokenizer is None:
         cure = "Give ids, or set model.tokenizer."
         if model.processor is not None:
-            cure = "It reads no texts: see predict, and pretrain.probe for its vectors."
+            probe = ", and pretrain.probe for what its vectors tell" * hasattr(
+                model.processor, "channels"
+            )
+            cure = f"It reads no texts: see predict{probe}."
         raise ModelError(f"This model has no tokenizer, so it cannot {purpose}. {cure}")
     return model.tokenizer
 
