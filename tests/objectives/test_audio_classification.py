@@ -123,6 +123,7 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     answer = tuned.predict(file)
     assert answer["label"] == "low"
     rows = {"array": samples / 32768, "sampling_rate": RATE}
+    stereo = np.repeat(samples[:, None], 2, axis=1)  # as soundfile reads it
     for form in (
         str(file),
         samples,
@@ -130,12 +131,13 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
         file.read_bytes(),
         rows,
         torch.tensor(samples),
+        stereo,
+        torch.tensor(stereo),
     ):
         found = tuned.predict(form)
         assert found["label"] == "low" and found["score"] == pytest.approx(
             answer["score"], abs=1e-6
         )
-    stereo = np.repeat(samples[:, None], 2, axis=1)
     for many in (
         [file],
         [rows],
@@ -153,6 +155,9 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
             tuned.predict(wrong)
     with pytest.raises(DataError, match="no audio"):
         tuned.predict([3])
+    # Two recordings are not the channels of one.
+    with pytest.raises(DataError, match="'sampling_rate' holds int .*a list for every column"):
+        tuned.predict({"audio": [samples, samples], "sampling_rate": RATE})
 
 
 def test_a_column_beside_arrays_names_their_rate(tuned: Any, tmp_path: Path) -> None:

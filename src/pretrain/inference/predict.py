@@ -418,12 +418,20 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
     names = {first.name, *first.known, _recorded(task.model, "columns").get(first.name)}
     if any(task.is_one(value) for key, value in inputs.items() if key in names):
         return False
+    if any(key in names and _are_arrays(task, value) for key, value in inputs.items()):
+        return True  # beside values that are no lists they are refused
     if _by_words(task):  # the words of a single row are already a list
         return any(
             isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)
             for value in values
         )
     return bool(values) and all(listed)
+
+
+def _are_arrays(task: Task, value: Any) -> bool:
+    """Return whether a value lists several whole images or recordings."""
+    listed = isinstance(value, list | tuple) and len(value) > 1
+    return listed and all(hasattr(one, "dtype") and task.is_one(one) for one in value)
 
 
 def _table_of(task: Task, items: Sequence[Any]) -> Table:

@@ -20,6 +20,8 @@ from pretrain.errors import DataError
 
 __all__ = ["given_images", "given_table", "is_one"]
 
+_CHANNELS = 4  # of one input, at most
+
 
 def given_images(
     inputs: Any, channels: int, medium: Medium = IMAGES, read: Callable[..., Table] = read_images
@@ -28,8 +30,8 @@ def given_images(
 
     Args:
         inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow) or recording
-            (a path, bytes, an array (samples,), a mapping with ``array`` and ``sampling_rate``), several in a list or
-            an array, or the path of a folder or an archive.
+            (a path, bytes, an array (samples,) or (samples, channels), a mapping with ``array`` and
+            ``sampling_rate``), several in a list or an array, or the path of a folder or an archive.
         channels: channels of the model, by which an array (3, H, W) is told from three images.
         medium: what the files hold.
         read: reads a folder or file; called with its path and the name of the rows.
@@ -47,7 +49,9 @@ def given_images(
         return _of_path(Path(inputs), medium, read)
     colours = array == 3 and (inputs.shape[0] == channels == 3 or inputs.shape[-1] in (1, 3, 4))
     of_medium = isinstance(inputs, Mapping) and medium.holds(inputs)
-    one = array == least or (medium is IMAGES and colours) or of_medium
+    # The last dimension of audio is that of a few channels, or of samples.
+    joint = array == least + 1 and inputs.shape[-1] <= _CHANNELS < inputs.shape[0]
+    one = array == least or (colours if medium is IMAGES else joint) or of_medium
     if one or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
         return given_table([inputs], medium), True
     if array in (least + 1, least + 2):
@@ -59,7 +63,7 @@ def given_images(
 
 
 def is_one(value: Any, medium: Medium) -> bool:
-    """Whether an array or nested lists have the shape of one input: (H, W), or (H, W, C) of at most 4 channels."""
+    """Whether an array or nested lists are one input by their shape: (H, W) or (n,), with at most 4 channels."""
     if isinstance(value, list) and value and isinstance(value[0], list | int | float):
         try:
             value = from_list(value)
@@ -68,7 +72,7 @@ def is_one(value: Any, medium: Medium) -> bool:
     numbers = getattr(getattr(value, "dtype", None), "kind", "O") != "O"
     if not numbers or not medium.holds(value):
         return False
-    return bool(value.ndim == medium.dimensions[0] or value.shape[-1] <= 4)
+    return bool(value.ndim == medium.dimensions[0] or value.shape[-1] <= _CHANNELS)
 
 
 def given_table(given: Sequence[Any], medium: Medium = IMAGES) -> Table:
