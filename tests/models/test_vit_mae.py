@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from pretrain.errors import ConfigError, ModelError
 from pretrain.models import build
 from pretrain.models.base import Model
 from pretrain.models.vit_mae import ViTMAEConfig
+from pretrain.objectives.masked_image import MaskedImage
 
 TINY = {
     "num_layers": 2,
@@ -105,6 +108,21 @@ def test_one_size_gives_the_light_decoder_of_the_paper():
 def test_impossible_sizes_are_refused(change: dict[str, object], message: str):
     with pytest.raises(ConfigError, match=message):
         build("vit_mae", **(TINY | change))
+
+
+def test_an_encoder_that_hides_nothing_is_opened_and_not_pre_trained(tmp_path):
+    """As transformers users save it, to read the features of whole images."""
+    model = make()
+    model.save(tmp_path / "mae")
+    config = json.loads((tmp_path / "mae" / "config.json").read_text())
+    (tmp_path / "mae" / "config.json").write_text(json.dumps(config | {"mask_ratio": 0.0}))
+    (tmp_path / "mae" / "manifest.json").unlink()
+    opened = pretrain.load(tmp_path / "mae", quiet=True)
+    pixels = {"pixel_values": torch.randn(2, 2, 12, 12)}
+    assert torch.equal(opened.backbone.eval()(pixels), model.backbone.eval()(pixels))
+    with pytest.raises(ConfigError, match=r"mask_ratio 0\.0 .* one hidden"):
+        MaskedImage(opened)
+    assert MaskedImage(opened, mask_ratio=0.5).num_visible == 4
 
 
 def test_an_image_of_another_size_is_named():

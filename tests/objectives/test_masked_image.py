@@ -168,6 +168,8 @@ def test_rows_of_images_are_read_cropped_and_mirrored_by_their_own_generator() -
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves 0 visible"):
         objective(mask_ratio=0.99)
+    with pytest.raises(ConfigError, match="mask_ratio 0 .* one must be visible and one hidden"):
+        objective(mask_ratio=0)
     with pytest.raises(ModelError, match="Build the family vit_mae"):
         MaskedImage(build("vit_mae", head=None, **TINY))
 

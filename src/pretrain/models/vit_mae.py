@@ -71,7 +71,7 @@ class MaskedConfig(BackboneConfig):
         super().__post_init__()
 
     def check_decoder(self) -> None:
-        """Check the sizes of the decoder, and the share of the patches that are hidden.
+        """Check the sizes of the decoder, and the share of the patches that are hidden unless it is 0.
 
         Raises:
             ConfigError: a size does not fit the heads, or no patch would be visible, or none hidden.
@@ -86,6 +86,15 @@ class MaskedConfig(BackboneConfig):
                     f"{name} {size} must be a multiple of 4, for the positions of rows and columns, and of the "
                     f"{heads} heads. Change it, or the number of heads."
                 )
+        if self.mask_ratio:  # 0 in published encoders, which are not pre-trained any more
+            self.check_hidden()
+
+    def check_hidden(self) -> None:
+        """Check the share of the patches that are hidden.
+
+        Raises:
+            ConfigError: no patch would be visible, or none hidden.
+        """
         if not 0 < self.mask_ratio < 1 or not 0 < self.num_visible < self.num_patches:
             raise ConfigError(
                 f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves {self.num_visible} visible; at "

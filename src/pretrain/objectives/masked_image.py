@@ -74,6 +74,7 @@ class MaskedImage(Objective):
         given = {"mask_ratio": mask_ratio, "norm_pix_loss": norm_pixels}
         given = {key: value for key, value in given.items() if value is not None}
         config = model.backbone.config = replace(model.backbone.config, **given)
+        config.check_hidden()
         self.num_patches, self.num_visible = config.num_patches, config.num_visible
         self.patch_size, self.norm_pixels = config.patch_size, config.norm_pix_loss
         if audio:
