@@ -126,6 +126,17 @@ def test_images_and_texts_are_embedded_in_any_form(tmp_path: Path) -> None:
     assert ours.predict(files[0])["embedding"] == pytest.approx(wanted[0].tolist(), abs=1e-5)
 
 
+def test_the_name_of_an_image_that_is_read_as_a_text_is_said(capsys: Any) -> None:
+    ours = model("clip")
+    ours.embed(["a red stripe", "is it cat.png or dog?", "A stripe.JPG in red"])
+    assert "is read as a text" not in capsys.readouterr().err
+    assert ours.embed(["a", "photos/cat.JPG"]).shape == (2, 16)
+    said = capsys.readouterr().err
+    assert "'photos/cat.JPG' is read as a text; for the image, give pathlib.Path(" in said
+    ours.similarity("cat.png", ["a cat"])
+    assert "'cat.png' is read as a text" in capsys.readouterr().err
+
+
 def test_what_cannot_be_embedded_or_chosen_among_is_refused(tmp_path: Path) -> None:
     ours, image = model("clip"), picture(TEXTS[0])
     with pytest.raises(ConfigError, match="leave 'pooling' out"):

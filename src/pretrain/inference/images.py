@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from pretrain.config.spelling import option
 from pretrain.data.images import ImageProcessor
+from pretrain.data.images.decode import SUFFIXES
 from pretrain.data.images.given import given_images
 from pretrain.data.images.rows import decoded
 from pretrain.errors import DataError, ModelError
@@ -21,11 +23,14 @@ from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives.contrastive import padded_texts
 from pretrain.objectives.row_pixels import check_processor
+from pretrain.utils.files import note
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
 
 __all__ = ["embed_pairs", "image_vectors"]
+
+_FILE = re.compile(rf"\S{{1,200}}({'|'.join(map(re.escape, sorted(SUFFIXES)))})", re.IGNORECASE)
 
 
 def image_vectors(
@@ -82,6 +87,8 @@ def embed_pairs(model: Model, given: Any, batch_size: int, normalize: bool) -> t
     """
     items = [given] if isinstance(given, str) else given
     if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+        if named := next((text for text in items if _FILE.fullmatch(text)), None):
+            note(f"{named!r} is read as a text; for the image, give pathlib.Path({named!r})")
         vectors, cut = _text_vectors(model, list(items), batch_size)
     else:
         images = _images(given, check_processor(model, "embed").channels)
