@@ -229,6 +229,14 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
         (["train", "--dat", "8"], ["Did you mean 'data'?"]),
         (["train", "--conf", "c.yaml"], ["Did you mean '--config'?"]),
         (["train", "--foo", "8"], ["'foo' is not a setting. Known: data, model, objective"]),
+        (
+            ["train", "--crop", "1"],
+            ["If it is an option of the objective, write objective.init_args.crop."],
+        ),
+        (
+            ["finetune", "--task", "segmentation", "--flip"],
+            ["'optim.clip'? If it is an option of the task, write task.options.flip."],
+        ),
         (["train", "--optim.foo", "8"], ["'optim.foo'", "Known: optim.betas, optim.c"]),
         (["train", "--schedule", "cosine_with_restarts"], ["Did you mean 'cosine'?"]),
         (["finetune", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),
@@ -245,7 +253,7 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
         (["evaluate", "x", "--task", "foo"], ["minimal-pairs", "sts"]),
         (["export", "x", "--to", "onx"], ["Did you mean 'onnx'?"]),
         (["prepare", "pyproject.toml", "--valid", "last:2"], ["--valid last:2: the share"]),
-        (["finetune", "--problem", "x"], ["belong under task.options"]),
+        (["finetune", "--problem", "x"], ["an option of the task, write task.options.problem."]),
         (["finetune", "--seeds", "x"], ["--seeds", "whole number", "'x'"]),
         (["finetune", "--label_counts", "many"], ["--label_counts", "a list", "'many'"]),
         (["finetune", "--label_counts", "[5, x]"], ["--label_counts.1", "whole number", "'x'"]),

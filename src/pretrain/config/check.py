@@ -50,6 +50,11 @@ _OPEN = {
     "objective": "Arguments of the objective belong under objective.init_args.",
 }
 
+_OWN = {
+    "task": "task.options",
+    "objective": "objective.init_args",
+}  # section -> place of its own options
+
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a YAML file; return its sections and the place of every key, as ``FILE:LINE``.
@@ -306,12 +311,15 @@ class _Checker:
             w: e.setting for e in NAMES if not e.advice and e.fits(self.fields) for w in e.names
         }
         words |= {key.rpartition(".")[2]: key for key in [*known, *self.sections]}
+        inside = [key for key in known if key.startswith(f"{head}.")]
+        own = [k for k in _OWN if k in self.sections and head.partition(".")[0] in ("", k)]
+        beside = "".join(
+            f" If it is an option of the {kind}, write {_OWN[kind]}.{bare}." for kind in own
+        )
         if close := nearest(bare, words):
             which = f", which is {words[close]!r}" * (words[close] != close)
-            return f" Did you mean {close!r}{which}?"
-        inside = [key for key in known if key.startswith(f"{head}.")]
-        options = " Options of the task belong under task.options." * ("task" in self.sections)
-        return f" Known: {', '.join(sorted(inside) or self.sections)}.{options * (not inside)}"
+            return f" Did you mean {close!r}{which}?{beside}"
+        return f" Known: {', '.join(sorted(inside) or self.sections)}.{beside}"
 
     def section(self, section: str, values: Mapping[str, Any]) -> Any:
         checked = {}
