@@ -22,6 +22,7 @@ from pretrain.cli.main import main
 from pretrain.data.images import ImageProcessor
 from pretrain.data.images.masks import Mask, pixel_features
 from pretrain.data.labels import LabelMap
+from pretrain.data.loader import row_rngs
 from pretrain.data.row_writer import RowWriter
 from pretrain.data.tables import Table
 from pretrain.errors import DataError, ModelError
@@ -572,3 +573,30 @@ def test_masks_of_one_number_are_counted_by_rows() -> None:
     table = Segmentation.read(rows)
     with pytest.raises(DataError, match="the masks hold the number 0 only"):
         Segmentation.learn(table, {})
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 5.0]])
+def test_steps_of_masks_and_crops_without_a_class_are_trained_over(
+    weights: Any, place: Path, tmp_path: Path
+) -> None:
+    """With few images in a step, such as large ones, a whole step may have none."""
+    images, masks = squares(12)
+    masks[:4] = 255
+    masks[4:, :, 4:] = 255
+    options = {**SHORT, "limit": "12 steps", "batch_rows": 1, "crop": 0.3}
+    rows = [{"image": a, "mask": b} for a, b in zip(images, masks, strict=True)]
+    found = pretrain.finetune(
+        place / "model", rows, task="segmentation", labels=list(NAMES), valid=place / "test.npz",
+        class_weights=weights, out=tmp_path / "run", quiet=True, **options,
+    )  # fmt: skip
+    assert found.run.step == 12 and np.isfinite(found.metrics["loss"])
+    goal = task(class_weights=weights)
+    encoded = rows_of(goal, rows, labels=list(NAMES))
+    goal.augmentation = segmentation.Augmentation(1.0)
+    batch = goal.collate([encoded[0], encoded[5]], row_rngs(0, "x", 0, 2))
+    known = batch["labels"] != -100
+    assert not known[0].any() and known[1].any()
+    wanted = batch["weights"].sum() if weights else known.sum()
+    assert goal.count(batch) == wanted + 1
+    with pytest.raises(DataError, match="all pixels of the masks are 255"):
+        rows_of(goal, rows[:4], labels=list(NAMES))

@@ -138,6 +138,11 @@ class Segmentation(ImageTask, ClassTask):
                 "the masks hold 0 and 255 only, so 255 is taken for the second class and not for pixels without one"
             )
             numbers, names = [0, 1], names or (None if given or checkpoint else list(_BINARY))
+        elif numbers == [UNLABELLED]:
+            raise DataError(
+                f"{table.name}: all pixels of the masks are {UNLABELLED}, which is no class, so there is nothing to learn. "
+                "Give masks with the numbers of the classes."
+            )
         elif UNLABELLED in numbers:
             numbers.remove(UNLABELLED)
             notes.append("pixels of the masks that are 255 have no class, and are not trained on")
@@ -255,9 +260,13 @@ class Segmentation(ImageTask, ClassTask):
         return batch | self.weights_of(batch["labels"])
 
     def count(self, batch: Batch) -> Tensor:
+        """Number of pixels with a class, or the sum of their weights.
+
+        In training an image without any counts as one pixel: a crop may hold none, and a step of such crops is no error.
+        """
         if "sizes" in batch:
             return (batch["labels"] != UNLABELLED).sum()
-        return super().count(batch)
+        return super().count(batch) + (batch["labels"] == IGNORE).flatten(1).all(1).sum()
 
     def forward(self, batch: Batch) -> Loss:
         labels, scores = batch["labels"], self.map_scores(batch)

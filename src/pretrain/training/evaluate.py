@@ -114,7 +114,7 @@ def evaluate_rows(
     if count == 0:
         raise NoTargets(
             f"None of the {len(take)} held-out rows has a target, so there is nothing to evaluate. "
-            "Check the masking rate and that the rows are not empty or all special tokens."
+            "Check the masking rate and that the rows are not empty, all special tokens, or masks of 255 alone."
         )
     figures = objective.summarize(total, count, _summed(metrics), data_stats(data))
     plain = {key: _number(value) for key, value in figures.items()}
