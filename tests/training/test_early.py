@@ -82,6 +82,13 @@ def test_mistakes_are_found_before_the_data_are_read(
         command(SETTINGS, **given)
 
 
+@pytest.mark.parametrize("rows", [[{"image": "a.png"}], "photos", {"text": ["a"]}])
+def test_rows_that_are_no_source_are_refused(rows: Any, tmp_path: Path) -> None:
+    for family in ("vit_mae", "gpt2"):
+        with pytest.raises(ConfigError, match="must be a RowSource.*pretrain.finetune"):
+            pretrain.train(rows=rows, model={"family": family}, train={"out": str(tmp_path / "a")})
+
+
 def test_a_number_of_devices_that_is_none() -> None:
     with pytest.raises(ConfigError, match="devices is 'foo'"):
         pretrain.train(SETTINGS, devices="foo")

@@ -140,8 +140,8 @@ class Segmentation(ImageTask, ClassTask):
             numbers, names = [0, 1], names or (None if given or checkpoint else list(_BINARY))
         elif numbers == [UNLABELLED]:
             raise DataError(
-                f"{table.name}: all pixels of the masks are {UNLABELLED}, which is no class, so there is nothing to learn. "
-                "Give masks with the numbers of the classes."
+                f"{table.name}: all pixels of the masks are {UNLABELLED}, which is no class. Give masks with the numbers "
+                "of the classes."
             )
         elif UNLABELLED in numbers:
             numbers.remove(UNLABELLED)
@@ -262,7 +262,7 @@ class Segmentation(ImageTask, ClassTask):
     def count(self, batch: Batch) -> Tensor:
         """Number of pixels with a class, or the sum of their weights.
 
-        In training an image without any counts as one pixel: a crop may hold none, and a step of such crops is no error.
+        In training an image without any counts as one: a crop may hold none, and a step of such crops is no error.
         """
         if "sizes" in batch:
             return (batch["labels"] != UNLABELLED).sum()
