@@ -140,8 +140,8 @@ class Segmentation(ImageTask, ClassTask):
             numbers, names = [0, 1], names or (None if given or checkpoint else list(_BINARY))
         elif numbers == [UNLABELLED]:
             raise DataError(
-                f"{table.name}: all pixels of the masks are {UNLABELLED}, which is no class. Give masks with the numbers "
-                "of the classes."
+                f"{table.name}: all pixels of the masks are {UNLABELLED}, which is no class. Give masks with the "
+                "numbers of the classes."
             )
         elif UNLABELLED in numbers:
             numbers.remove(UNLABELLED)

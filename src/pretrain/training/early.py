@@ -48,8 +48,8 @@ def check_early(settings: RunConfig, rows: RowSource | None = None, devices: int
     if rows is not None and not hasattr(rows, "train"):
         raise ConfigError(
             f"rows= is {type(rows).__name__} {str(rows)[:60]!r}; it must be a RowSource: "
-            "rows=pretrain.RowSource(train, valid). Labelled rows are for pretrain.finetune; a text is named by data=..., "
-            'a folder of images by data={"source": "images", "source_args": {"train": ...}}.'
+            "rows=pretrain.RowSource(train, valid). Labelled rows are for pretrain.finetune; a text is named by "
+            'data=..., a folder of images by data={"source": "images", "source_args": {"train": ...}}.'
         )
     if rows is not None and (devices != 1 or settings.data.source is not None):
         raise ConfigError(
