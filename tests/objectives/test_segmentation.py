@@ -127,6 +127,8 @@ def test_the_report_shows_masks(tuned: Any) -> None:
     page = tuned.report().read_text()
     assert page.count("<img ") == 24 and "From the worst to the best" in page and "square" in page
     assert "image-segmentation" in tuned.model.card and 'predict("photo.jpg")' in tuned.model.card
+    assert [len(tuned.pictures(count)) for count in (0, 1, 2)] == [0, 1, 2]
+    assert tuned.pictures(1)[0]["score"] == tuned.pictures(12)[0]["score"]  # the worst
 
 
 def test_a_saved_model_answers_alike_and_its_encoder_opens_in_transformers(

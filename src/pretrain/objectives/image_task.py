@@ -233,7 +233,7 @@ class ImageTask(Task):
                 judged.append((i, *found))
         judged.sort(key=lambda row: (math.isfinite(row[1]), row[1]))
         if (last := len(judged) - 1) >= count:
-            judged = [judged[round(k * last / (count - 1))] for k in range(count)]
+            judged = [judged[round(k * last / max(1, count - 1))] for k in range(count)]
         of_rows = pictures(table.take([row[0] for row in judged]))
         return [
             {
