@@ -327,6 +327,16 @@ def test_a_name_of_two_classes_is_refused_and_their_numbers_are_read() -> None:
     refused(lambda: make_label_map([0, 1, 2], names=names), "classes 1 and 2", "'crane'")
     alike = LabelMap(("Crane", "crane", "crane"), {"Crane": 0, "crane": 2})
     assert alike.ids(["Crane"]) == [0]
+    assert loaded.named(names) == [0, 1, 2]
+
+
+def test_names_that_the_caller_exchanges_are_exchanged_where_a_source_has_them_in_this_order() -> (
+    None
+):
+    names = ["b", "a"]
+    swapped = LabelMap.learn([0, 1, 0], {"a": "b", "b": "a"}, names=names)
+    assert swapped.labels == ("b", "a") and swapped.named(names) == [1, 0]
+    assert swapped.ids([0, 1, 0], names=names) == swapped.ids([0, 1, 0]) == [1, 0, 1]
 
 
 def test_bools_and_the_numbers_0_and_1_stand_for_each_other() -> None:

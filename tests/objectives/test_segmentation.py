@@ -602,3 +602,14 @@ def test_steps_of_masks_and_crops_without_a_class_are_trained_over(
     assert goal.count(batch) == wanted + 1
     with pytest.raises(DataError, match="all pixels of the masks are 255"):
         rows_of(goal, rows[:4], labels=list(NAMES))
+
+
+def test_masks_of_classes_that_share_a_name_keep_their_numbers() -> None:
+    image, mask = np.zeros((2, 2, 3), np.uint8), np.array([[0, 1], [2, 3]], np.uint8)
+    names = ("sky", "door", "door", "sea")
+    table = Segmentation.read([{"image": image, "mask": mask}] * 2)
+    table.label_names["mask"] = list(names)
+    learned = Segmentation.learn(table, {"checkpoint_labels": names})
+    assert learned.options["codes"] == {"0": 0, "1": 1, "2": 2, "3": 3}
+    tidied = Segmentation.tidy(table, learned, {})
+    assert np.array_equal(tidied.columns["mask"][0].values, mask)

@@ -187,7 +187,15 @@ class LabelMap:
         # Codes that are numbers count values of a column, while a name that is a number can only be that of a label.
         numbers = {text: k for text, k in self._own.items() if number_in(text) is not None}
         find = _id_finder({**self._spellings, **numbers})
-        return [find(str(name).strip()) for name in names]
+        own = [str(name).strip() for name in names]
+        return [*range(len(own))] if self._has_shared(own) else [find(name) for name in own]
+
+    def _has_shared(self, own: Sequence[str]) -> bool:
+        """Whether a source has the classes of the model in their order, several of one name, so that places count.
+
+        Without such a name, the codes count: the caller may have exchanged two names.
+        """
+        return bool(_shared(self.labels)) and own == [label.strip() for label in self.labels]
 
     @property
     def _own(self) -> dict[str, int]:
@@ -218,11 +226,11 @@ class LabelMap:
         texts, find = _spelled(values, at, column), _id_finder(spellings)
         numeric = not any(isinstance(value, str) for value in values[:1])
         of_names: dict[str, tuple[str, int | None]] = {}
-        same = False  # the source has the classes of the model, in their order
+        same = False
         if names is not None:
             own = [str(name).strip() for name in names]
-            same = own == [label.strip() for label in self.labels]
-            pairs = list(zip(own, range(len(own)) if same else self.named(own), strict=True))
+            same = self._has_shared(own)
+            pairs = list(zip(own, self.named(own), strict=True))
             # Where one side has numbers in place of names, there is nothing to compare, and numbers count.
             nameless = any(map(_nameless, (own, self.labels)))
             counted = self._numbered and all(str(i) in self.codes for i in range(len(own)))
