@@ -26,6 +26,7 @@ from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.inference.predict import predict, predict_file, predict_with, task_of
 from pretrain.models import build
 from pretrain.models.base import Model
+from pretrain.objectives.classification import Classification
 from pretrain.utils import files
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -270,6 +271,27 @@ def test_another_task_than_that_of_the_model_is_refused(
         ):
             call()
     assert not (tmp_path / "out.csv").exists()
+
+
+class Unnamed(Classification):
+    """A task that keeps the name of its base."""
+
+    def decode(self, outputs: Any, infos: Any, **options: Any) -> dict[str, Any]:
+        """Say who answers."""
+        return super().decode(outputs, infos, **options) | {"by": "own"}
+
+
+def test_a_class_that_keeps_the_name_of_its_base_answers_where_it_is_named(
+    model: Model, saved: Path, tmp_path: Path
+) -> None:
+    plain = predict(model, "a")
+    assert predict(model, "a", task=Unnamed) == plain | {"by": "own"}
+    assert predict(model, "a", task="classification") == predict(model, "a") == plain
+    (rows := tmp_path / "rows.csv").write_text("text\na\n", encoding="utf-8")
+    found = predict_file(saved, rows, tmp_path / "out.jsonl", task=Unnamed)
+    assert json.loads(found.read_text())["by"] == "own"
+    with pytest.raises(ConfigError, match="cannot by classification"):
+        predict(small("regression"), "a", task=Unnamed)
 
 
 def test_prediction_leaves_the_model_as_it_was(model: Model) -> None:

@@ -133,8 +133,10 @@ def _by_head(model: Model) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _build(model: Model, name: str, options: Mapping[str, Any]) -> Task:
-    cls = task_class(name, path_allowed=False)
+def _build(
+    model: Model, name: str, options: Mapping[str, Any], own: type[Task] | None = None
+) -> Task:
+    cls = own or task_class(name, path_allowed=False)
     if cls.decode is Task.decode:
         raise ModelError(
             f"The task {name} has no method decode, so predict cannot return answers. Implement decode, or use another "
@@ -201,11 +203,17 @@ def predict(
 def _task_named(model: Model, named: str | type[Task] | None) -> Task:
     """Return the task of a model, see ``task_of``, which may be the caller's own class.
 
+    A class without a name of its own is recorded by that of its base, so it answers in the place of the base.
+
     Raises:
         ConfigError: the caller has named another one, which would not change the answers.
     """
-    wanted = Task if named is None else task_class(named)
+    wanted = None if named is None else task_class(named)
     task = task_of(model)
+    if wanted is None:
+        return task
+    if wanted.name == task.name and issubclass(wanted, type(task)):
+        return task if wanted is type(task) else _build(model, task.name, task.describe(), wanted)
     if not isinstance(task, wanted):
         raise ConfigError(
             f"The model answers by its task, {task.name}, and cannot by {wanted.name}. Leave {option('task')} out."
