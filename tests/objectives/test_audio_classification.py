@@ -156,8 +156,11 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     with pytest.raises(DataError, match="no audio"):
         tuned.predict([3])
     # Two recordings are not the channels of one.
-    with pytest.raises(DataError, match="'sampling_rate' holds int .*a list for every column"):
-        tuned.predict({"audio": [samples, samples], "sampling_rate": RATE})
+    for two in ([samples, samples], [torch.tensor(samples)] * 2):
+        with pytest.raises(DataError, match="'sampling_rate' holds int .*a list for every column"):
+            tuned.predict({"audio": two, "sampling_rate": RATE})
+        for rows in ({"audio": two}, [{"audio": one} for one in two]):
+            assert [found["label"] for found in tuned.predict(rows)] == ["low", "low"]
 
 
 def test_a_column_beside_arrays_names_their_rate(tuned: Any, tmp_path: Path) -> None:

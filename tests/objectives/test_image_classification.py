@@ -436,6 +436,10 @@ def test_a_mapping_with_one_image_is_one_row(form: str, place: Path) -> None:
     ]
     assert model.predict({"image": np.stack([image, image])}) == [answer, answer]
     assert model.predict({"image": [image, image]}) == [answer, answer]
+    assert model.predict({"image": list(image), "id": 3}) == answer  # the rows of one image
+    for two in ([image, image], [torch.tensor(image)] * 2):
+        with pytest.raises(DataError, match="'id' holds int 3"):
+            model.predict({"image": two, "id": 3})
 
 
 def test_baselines_and_classes_are_those_of_the_rows_that_can_be_read(

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pretrain.checkpoint import load
 from pretrain.config.check import check_count
 from pretrain.config.spelling import PREDICT, either, option, using
@@ -437,9 +439,13 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
 
 
 def _are_arrays(task: Task, value: Any) -> bool:
-    """Return whether a value lists several whole images or recordings."""
+    """Return whether a value lists several whole images or recordings, and not the rows of an image."""
     listed = isinstance(value, list | tuple) and len(value) > 1
-    return listed and all(hasattr(one, "dtype") and task.is_one(one) for one in value)
+    if not listed or not all(hasattr(one, "dtype") and task.is_one(one) for one in value):
+        return False
+    alike = all(one.shape == value[0].shape for one in value)
+    shape = (len(value), *value[0].shape)
+    return not (alike and task.is_one(np.broadcast_to(np.zeros((), np.uint8), shape)))
 
 
 def _table_of(task: Task, items: Sequence[Any]) -> Table:

@@ -5,6 +5,7 @@ They are read as rows of images are, see ``pretrain.data.images.rows``; ``data.s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,9 @@ class _Audio(Medium):
         if isinstance(value, Mapping):
             return value.get("array") is not None
         return isinstance(value, Clip) or (
-            super().holds(value) and value.size >= _SHORTEST and value.dtype.kind in "fiu"
+            super().holds(value)
+            and math.prod(value.shape) >= _SHORTEST
+            and getattr(value.dtype, "kind", "f") in "fiu"  # tensors have none
         )
 
     def make(self, value: Any, name: str) -> FileItem:

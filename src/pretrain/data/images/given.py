@@ -69,7 +69,8 @@ def is_one(value: Any, medium: Medium) -> bool:
             value = from_list(value)
         except (ValueError, OverflowError):
             return False
-    numbers = getattr(getattr(value, "dtype", None), "kind", "O") != "O"
+    tensor = hasattr(value, "detach")
+    numbers = tensor or getattr(getattr(value, "dtype", None), "kind", "O") != "O"
     if not numbers or not medium.holds(value):
         return False
     return bool(value.ndim == medium.dimensions[0] or value.shape[-1] <= _CHANNELS)
