@@ -306,6 +306,21 @@ def test_several_labels(place: Path, tmp_path: Path) -> None:
     assert again.hf_config()["problem_type"] == "multi_label_classification"
 
 
+@pytest.mark.parametrize("problem", ["single_label", "multi_label"])
+@pytest.mark.parametrize("form", ["numbers", "vectors"])
+def test_numbers_and_vectors_of_classes_that_share_a_name_are_read(form: str, problem: str) -> None:
+    """As of checkpoints of ImageNet, in which two classes are called crane."""
+    names, eye = ("tench", "crane", "crane", "dog"), np.eye(4, dtype=int)
+    labels = [[k] if form == "numbers" else eye[k].tolist() for k in range(4)]
+    rows = [{"image": np.zeros((8, 8, 3), np.uint8), "label": label} for label in labels]
+    table = ImageClassification.read(rows)
+    learned = ImageClassification.learn(table, {"checkpoint_labels": names, "problem": problem})
+    tidied = ImageClassification.tidy(table, learned, {})
+    model = pretrain.build("vit", head="image-classification", labels=names, num_channels=3, **TINY)
+    targets = np.stack(ImageClassification(model, **learned.options).targets(tidied))
+    assert np.array_equal(targets, range(4) if problem == "single_label" else eye)
+
+
 def test_models_that_do_not_fit_are_refused(place: Path) -> None:
     model = pretrain.build("vit", head="image-classification", labels=NAMES, **TINY)
     model.processor = None

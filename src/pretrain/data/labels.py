@@ -197,6 +197,12 @@ class LabelMap:
         """
         return bool(_shared(self.labels)) and own == [label.strip() for label in self.labels]
 
+    def spelled(self) -> list[str]:
+        """Return a text for each class that `ids` reads: its label, or its number where several have one name."""
+        numbers = {k: text for text, k in self.codes.items() if number_in(text) is not None}
+        counted = bool(_shared(self.labels)) and len(numbers) == len(self.labels)
+        return [numbers[k] if counted else label for k, label in enumerate(self.labels)]
+
     @property
     def _own(self) -> dict[str, int]:
         return {label.strip(): k for k, label in enumerate(self.labels)}

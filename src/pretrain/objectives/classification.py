@@ -234,12 +234,13 @@ class Classification(ClassTask):
             strict=options.get("label_form") is not None,
         )
         rows = _class_numbers(table, known, form, single=single)
+        called = known.spelled()
         if form.rows is None:
             tidied = [value.strip() if isinstance(value, str) else value for value in values]
         elif single:
-            tidied, names = [labels[row[0]] for row in rows], None
+            tidied, names = [called[row[0]] for row in rows], None
         else:
-            tidied, names = [NameList(labels[k] for k in row) for row in rows], None
+            tidied, names = [NameList(called[k] for k in row) for row in rows], None
         if single and tidied == values:
             return table
         kept = {} if names is None else {"label": names}
