@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import shutil
@@ -488,6 +489,13 @@ def test_ids_of_coco_stand_for_one_image_and_one_class(place: Path, tmp_path: Pa
         (file := tmp_path / "coco.json").write_text(json.dumps(coco))
         with pytest.raises(DataError, match=f"stands for two {part}, .*'another'"):
             ObjectDetection.read(file)
+
+
+def test_a_file_of_coco_may_begin_with_a_byte_order_mark(place: Path, tmp_path: Path) -> None:
+    content = (place / "coco.json").read_bytes()
+    (file := tmp_path / "coco.json").write_bytes(codecs.BOM_UTF8 + content)
+    found, wanted = ObjectDetection.read(file), ObjectDetection.read(place / "coco.json")
+    assert found.columns["boxes"] == wanted.columns["boxes"] and len(found) == len(wanted)
 
 
 @pytest.mark.parametrize("first", [False, True])

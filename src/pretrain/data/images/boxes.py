@@ -5,6 +5,7 @@ In a row, ``boxes`` are lists of left, top, right and bottom in pixels of the im
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import xml.etree.ElementTree as ElementTree
@@ -295,6 +296,7 @@ def _coco_content(path: Path) -> Mapping[str, Any] | None:
         if not file.read(4096).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
             return None
     keys, held = ("images", "annotations", "categories"), read_bytes(path, limit=_MOST_BYTES)
+    held = held.removeprefix(codecs.BOM_UTF8)
     try:
         content = parse_json(held, path, limit=_MOST_BYTES)
     except CheckpointCorrupt as error:
