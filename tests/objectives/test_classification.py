@@ -113,6 +113,10 @@ def test_weights_are_given_by_the_names_of_classes() -> None:
     assert weights({"Fox": 3.0}, ANIMALS) == weights({"fox": 3.0}, ANIMALS)
     with pytest.raises(ConfigError, match="names 0, which is not a label"):
         weights({0: 3.0}, ANIMALS)
+    shared = ("tench", "crane", "crane")  # as in checkpoints of ImageNet
+    assert weights({"tench": 3.0}, shared) == [3.0, 1.0, 1.0]
+    with pytest.raises(ConfigError, match="names 'crane', and several classes .* list of 3 num"):
+        weights({"crane": 3.0}, shared)
 
 
 def test_smoothing_is_of_training_alone() -> None:

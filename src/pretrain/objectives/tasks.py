@@ -836,6 +836,13 @@ def _given_weights(weights: Any, labels: Sequence[str]) -> np.ndarray | None:
             raise ConfigError(
                 f"class_weights names {unknown[0]!r}, which is not a label. The labels are: {', '.join(labels[:20])}."
             )
+        own = [label.strip() for label in labels]
+        for key, k in zip(weights, classes, strict=True):
+            if k is not None and own.count(own[k]) > 1:
+                raise ConfigError(
+                    f"class_weights names {key!r}, and several classes are called so. Give a list of {len(own)} "
+                    "numbers, one for each label."
+                )
         given = dict(zip(classes, weights.values(), strict=True))
         weights = [given.get(k, 1.0) for k in range(len(labels))]
     try:
