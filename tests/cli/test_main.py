@@ -237,6 +237,7 @@ def test_the_sizes_of_a_family(name: str, words: str, capsys: Any) -> None:
             ["finetune", "--task", "segmentation", "--flip"],
             ["'optim.clip'? If it is an option of the task, write task.options.flip."],
         ),
+        (["train", "--top-crop", "1"], ["write objective.init_args.top_crop."]),
         (["train", "--optim.foo", "8"], ["'optim.foo'", "Known: optim.betas, optim.c"]),
         (["train", "--schedule", "cosine_with_restarts"], ["Did you mean 'cosine'?"]),
         (["finetune", "--optim.lrr", "3"], ["'optim.lrr'", "'optim.lr'"]),

@@ -313,8 +313,9 @@ class _Checker:
         words |= {key.rpartition(".")[2]: key for key in [*known, *self.sections]}
         inside = [key for key in known if key.startswith(f"{head}.")]
         own = [k for k in _OWN if k in self.sections and head.partition(".")[0] in ("", k)]
+        spelled = bare.replace("-", "_")
         beside = "".join(
-            f" If it is an option of the {kind}, write {_OWN[kind]}.{bare}." for kind in own
+            f" If it is an option of the {kind}, write {_OWN[kind]}.{spelled}." for kind in own
         )
         if close := nearest(bare, words):
             which = f", which is {words[close]!r}" * (words[close] != close)
