@@ -613,3 +613,17 @@ def test_masks_of_classes_that_share_a_name_keep_their_numbers() -> None:
     assert learned.options["codes"] == {"0": 0, "1": 1, "2": 2, "3": 3}
     tidied = Segmentation.tidy(table, learned, {})
     assert np.array_equal(tidied.columns["mask"][0].values, mask)
+    model = pretrain.build("vit", head="segmentation", labels=names, num_channels=3, **TINY)
+    answer = Segmentation(model, **learned.options).decode([(mask, 0.5)], [None])
+    assert answer["share"] == {"sky": 0.25, "door": 0.5, "sea": 0.25}
+
+
+@pytest.mark.parametrize("numbers", [[255], [0, 255], [0, 255, 9]])
+def test_255_is_a_class_where_the_caller_names_it(numbers: list[int]) -> None:
+    mask = np.resize(np.asarray(numbers, np.uint8), (2, 3))
+    table = Segmentation.read([{"image": np.zeros((2, 3, 3), np.uint8), "mask": mask}] * 2)
+    options = {"labels": {0: "road", 255: "sky", 9: "sea"}}
+    learned = Segmentation.learn(table, options)
+    assert learned.options["codes"] == {"0": 0, "255": 1, "9": 2} and not learned.notes
+    tidied = Segmentation.tidy(table, learned, options).columns["mask"][0].values
+    assert np.array_equal(tidied, np.vectorize({0: 0, 255: 1, 9: 2}.get)(mask))

@@ -133,17 +133,18 @@ class Segmentation(ImageTask, ClassTask):
                 f"numpy.where(mask < 0, {UNLABELLED}, mask). If it is a class, list all: {option('labels', every)}."
             )
         names = table.label_names.get("mask")
-        if binary := numbers == [0, UNLABELLED]:
+        coded = str(UNLABELLED) in {str(key).strip() for key in given or ()}  # as a class
+        if binary := numbers == [0, UNLABELLED] and not coded:
             notes.append(
                 "the masks hold 0 and 255 only, so 255 is taken for the second class and not for pixels without one"
             )
             numbers, names = [0, 1], names or (None if given or checkpoint else list(_BINARY))
-        elif numbers == [UNLABELLED]:
+        elif numbers == [UNLABELLED] and not coded:
             raise DataError(
                 f"{table.name}: all pixels of the masks are {UNLABELLED}, which is no class. Give masks with the "
                 "numbers of the classes."
             )
-        elif UNLABELLED in numbers:
+        elif UNLABELLED in numbers and not coded:
             numbers.remove(UNLABELLED)
             notes.append("pixels of the masks that are 255 have no class, and are not trained on")
         places = [first[UNLABELLED if binary and n else n] for n in numbers]
@@ -336,7 +337,9 @@ class Segmentation(ImageTask, ClassTask):
         """
         mask, _ = outputs[0]
         counts = np.bincount(mask.reshape(-1), minlength=len(self.labels)) / mask.size
-        share = dict(zip(self.labels, counts.tolist(), strict=True))
+        share = dict.fromkeys(self.labels, 0.0)
+        for label, part in zip(self.labels, counts.tolist(), strict=True):
+            share[label] += part  # several classes of a published model may have one name
         return {"mask": self.numbers[mask], "share": share}
 
     def choices(self, answer: Mapping[str, Any]) -> list[Any]:
