@@ -23,6 +23,7 @@ from pretrain.errors import CheckpointError, ConfigError, DataError, Interrupted
 from pretrain.finetuning import job as running
 from pretrain.finetuning.run import follow_up, report
 from pretrain.objectives.classification import Classification
+from pretrain.training.run import check_free
 
 
 def tune(
@@ -557,6 +558,18 @@ def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path:
     with pytest.raises(ConfigError, match="holds a model"):
         tune(place, place, rows_of(24))
     assert sorted(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_result_whose_checkpoints_are_gone_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    """The result of an adapter is a directory of PEFT, whose configuration has another name."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / name).write_text("{}")
+    with pytest.raises(ConfigError, match="checkpoints are gone"):
+        check_free(tmp_path / "run")
+    (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"holds an? (model|adapter) .{name}"):
+        check_free(tmp_path / "run")
 
 
 def test_an_adapter_of_a_run_that_trained_on_finds_the_checkpoint_it_belongs_to(

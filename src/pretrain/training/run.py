@@ -21,6 +21,7 @@ from typing import Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.download import fetch_model, terms
+from pretrain.checkpoint.manifest import ADAPTER_CONFIG
 from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.manifest import run_checkpoints
 from pretrain.checkpoint.resolve import RESULT, resolve_model_directory, run_with_settings
@@ -250,13 +251,15 @@ def check_free(out: Path) -> None:
     """
     if os.path.exists(out) and not out.is_dir():
         raise ConfigError(f"{out} is a file. Name a directory with {option('out')}.")
-    for name, what in (("config.json", "a model"), (MANIFEST, "a model or prepared data")):
+    configurations = {"config.json": "a model", ADAPTER_CONFIG: "an adapter"}
+    for name, what in (configurations | {MANIFEST: "a model or prepared data"}).items():
         if os.path.exists(out / name):
             raise ConfigError(
                 f"{out} holds {what} ({name}), and a run in it would be taken for that. Name a new directory with "
                 f"{option('out')}."
             )
-    if os.path.exists(out / RESULT / "config.json") and not has_begun(out):
+    finished = any(os.path.exists(out / RESULT / name) for name in configurations)
+    if finished and not has_begun(out):
         raise ConfigError(
             f"{out} holds the result of a run ({RESULT}) whose checkpoints are gone, so it cannot be resumed, and a "
             f"new run would overwrite it. Name a new directory with {option('out')}; it can start from "
