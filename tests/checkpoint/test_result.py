@@ -19,7 +19,7 @@ from faults.faulty_io import FaultyIO
 from faults.test_io_faults import fork, killings
 from pretrain.checkpoint import latest, save_checkpoint, verify
 from pretrain.checkpoint.manifest import read_manifest, rotate
-from pretrain.checkpoint.result import write_result
+from pretrain.checkpoint.result import restore_best, write_result
 from pretrain.errors import CheckpointError
 from pretrain.lora import apply_lora
 from pretrain.models import build
@@ -187,3 +187,27 @@ def saved_elsewhere(run: Path, monkeypatch: Any) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr(files, "IO", files.FileIO())
         return saved(run, 2)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_best_checkpoint_that_was_deleted_is_made_again(tmp_path: Path, adapter: bool) -> None:
+    model = build("gpt2", seed=3, tokenizer=tiny.tokenizer(), **SIZES)
+    if adapter:
+        base = model.save(tmp_path / "base")
+        model = pretrain.load(base, quiet=True)
+        apply_lora(model)
+    run = tmp_path / "run"
+    best = saved(run, 3, model=model)
+    write_result(run, best)
+    before, listed = weights(best), set(read_manifest(best).required)
+    assert restore_best(run, 3) == "there" and restore_best(run, 4) == "lost"
+    shutil.rmtree(best)
+    assert restore_best(run, 3) == "restored"
+    verify(best)
+    assert set(read_manifest(best).required) == listed
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(best).items())
+    shutil.rmtree(best)
+    (run / "model" / "tokenizer.json").unlink()
+    assert restore_best(run, 3) == "lost" and not best.exists()
+    shutil.rmtree(run / "model")
+    assert restore_best(run, 3) == "lost"

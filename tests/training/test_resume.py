@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,34 @@ def test_a_longer_limit_goes_on(tmp_path: Path) -> None:
     _run(tmp_path / "cut", "NextToken", limit="12 steps", optim=optim)
     _run(tmp_path / "whole", "NextToken", limit="12 steps", optim=optim)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_best_of_a_run_outlives_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: bool
+) -> None:
+    """A result stays whole when checkpoints are deleted, also if the command is then given again, or a longer one."""
+    options: dict[str, Any] = {"optim": {"lr": 3.0}, "eval_every": "2 steps", "keep": 1}
+    task = _run(tmp_path, "NextToken", limit="8 steps", **options)
+    best = tmp_path / f"checkpoint-{task.state.best_step}"
+    assert task.state.best_step < 8
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(best)
+    if not kept:
+        shutil.rmtree(tmp_path / "model")
+    for limit in ("8 steps", "10 steps"):
+        again = _run(tmp_path, "NextToken", limit=limit, **options)
+        said = capsys.readouterr().err
+        now = (tmp_path / "model" / "model.safetensors").read_bytes()
+        if kept:
+            assert now == weights and again.state.best_step == task.state.best_step
+            assert (f"{best.name}, the best of the run, was deleted" in said) == (
+                limit == "8 steps"
+            )
+        elif limit == "8 steps":
+            assert "so the best begins afresh" in said and again.state.best_step == 0
+        else:
+            assert again.state.best_step == 10
 
 
 def test_a_run_keeps_its_steps_by_whichever_rule_they_were_counted(

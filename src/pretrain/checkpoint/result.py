@@ -20,7 +20,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record
 
-__all__ = ["check_result", "write_result"]
+__all__ = ["check_result", "restore_best", "write_result"]
 
 _WEIGHTS = ".safetensors"
 
@@ -50,24 +50,74 @@ def write_result(run_dir: Path, checkpoint: Path, texts: Mapping[str, bytes] | N
             return target
         check_result(run_dir)
         adapter = ADAPTER_CONFIG in source.required
-        with directories.temporary_directory(target) as temporary:
-            records = {}
-            for name, record in source.required.items():
-                new = ADAPTED_MODEL if adapter and name == "config.json" else name
-                (temporary / new).parent.mkdir(exist_ok=True)
-                if name in manifest.INESSENTIAL and not (checkpoint / name).exists():
-                    continue
-                if name.endswith(_WEIGHTS):
-                    records[new] = _link(checkpoint / name, temporary / new, record)
-                else:
-                    data = (texts or {}).get(name) or _read(checkpoint / name, record)
-                    records[new] = files.write_file(temporary / new, data)
-            manifest.write_manifest(temporary, source.step, records, source.environment)
-            for folder in {(temporary / name).parent for name in records}:
-                files.fsync_directory(folder)
-            manifest.check_files(temporary, manifest.read_manifest(temporary), hashes=())
-            directories.replace(temporary, target)
+        names = {"config.json": ADAPTED_MODEL} if adapter else {}
+        _copy_model(checkpoint, source, target, names, texts or {})
     return target
+
+
+def restore_best(run_dir: Path, step: int) -> str:
+    """Make the best checkpoint of a run again, if it was deleted, from the result that was made from it.
+
+    A result stays whole when checkpoints are deleted, but the next end of the run would replace it by a worse one.
+
+    Args:
+        run_dir: the run.
+        step: of its best checkpoint.
+
+    Returns:
+        ``there`` if the checkpoint was not deleted, ``restored``, or ``lost`` if the result is gone, damaged or of
+        another checkpoint. A restored one has no training folder.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    target, result = run_dir / f"checkpoint-{step}", run_dir / RESULT
+    if os.path.lexists(target):
+        return "there"
+    try:
+        source = manifest.read_manifest(result)
+    except (CheckpointError, OSError):
+        return "lost"
+    if source.step != step or not manifest.complete(result):
+        return "lost"
+    with files.writing(target):
+        _copy_model(result, source, target, {ADAPTED_MODEL: "config.json"}, {})
+    return "restored"
+
+
+def _copy_model(
+    directory: Path,
+    source: manifest.Manifest,
+    target: Path,
+    names: Mapping[str, str],
+    texts: Mapping[str, bytes],
+) -> None:
+    """Give a model directory a second place, atomically: weights are linked, small files are copied.
+
+    Args:
+        directory: the model.
+        source: its manifest.
+        target: the new directory, which is replaced if it exists.
+        names: file -> its name in the new directory, where that is another.
+        texts: new content of small files.
+    """
+    with directories.temporary_directory(target) as temporary:
+        records = {}
+        for name, record in source.required.items():
+            new = names.get(name, name)
+            (temporary / new).parent.mkdir(exist_ok=True)
+            if name in manifest.INESSENTIAL and not (directory / name).exists():
+                continue
+            if name.endswith(_WEIGHTS):
+                records[new] = _link(directory / name, temporary / new, record)
+            else:
+                data = texts.get(name) or _read(directory / name, record)
+                records[new] = files.write_file(temporary / new, data)
+        manifest.write_manifest(temporary, source.step, records, source.environment)
+        for folder in {(temporary / name).parent for name in records}:
+            files.fsync_directory(folder)
+        manifest.check_files(temporary, manifest.read_manifest(temporary), hashes=())
+        directories.replace(temporary, target)
 
 
 def _holds(target: Path, source: manifest.Manifest) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 from pretrain.checkpoint import TrainingState
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
-from pretrain.checkpoint.resolve import training_state_directory
+from pretrain.checkpoint.resolve import RESULT, training_state_directory
+from pretrain.checkpoint.result import restore_best
 from pretrain.checkpoint.sharded_loading import load_slices, read_training_slices
 from pretrain.data.shards import Rows
 from pretrain.errors import CheckpointCorrupt, CheckpointError, TrainingError
@@ -155,7 +157,31 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
             "on from other weights than those of its moments. Use the old value or a new train.out."
         )
     trainer.optimizers.load(training.tensors["optimizer"])
+    keep_best(trainer, state)
     return state
+
+
+def keep_best(trainer: Trainer, state: RunState) -> None:
+    """Make a best checkpoint that was deleted again from the result, or let the best begin afresh, and say so.
+
+    Otherwise the next end of the run would replace the result by a worse checkpoint, and checkpoints would be compared
+    with one that nobody has any more.
+    """
+    if not (state.best_step and trainer.train.best):
+        return
+    name = f"checkpoint-{state.best_step}"
+    found = trainer.world.broadcast_result(lambda: restore_best(trainer.out, state.best_step))
+    if found == "restored":
+        trainer.say(
+            f"{name}, the best of the run, was deleted; it is made again from {trainer.out / RESULT}, which was made "
+            "from it"
+        )
+    elif found == "lost":
+        state.best_score, state.loss_at_best, state.best_step = math.inf, None, 0
+        trainer.say(
+            f"{name}, the best of the run, was deleted, and {trainer.out / RESULT} was not made from it, so the best "
+            "begins afresh"
+        )
 
 
 def check_same(trainer: Trainer, checkpoint: Path, recorded: Mapping[str, Any]) -> None:
