@@ -87,6 +87,30 @@ def test_a_line_says_why_the_last_evaluation_is_the_best(
     assert lines[0].endswith("(best)") and lines[1].endswith("better by less than chance)")
 
 
+@pytest.mark.parametrize(
+    ("patience", "every", "rows", "said"),
+    [
+        (3, "2 steps", 4, None),
+        (5, "2 steps", 4, "which is evaluated 5 times until its end"),
+        (9, "2 steps", 4, "which is evaluated 5 times until its end"),
+        (1, "0 steps", 4, "which is evaluated 1 time until its end"),
+        (1, "2 steps", 0, "because nothing is evaluated"),
+        (0, "0 steps", 0, None),
+    ],
+)
+def test_a_patience_that_stops_nothing_is_said(
+    tmp_path: Path, capsys: Any, patience: int, every: str, rows: int, said: str | None
+) -> None:
+    held_out = Rows(rows, seed=1) if rows else None
+    task = trainer(
+        tmp_path, objective(), Rows(12), eval_rows=held_out, limit="10 steps",
+        patience=patience, eval_every=every,
+    )  # fmt: skip
+    task.fit()
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train.patience")]
+    assert len(lines) == (said is not None) and all(str(said) in line for line in lines)
+
+
 def test_patience_follows_the_figure(tmp_path: Path) -> None:
     _, run = _run(tmp_path, [0.5, 0.4, NAN, 0.45, 0.9, 0.9], patience=3)
     assert run.stopped == "patience" and run.step == 4 and run.best.name == "checkpoint-1"

@@ -301,7 +301,26 @@ def describe(
         lines.append(suggestion)
     if trainer.eval_data is None:
         lines.append("no held-out rows: nothing will be evaluated")
+    if not timed and (idle := idle_patience(trainer, steps)):
+        lines.append(idle)
     return lines + rate_remarks(optim, steps)
+
+
+def idle_patience(trainer: Trainer, steps: int) -> str | None:
+    """Return a line if ``train.patience`` cannot end a run of so many steps before its last one does."""
+    patience, state = trainer.train.patience, trainer.state
+    if not patience or state.step >= steps:
+        return None
+    if trainer.eval_data is None:
+        return f"train.patience {patience} stops nothing, because nothing is evaluated; hold out rows (data.valid)"
+    interval = trainer.interval("eval", steps)
+    left = math.ceil((steps - state.last_eval) / interval) if interval else 1
+    if patience - state.evals_since_best < left:  # after the last one there is nothing to stop
+        return None
+    return (
+        f"train.patience {patience} cannot stop the run, which is evaluated {left:,} time{'s' * (left > 1)} until its "
+        "end; lower it, or evaluate more often (train.eval_every)"
+    )
 
 
 def rate_remarks(optim: OptimConfig, steps: int) -> list[str]:

@@ -576,12 +576,9 @@ class Trainer:
                 show_mfu=self.device.type == "cuda",  # elsewhere the peak is measured, not known
             )
         improved = False
-        if self.eval_data is not None and (
-            last
-            or self._due(self.train.eval_every, state.last_eval, "eval", self._evaluation_work())
-        ):
+        if self.eval_data is not None and (last or self._due("eval", state.last_eval)):
             improved = self._evaluate(last=last)
-        if last or improved or self._due(self.train.save_every, state.last_save, "save"):
+        if last or improved or self._due("save", state.last_save):
             self.save()
         read_only = MappingProxyType(record)
         for hook in self.hooks:
@@ -613,10 +610,16 @@ class Trainer:
         rows = len(self.eval_data)
         return min(self.train.eval_rows or rows, rows) / (_STEP_WORK * self.train.batch_rows)
 
-    def _due(self, every: str, last: int, name: str, work: float = 0.0) -> bool:
-        epoch = self.plan.epoch_rows / self.train.batch_rows
-        interval = parse_every(every, self.state.total_steps, f"train.{name}_every", epoch, work)
+    def _due(self, name: str, last: int) -> bool:
+        interval = self.interval(name, self.state.total_steps)
         return interval > 0 and self.state.step - last >= interval
+
+    def interval(self, name: str, total: int) -> int:
+        """Return the steps between evaluations (``eval``) or saves (``save``) of a run of ``total``; 0 is never."""
+        every = self.train.eval_every if name == "eval" else self.train.save_every
+        epoch = self.plan.epoch_rows / self.train.batch_rows
+        work = self._evaluation_work() if name == "eval" else 0.0
+        return parse_every(every, total, f"train.{name}_every", epoch, work)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.train.patience <= self.state.evals_since_best
