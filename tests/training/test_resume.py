@@ -162,6 +162,35 @@ def test_the_best_of_a_run_outlives_its_checkpoint(
             assert again.state.best_step == 10
 
 
+@pytest.mark.parametrize(
+    ("begun", "later", "said"),
+    [
+        ("8 steps", "16 steps", "is 0.005"),
+        ("8 steps", "8 steps", ""),
+        ("8 steps", "0.01 epochs", ""),  # one step, but all of the eight have been made
+        ("8 steps", "3.2 epochs", ""),  # the same number of steps
+    ],
+)
+def test_a_rate_that_another_length_changes_at_once_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], begun: str, later: str, said: str
+) -> None:
+    optim = {"schedule": "linear", "warmup": 0.0, "min_lr": 0.0}
+    _run(tmp_path, "NextToken", limit=begun, optim=optim)
+    assert "the length of the run" not in capsys.readouterr().err
+    _run(tmp_path, "NextToken", limit=later, optim=optim)
+    line = "the learning rate of the next step is 0.005 and no longer 0.00125, because the length of the run"
+    assert (line in capsys.readouterr().err) == bool(said)
+
+
+def test_a_run_that_another_limit_ends_early_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Crash):
+        _run(tmp_path, "NextToken", limit="8 steps", save_every="2 steps", crash_after=4)
+    _run(tmp_path, "NextToken", limit="2 steps")
+    assert "4 of 8 steps have been made, so none follows: the run ends" in capsys.readouterr().err
+
+
 def test_a_run_keeps_its_steps_by_whichever_rule_they_were_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

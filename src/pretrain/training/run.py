@@ -21,9 +21,8 @@ from typing import Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.download import fetch_model, terms
-from pretrain.checkpoint.manifest import ADAPTER_CONFIG
+from pretrain.checkpoint.manifest import ADAPTER_CONFIG, run_checkpoints
 from pretrain.checkpoint.manifest import NAME as MANIFEST
-from pretrain.checkpoint.manifest import run_checkpoints
 from pretrain.checkpoint.resolve import RESULT, resolve_model_directory, run_with_settings
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import Sections, began_without, is_lost

@@ -95,6 +95,8 @@ __all__ = ["Hook", "Trainer"]
 _ROWS_OF_STATISTICS = 16
 # Work of a row in a step, in forward passes: a backward pass is about two.
 _STEP_WORK = 3
+# A change of the learning rate from one step to the next, as a share of it, that is said.
+_JUMP = 0.05
 
 
 @dataclass(frozen=True)
@@ -359,6 +361,8 @@ class Trainer:
         seconds = preflight(self, checkpoint)
         self.planned = self.state.total_steps  # before, of a run that is resumed
         self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
+        if checkpoint is not None:
+            self._say_schedule()
         if self.optim.unfreeze:
             self.layers.unfreeze(self.state)  # DDP must not wait for gradients of frozen layers
         self.strategy.wrap()
@@ -546,6 +550,26 @@ class Trainer:
         if record:
             self.state.micro_rows = micro_rows
         self.micro_rows = self.feed.micro_rows = micro_rows
+
+    def _say_schedule(self) -> None:
+        """Say if another length of a resumed run changes its learning rate at once, or ends it before the rate has."""
+        state, planned = self.state, self.planned
+        step, total, now = state.step, state.total_steps, self.lr_factor()
+        state.step, state.total_steps = max(min(step, planned - 1), 0), planned
+        before = self.lr_factor()
+        state.step, state.total_steps = step, total
+        peak, about = float(self.optim.lr), "about " * (self.plan.limit.kind == "minutes")
+        if total <= step < planned and self.optim.schedule != "constant":
+            self.say(
+                f"{step:,} of {planned:,} steps have been made, so none follows: the run ends before its learning "
+                f"rate, {before * peak:.3g}, has come to the end of its schedule"
+            )
+        elif step < total != planned and abs(now - before) > _JUMP * before:
+            self.say(
+                f"the learning rate of the next step is {now * peak:.3g} and no longer {before * peak:.3g}, because "
+                f"the length of the run was changed: its schedule is now one of {about}{total:,} steps, and was one "
+                f"of {planned:,}"
+            )
 
     def lr_factor(self) -> float:
         """Return the learning rate of this step, as a multiple of that of the settings."""
