@@ -136,6 +136,7 @@ def bench(
                 out=str(out),
                 limit=limit,
                 eval_every="0 steps",
+                patience=0,
                 save_every="0 steps",
                 log_every=1,
                 loggers=[],
