@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.cli.main import main
 from pretrain.distributed import launch, launched
 from pretrain.distributed.launch import Launched
 from pretrain.distributed.launched import count_devices
-from pretrain.errors import ConfigError, NoTargets
+from pretrain.distributed.world import World
+from pretrain.errors import ConfigError, DistributedError, NoTargets
 from pretrain.training.live import open_screen
 from pretrain.training.relay import Relay
 
@@ -32,6 +34,40 @@ def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (0, -1, True, "all", 2.5):
         with pytest.raises(ConfigError, match="devices is"):
             count_devices(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "several"),
+    [("2", "0", True), ("2", "", False), ("", "0", False), ("", "", False), ("1", "0", False), ("", "x", False)],
+)  # fmt: skip
+def test_variables_of_a_launcher_that_are_empty_are_not_set(
+    monkeypatch: pytest.MonkeyPatch, size: str, rank: str, several: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    assert launched.launched() is several
+    assert several or World.find().size == 1
+
+
+@pytest.mark.parametrize(("size", "rank"), [("auto", "0"), ("2.0", "0"), ("-1", "0"), ("2", "x")])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str, rank: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    named = f"RANK is {rank!r}" if size == "2" else f"WORLD_SIZE is {size!r}"
+    assert main(["doctor"]) == 2
+    assert f"The environment variable {named} and no whole number" in capsys.readouterr().err
+
+
+def test_variables_that_another_start_left_behind_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(DistributedError, match="is to run alone.*: unset RANK WORLD_SIZE"):
+        World.find()
 
 
 def test_the_gpu_of_a_mac_has_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import runpy
 import signal
 import threading
@@ -32,8 +33,23 @@ _REACH = 5.0  # seconds to connect to the others, if that has not been done yet
 
 
 def launched() -> bool:
-    """Return whether a launcher such as torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    """Return whether a launcher such as torchrun started this process as one of several.
+
+    Raises:
+        ConfigError: a variable that launchers set holds no number.
+    """
+    return (_number("WORLD_SIZE") or 1) > 1 and _number("RANK") is not None
+
+
+def _number(variable: str) -> int | None:
+    """Return the number in an environment variable; None if it is not set, or empty."""
+    text = os.environ.get(variable, "").strip()
+    if text and not re.fullmatch("[0-9]+", text):
+        raise ConfigError(
+            f"The environment variable {variable} is {text!r} and no whole number. Launchers such as torchrun set it "
+            f"for each of several processes; if this one runs alone, unset it: unset {variable}"
+        )
+    return int(text) if text else None
 
 
 def cores() -> int:
@@ -89,7 +105,11 @@ def prints_error(error: PretrainError) -> bool:
     Under a launcher it waits for other failing processes, for 2 seconds at most, and ignores SIGTERM from here on:
     when the first process has ended, the launcher sends SIGTERM to the others, which may not have printed theirs yet.
     """
-    if not launched():
+    try:
+        several = launched()
+    except ConfigError:  # which is then what ends the command
+        return True
+    if not several:
         return True
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

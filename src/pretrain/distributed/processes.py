@@ -91,7 +91,8 @@ class Processes(World):
             raise DistributedError(
                 f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at {address}: "
                 f"{error}. Start all of them with torchrun and the same rendezvous address; check that a firewall "
-                "lets the hosts talk."
+                "lets the hosts talk. If this process is to run alone, its environment holds the RANK and WORLD_SIZE "
+                "of another start: unset RANK WORLD_SIZE"
             ) from error
         return Processes(rank, size, store_of_this_start(store, rank, size, patience))
 

@@ -42,8 +42,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if size > 1 else 0
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size))) if size > 1 else 1
+        self.local_rank = int(os.environ.get("LOCAL_RANK") or 0) if size > 1 else 0
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or size) if size > 1 else 1
         self.host = socket.gethostname()
         self.device = torch.device("cpu")
         self.sizes = MeshShape(1, 1, 1)
