@@ -551,6 +551,21 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
     assert lines[1:3] == ["pretrain chat runs/x", 'pretrain generate runs/x "Hello" --chat']
 
 
+def test_the_section_train_beside_the_rows_is_read(checkpoint: str, tmp_path: Path) -> None:
+    """Rows and section have one name; pretrain.train takes train={...} too."""
+    result = tune(
+        checkpoint, tmp_path / "run", rows_of(24), train={"seed": 2, "num_train_epochs": 2}
+    )
+    assert result.settings.train.seed == 2 and result.settings.train.epochs == 2
+    for train in ("rows.csv", rows_of(24), {"text": ["a"], "label": ["b"]}):
+        with pytest.raises(ConfigError, match="rows are given twice"):
+            tune(checkpoint, tmp_path / "other", rows_of(24), train=train)
+    with pytest.raises(ConfigError, match="seed is given twice"):
+        tune(checkpoint, tmp_path / "other", rows_of(24), seed=1, train={"seed": 2})
+    with pytest.raises(ConfigError, match="epoch is no column, option or setting.*epochs"):
+        tune(checkpoint, tmp_path / "other", rows_of(24), train={"epoch": 2})
+
+
 def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path: Path) -> None:
     """Opening it would give the model, and never the run."""
     place = shutil.copytree(checkpoint, tmp_path / "model")

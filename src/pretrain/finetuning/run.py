@@ -94,6 +94,8 @@ def finetune(
     Raises:
         PretrainError: a setting, the rows or the checkpoint cannot be used; the message says what to do.
     """
+    if data is not None and (section := keywords.pop("train", None)) is not None:
+        keywords = section_beside_rows(section, keywords)
     arguments = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
     settings, objects = from_keywords(config, model, task, arguments)
     if compare is not None:
@@ -120,6 +122,26 @@ def finetune(
         for line in current_world().broadcast_result(lambda: closing_lines(result)):
             note(line)
     return result
+
+
+def section_beside_rows(train: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keywords with the settings of the section ``train``, which is given beside rows that have the same name.
+
+    Raises:
+        ConfigError: it is no section but other rows, or a setting is given twice.
+    """
+    is_section = isinstance(train, Mapping) and all(
+        isinstance(value, str | int | float) or name == "loggers" for name, value in train.items()
+    )
+    if not is_section:
+        raise ConfigError(
+            f"The training rows are given twice, by the second argument, data, and by train (a "
+            f"{type(train).__name__}). Leave one out; settings of the section train are train={{'epochs': 4}}, or "
+            "epochs=4."
+        )
+    if twice := sorted(train.keys() & keywords.keys()):
+        raise ConfigError(f"{twice[0]} is given twice, also in train={{...}}. Leave one out.")
+    return {**keywords, **train}
 
 
 def check_devices(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
