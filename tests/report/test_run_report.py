@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from pretrain import report
 from pretrain.errors import DataError
 from pretrain.report.history import number
-from pretrain.report.run_report import machine_tiles
+from pretrain.report.run_report import machine_tiles, unfinished_tiles
 from pretrain.utils.curves import Series, curve_svg, nice_ticks, thin
 from pretrain.utils.html import figure
 
@@ -193,6 +194,24 @@ def test_killed_and_resumed_run(tmp_path):
     assert [r["step"] for r in history.train] == list(range(1, 51))
     assert dict(history.points("loss"))[49] == 9.0
     assert dict(history.eval_points())[50] == 7.0
+
+
+def test_a_run_that_made_fewer_steps_than_planned_says_so(tmp_path):
+    tile = ("of 1,200 planned steps made", "50")
+    assert unfinished_tiles({"step": 50, "total_steps": 1200}) == [tile]
+    for state in ({"step": 50, "total_steps": 50}, {"step": 50, "total_steps": 5}, {}, {"step": 1}):
+        assert unfinished_tiles(state) == []
+    options = {"limit": "8 steps", "eval_rows": tiny.Rows(4, seed=1), "eval_every": "1 steps"}
+    task = tiny.trainer(
+        tmp_path,
+        tiny.objective(),
+        tiny.Rows(12),
+        optim={"lr": 3.0},
+        patience=1,
+        **options,
+    )
+    made = task.fit().step
+    assert made < 8 and "of 8 planned steps made" in report.render(tmp_path)
 
 
 def test_non_finite_losses_are_counted_and_leave_a_gap(tmp_path):

@@ -20,7 +20,7 @@ from pretrain.errors import DataError
 from pretrain.finetuning.card import example_call, measured_parts, model_card
 from pretrain.finetuning.settings import from_memory
 from pretrain.report.history import History, sort_records
-from pretrain.report.run_report import PAGE, charts, machine_tiles
+from pretrain.report.run_report import PAGE, charts, facts_of, machine_tiles, unfinished_tiles
 from pretrain.utils.curves import Series
 from pretrain.utils.html import (
     Html,
@@ -69,11 +69,13 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
 def render(result: Finetuned) -> str:
     """The report as HTML text."""
     name = result.run.path.resolve().name
-    history = sort_records(result.run.history)
+    history, state = sort_records(result.run.history), _state(result)
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(result))}</div>',
-        tile_row([*_tiles(result), *machine_tiles(history, _facts(result))]),
+        tile_row(
+            [*_tiles(result), *unfinished_tiles(state), *machine_tiles(history, facts_of(state))]
+        ),
         section("Did pre-training help?", _comparison(result)),
         section("Training", _curves(result, history)),
         section("Figures", _figures(result)),
@@ -95,12 +97,11 @@ def _subtitle(result: Finetuned) -> str:
     return " · ".join(words)
 
 
-def _facts(result: Finetuned) -> Mapping[str, Any]:
-    """Return what the newest checkpoint records of model and machine."""
+def _state(result: Finetuned) -> Mapping[str, Any]:
+    """Return the state of the newest checkpoint."""
     if result.run.checkpoint is None:
-        return {"parameters": result.model.num_parameters()}
-    facts = run_state(result.run.checkpoint).get("facts")
-    return facts if isinstance(facts, Mapping) else {}
+        return {"facts": {"parameters": result.model.num_parameters()}}
+    return run_state(result.run.checkpoint)
 
 
 def _tiles(result: Finetuned) -> list[tuple[str, str]]:

@@ -42,7 +42,16 @@ from pretrain.utils.html import (
     write_page,
 )
 
-__all__ = ["PAGE", "charts", "fine_tuned", "machine_tiles", "render", "write"]
+__all__ = [
+    "PAGE",
+    "charts",
+    "facts_of",
+    "fine_tuned",
+    "machine_tiles",
+    "render",
+    "unfinished_tiles",
+    "write",
+]
 
 PAGE = "report.html"
 
@@ -83,14 +92,16 @@ def render(run_dir: str | os.PathLike[str]) -> str:
     """
     folder = Path(run_dir)
     history = read_history(folder)
-    config, about = _read_config(folder), _about(folder, history)
+    config, about, state = _read_config(folder), _about(folder, history), _state(folder)
     name = folder.resolve().name
     damage = f"log.jsonl is damaged and shown in part: {history.damage}."
     sections = [
         f"<h1>{escape(name)}</h1>",
         f'<div class="soft">{escape(_subtitle(config))}</div>',
         card(escape(damage)) if history.damage else "",
-        tile_row([*_tiles(history), *machine_tiles(history, _facts(folder))]),
+        tile_row(
+            [*_tiles(history), *unfinished_tiles(state), *machine_tiles(history, facts_of(state))]
+        ),
         bullets(_remarks(history, folder)),
         _charts(history),
         section("Evaluations on held-out rows", _evaluations(history, about)),
@@ -178,11 +189,22 @@ def machine_tiles(history: History, facts: Mapping[str, Any]) -> list[tuple[str,
     return tiles
 
 
-def _facts(folder: Path) -> Mapping[str, Any]:
-    for path in reversed(_complete(folder)):
-        if isinstance(facts := run_state(path).get("facts"), Mapping):
-            return facts
-    return {}
+def unfinished_tiles(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a tile if the run has made fewer steps than planned: it goes on, or was stopped, also by its patience."""
+    made, planned = number(state.get("step")), number(state.get("total_steps"))
+    return [(f"of {int(planned):,} planned steps made", show(int(made)))] if made < planned else []
+
+
+def facts_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the state of a run records of model and machine."""
+    facts = state.get("facts")
+    return facts if isinstance(facts, Mapping) else {}
+
+
+def _state(folder: Path) -> Mapping[str, Any]:
+    """Return the state of the newest checkpoint that has one."""
+    states = (run_state(path) for path in reversed(_complete(folder)))
+    return next((state for state in states if facts_of(state)), {})
 
 
 def _remarks(history: History, folder: Path) -> list[str]:
