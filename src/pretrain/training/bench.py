@@ -84,6 +84,12 @@ class Speed:
         return "\n".join([*lines, *(f"         {sentence}" for sentence in self.limits)])
 
 
+# Settings of a run that does nothing but its steps.
+_STEPS_ALONE: dict[str, Any] = {
+    "eval_every": "0 steps", "save_every": "0 steps", "patience": 0, "log_every": 1, "loggers": [],
+}  # fmt: skip
+
+
 class _MeasuringDone(Exception):  # ends the run of a benchmark
     """All steps have been measured."""
 
@@ -131,16 +137,7 @@ def bench(
         # to be measured is made longer.
         for limit in (settings.train.limit, f"{warm + steps + 1} steps"):
             times, clock, out = [], _Clock(), Path(folder) / f"run-{len(os.listdir(folder))}"
-            settings.train = replace(
-                settings.train,
-                out=str(out),
-                limit=limit,
-                eval_every="0 steps",
-                patience=0,
-                save_every="0 steps",
-                log_every=1,
-                loggers=[],
-            )
+            settings.train = replace(settings.train, out=str(out), limit=limit, **_STEPS_ALONE)
             world.on_mark = clock.mark
             try:
                 train(settings, hooks=[Hook(after)], rows=rows)
