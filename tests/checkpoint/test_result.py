@@ -211,3 +211,21 @@ def test_a_best_checkpoint_that_was_deleted_is_made_again(tmp_path: Path, adapte
     assert restore_best(run, 3) == "lost" and not best.exists()
     shutil.rmtree(run / "model")
     assert restore_best(run, 3) == "lost"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_or_edited_result_does_not_become_the_best(tmp_path: Path, name: str) -> None:
+    """Its files may have the sizes that the manifest lists. A file beside them does no harm."""
+    run = tmp_path / "run"
+    best = saved(run, 3)
+    write_result(run, best)
+    shutil.rmtree(best)
+    file = run / "model" / name
+    (run / "model" / "model.onnx").write_bytes(b"exported")
+    whole = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    assert restore_best(run, 3) == "lost" and not best.exists()
+    file.write_bytes(whole)
+    assert restore_best(run, 3) == "restored"
+    verify(best)

@@ -153,7 +153,7 @@ def test_the_best_of_a_run_outlives_its_checkpoint(
         now = (tmp_path / "model" / "model.safetensors").read_bytes()
         if kept:
             assert now == weights and again.state.best_step == task.state.best_step
-            assert (f"{best.name}, the best of the run, was deleted" in said) == (
+            assert (f"{best.name}, the best of the run, is not there" in said) == (
                 limit == "8 steps"
             )
         elif limit == "8 steps":

@@ -65,8 +65,8 @@ def restore_best(run_dir: Path, step: int) -> str:
         step: of its best checkpoint.
 
     Returns:
-        ``there`` if the checkpoint was not deleted, ``restored``, or ``lost`` if the result is gone, damaged or of
-        another checkpoint. A restored one has no training folder.
+        ``there`` if the checkpoint was not deleted, ``restored``, or ``lost`` if the result is gone, damaged, edited or
+        of another checkpoint. A restored one has no training folder.
 
     Raises:
         CheckpointError: the directory cannot be written.
@@ -76,9 +76,12 @@ def restore_best(run_dir: Path, step: int) -> str:
         return "there"
     try:
         source = manifest.read_manifest(result)
+        if source.step != step:
+            return "lost"
+        # Damaged weights must not become the best of the run. Files that somebody added do no harm.
+        for name, record in source.needed.items():
+            manifest.check_hash(result / name, record)
     except (CheckpointError, OSError):
-        return "lost"
-    if source.step != step or not manifest.complete(result):
         return "lost"
     with files.writing(target):
         _copy_model(result, source, target, {ADAPTED_MODEL: "config.json"}, {})

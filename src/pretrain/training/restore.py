@@ -173,14 +173,14 @@ def keep_best(trainer: Trainer, state: RunState) -> None:
     found = trainer.world.broadcast_result(lambda: restore_best(trainer.out, state.best_step))
     if found == "restored":
         trainer.say(
-            f"{name}, the best of the run, was deleted; it is made again from {trainer.out / RESULT}, which was made "
-            "from it"
+            f"{name}, the best of the run, is not there any more; it is made again from {trainer.out / RESULT}, which "
+            "was made from it"
         )
     elif found == "lost":
         state.best_score, state.loss_at_best, state.best_step = math.inf, None, 0
         trainer.say(
-            f"{name}, the best of the run, was deleted, and {trainer.out / RESULT} was not made from it, so the best "
-            "begins afresh"
+            f"{name}, the best of the run, is not there, and {trainer.out / RESULT} is not an unchanged copy of it, so "
+            "the best begins afresh"
         )
 
 
