@@ -38,9 +38,10 @@ def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("size", "rank", "several"),
-    [("2", "0", True), ("2", "", False), ("", "0", False), ("", "", False), ("1", "0", False), ("", "x", False)],
+    [("2", "0", True), ("2", "", False), ("", "0", False), ("", "", False), ("1", "0", False), ("", "x", False),
+     ("-1", "0", False), ("-1", "-1", False)],
 )  # fmt: skip
-def test_variables_of_a_launcher_that_are_empty_are_not_set(
+def test_variables_of_a_launcher_that_are_empty_or_below_0_are_not_set(
     monkeypatch: pytest.MonkeyPatch, size: str, rank: str, several: bool
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
@@ -49,7 +50,7 @@ def test_variables_of_a_launcher_that_are_empty_are_not_set(
     assert several or World.find().size == 1
 
 
-@pytest.mark.parametrize(("size", "rank"), [("auto", "0"), ("2.0", "0"), ("-1", "0"), ("2", "x")])
+@pytest.mark.parametrize(("size", "rank"), [("auto", "0"), ("2.0", "0"), ("2", "x")])
 def test_a_variable_of_a_launcher_that_is_no_number_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str, rank: str
 ) -> None:
@@ -58,6 +59,16 @@ def test_a_variable_of_a_launcher_that_is_no_number_is_named(
     named = f"RANK is {rank!r}" if size == "2" else f"WORLD_SIZE is {size!r}"
     assert main(["doctor"]) == 2
     assert f"The environment variable {named} and no whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_variable_of_one_host_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "x")
+    assert World().size == 1
+    with pytest.raises(ConfigError, match=f"{variable} is 'x' and no whole number"):
+        World(0, 2)
 
 
 def test_variables_that_another_start_left_behind_are_named(

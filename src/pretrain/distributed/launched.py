@@ -19,7 +19,16 @@ from typing import Any
 
 from pretrain.errors import ConfigError, DistributedError, PretrainError
 
-__all__ = ["ERROR", "GRACE", "SCREEN", "cores", "count_devices", "launched", "prints_error"]
+__all__ = [
+    "ERROR",
+    "GRACE",
+    "SCREEN",
+    "cores",
+    "count_devices",
+    "launched",
+    "launcher_number",
+    "prints_error",
+]
 
 SCREEN = "PRETRAIN_SCREEN"
 """Environment variable with the path of the file to which the run relays its screen instead of drawing it."""
@@ -38,13 +47,19 @@ def launched() -> bool:
     Raises:
         ConfigError: a variable that launchers set holds no number.
     """
-    return (_number("WORLD_SIZE") or 1) > 1 and _number("RANK") is not None
+    return (launcher_number("WORLD_SIZE") or 1) > 1 and launcher_number("RANK") is not None
 
 
-def _number(variable: str) -> int | None:
-    """Return the number in an environment variable; None if it is not set, or empty."""
+def launcher_number(variable: str) -> int | None:
+    """Return the number in an environment variable of a launcher; None if it is not set, or empty.
+
+    Some programs set -1 for a process that runs alone.
+
+    Raises:
+        ConfigError: it holds no number.
+    """
     text = os.environ.get(variable, "").strip()
-    if text and not re.fullmatch("[0-9]+", text):
+    if text and not re.fullmatch("-?[0-9]+", text):
         raise ConfigError(
             f"The environment variable {variable} is {text!r} and no whole number. Launchers such as torchrun set it "
             f"for each of several processes; if this one runs alone, unset it: unset {variable}"

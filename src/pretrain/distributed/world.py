@@ -8,7 +8,6 @@ which is imported only there.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from pretrain import distributed
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.distributed.estimates import MeshShape
-from pretrain.distributed.launched import launched
+from pretrain.distributed.launched import launched, launcher_number
 
 __all__ = ["World", "current_world", "world_is_known"]
 
@@ -42,8 +41,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.local_rank = int(os.environ.get("LOCAL_RANK") or 0) if size > 1 else 0
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or size) if size > 1 else 1
+        self.local_rank = (launcher_number("LOCAL_RANK") or 0) if size > 1 else 0
+        self.local_size = (launcher_number("LOCAL_WORLD_SIZE") or size) if size > 1 else 1
         self.host = socket.gethostname()
         self.device = torch.device("cpu")
         self.sizes = MeshShape(1, 1, 1)
