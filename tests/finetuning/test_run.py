@@ -564,6 +564,11 @@ def test_the_section_train_beside_the_rows_is_read(checkpoint: str, tmp_path: Pa
         tune(checkpoint, tmp_path / "other", rows_of(24), seed=1, train={"seed": 2})
     with pytest.raises(ConfigError, match="epoch is no column, option or setting.*epochs"):
         tune(checkpoint, tmp_path / "other", rows_of(24), train={"epoch": 2})
+    for name, value in (("out", str(tmp_path / "else")), ("valid", 0.5)):
+        with pytest.raises(ConfigError, match=f"{name} is given twice"):
+            tune(checkpoint, tmp_path / "other", rows_of(24), valid=0.25, train={name: value})
+    section = {"out": tmp_path / "named", "patience": None}
+    assert tune(checkpoint, None, rows_of(24), train=section).path == tmp_path / "named"  # type: ignore[arg-type]
 
 
 def test_a_run_in_the_directory_of_a_model_is_refused(checkpoint: str, tmp_path: Path) -> None:

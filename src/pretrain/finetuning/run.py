@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,9 @@ def finetune(
         PretrainError: a setting, the rows or the checkpoint cannot be used; the message says what to do.
     """
     if data is not None and (section := keywords.pop("train", None)) is not None:
-        keywords = section_beside_rows(section, keywords)
+        named = {"valid": valid, "test": test, "out": out}
+        given = {*keywords, *(name for name, value in named.items() if value is not None)}
+        keywords |= section_beside_rows(section, given)
     arguments = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
     settings, objects = from_keywords(config, model, task, arguments)
     if compare is not None:
@@ -124,14 +126,20 @@ def finetune(
     return result
 
 
-def section_beside_rows(train: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keywords with the settings of the section ``train``, which is given beside rows that have the same name.
+def section_beside_rows(train: Any, given: Collection[str]) -> dict[str, Any]:
+    """Return the settings of the section ``train``, which is given beside rows that have the same name.
+
+    Args:
+        train: the section.
+        given: names of the settings that are given without their section.
 
     Raises:
         ConfigError: it is no section but other rows, or a setting is given twice.
     """
+    plain = (str, int, float, os.PathLike)
     is_section = isinstance(train, Mapping) and all(
-        isinstance(value, str | int | float) or name == "loggers" for name, value in train.items()
+        value is None or isinstance(value, plain) or name == "loggers"
+        for name, value in train.items()
     )
     if not is_section:
         raise ConfigError(
@@ -139,9 +147,9 @@ def section_beside_rows(train: Any, keywords: Mapping[str, Any]) -> dict[str, An
             f"{type(train).__name__}). Leave one out; settings of the section train are train={{'epochs': 4}}, or "
             "epochs=4."
         )
-    if twice := sorted(train.keys() & keywords.keys()):
+    if twice := sorted(train.keys() & given):
         raise ConfigError(f"{twice[0]} is given twice, also in train={{...}}. Leave one out.")
-    return {**keywords, **train}
+    return dict(train)
 
 
 def check_devices(model: Any, objects: Mapping[str, Any], compare: str | None) -> None:
