@@ -94,7 +94,7 @@ def test_a_line_says_why_the_last_evaluation_is_the_best(
         (5, "2 steps", 4, "which is evaluated 5 times until its end"),
         (9, "2 steps", 4, "which is evaluated 5 times until its end"),
         (1, "0 steps", 4, "which is evaluated 1 time until its end"),
-        (1, "2 steps", 0, "because nothing is evaluated"),
+        (1, "2 steps", 0, "because nothing is evaluated; leave it out, or hold out rows"),
         (0, "0 steps", 0, None),
     ],
 )

@@ -312,7 +312,10 @@ def idle_patience(trainer: Trainer, steps: int) -> str | None:
     if not patience or state.step >= steps:
         return None
     if trainer.eval_data is None:
-        return f"train.patience {patience} stops nothing, because nothing is evaluated; hold out rows (data.valid)"
+        return (
+            f"train.patience {patience} stops nothing, because nothing is evaluated; leave it out, or hold out rows in "
+            "a new run"
+        )
     interval = trainer.interval("eval", steps)
     left = math.ceil((steps - state.last_eval) / interval) if interval else 1
     if patience - state.evals_since_best < left:  # after the last one there is nothing to stop
