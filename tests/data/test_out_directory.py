@@ -15,7 +15,7 @@ import pytest
 
 import pretrain
 from pretrain.data.prepare import Prepared
-from pretrain.data.workdir import foreign, publish, sweep
+from pretrain.data.workdir import build, foreign, publish, sweep
 from pretrain.errors import DataError, PretrainError
 
 
@@ -249,3 +249,17 @@ def test_hidden_directories_of_others_are_left_alone(source: Path, tmp_path: Pat
         file.write_text("")
     prepare(source, tmp_path / "out")
     assert theirs.exists() and not killed.exists()
+
+
+def test_what_a_killed_run_had_half_written_does_not_stay(tmp_path: Path) -> None:
+    """The name of a file that is being written is a temporary one, which nobody renames after a kill."""
+
+    def begin(work: Path) -> None:
+        assert not list(work.glob(".pretrain-*"))
+        (work / "manifest.json").write_text("{}")
+
+    work = tmp_path / f".out.preparing-{'0' * 12}"
+    work.mkdir()
+    (work / ".pretrain-new-4946-88a2138b-journal.json").write_text("")
+    build(tmp_path / "out", "0" * 64, print, lambda target: None, begin)
+    assert os.listdir(tmp_path / "out") == ["manifest.json"]

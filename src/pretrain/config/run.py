@@ -472,7 +472,7 @@ _PATHS = (
 
 def is_lost(path: str) -> bool:
     """Whether a text is a relative path or a pattern, and no file is there from here."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     return (
         not place.is_absolute()
         and not os.path.exists(place)

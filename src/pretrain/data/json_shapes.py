@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def may_hold_splits(source: Any) -> bool:
     """Whether a source is a JSON file that may hold splits, by its first key; the file is not read further."""
     if not isinstance(source, str | Path) or table_kind(Path(source)) != "json":
         return False
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_file():
         return False
     try:

@@ -192,7 +192,7 @@ def skipped_files_note(name: str) -> str:
     """Return a sentence that counts, by suffix, the files in folders that :func:`find_files` skips, or ""."""
     counts = Counter(
         file.suffix.lower() or "without a suffix"
-        for file, is_named in _entries(_matches(Path(name).expanduser()))
+        for file, is_named in _entries(_matches(Path(os.path.expanduser(name))))
         if not is_named and not found_in_folders(file)
     )
     if not counts:
@@ -204,7 +204,7 @@ def skipped_files_note(name: str) -> str:
 
 
 def _find(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     matches = _matches(path)
     found = sorted(
         file
@@ -251,7 +251,7 @@ def _is_text(name: str) -> DataError:
 def cache_home() -> Path:
     """Return the cache directory: ``$PRETRAIN_CACHE`` or ``~/.cache/pretrain``."""
     chosen = os.environ.get("PRETRAIN_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "pretrain"
+    return Path(os.path.expanduser(chosen)) if chosen else Path.home() / ".cache" / "pretrain"
 
 
 def tar_files(name: str | Path) -> list[Path]:

@@ -557,7 +557,7 @@ def _resolve(
             return PythonSource()
         if name.startswith("hub:"):
             return HubSource(name.removeprefix("hub:"), column_of(text, name), spool)
-        if (saved := _saved(Path(name).expanduser())) is not None:
+        if (saved := _saved(Path(os.path.expanduser(name)))) is not None:
             return DatasetSource(saved, column_of(text, name), name)
         return FileSource(name, find_files(name), text, separator, encoding, _remark(name), legacy)
     if hasattr(item, "column_names") and hasattr(item, "select_columns"):

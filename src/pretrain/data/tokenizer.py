@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -550,7 +551,7 @@ class Tokenizer:
                 note(f"the tokenizer {made.source} is used")
             return made
         try:
-            place = Path(path).expanduser()
+            place = Path(os.path.expanduser(path))
             nested = place / "tokenizer"
             folder, inner, file = place.is_dir(), nested.is_dir(), place.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a NUL inside

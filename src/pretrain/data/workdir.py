@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain.data.manifests import IMAGE_FILES, MANIFEST, TEXT_FILES
 from pretrain.errors import DataError
+from pretrain.utils import directories
 from pretrain.utils.files import fsync_directory
 
 __all__ = ["build", "disk_errors", "foreign", "publish", "sweep"]
@@ -151,6 +152,7 @@ def build(
             shutil.rmtree(work, ignore_errors=True)
             return target
         work.mkdir(exist_ok=True)
+        directories.sweep(work, exclusive=True)
         try:
             begun = begin(work)
         except BaseException:

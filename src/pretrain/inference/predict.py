@@ -590,7 +590,7 @@ def _table_chunks(source: Path, **form: Any) -> Iterator[Chunk] | None:
     Raises:
         DataError: the source cannot be opened, or the first rows cannot be read.
     """
-    path = source.expanduser()
+    path = Path(os.path.expanduser(source))
     if table_kind(path) not in ("", "json") and not path.is_dir():
         chunks = stream_chunks(source, _CHUNK, **form)
         return chain([next(chunks)], chunks)

@@ -105,5 +105,5 @@ def _check_paths(given: Sequence[Any], medium: Medium) -> None:
     """Refuse paths of a caller that do not exist, because one wrong folder makes all of them wrong."""
     for i, path in enumerate(given, start=1):
         named = isinstance(path, str | Path) and str(path).strip() and not is_address(str(path))
-        if named and not os.path.exists(Path(path).expanduser()):
+        if named and not os.path.exists(os.path.expanduser(path)):
             raise DataError(f"{medium.column} {i}: there is no file {str(path)[:200]!r}.")
