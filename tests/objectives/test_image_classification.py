@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -18,10 +20,11 @@ from PIL import Image
 import pretrain
 from contract import check_objective
 from pretrain.cli.main import main
-from pretrain.data.images import ImageProcessor
+from pretrain.data.images import ImageProcessor, Picture
 from pretrain.data.images.rows import read_images
 from pretrain.data.images.source import labelled_images
 from pretrain.data.loader import row_rngs
+from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.settings import from_keywords
@@ -109,6 +112,29 @@ def test_mistakes_are_shown_as_images(place: Path, tmp_path: Path) -> None:
     assert mistakes[0]["text"].endswith(".png") and mistakes[0]["text"] in repr(mistakes)
     page = found.report().read_text()
     assert page.count('<img src="data:image/png;base64,') == len(found.errors(20)) > 0
+    assert page.count('<img src="data:image/jpeg;base64,') == len(found.errors(20))  # attention
+
+
+def attended(model: Any, image: np.ndarray) -> str | None:
+    objective = ImageClassification(model)
+    columns = {"image": [Picture(image, "a photo")], "label": ["top"]}
+    return objective.attended(Table("rows", columns))[0]
+
+
+def test_pictures_of_attention_are_light_where_it_goes() -> None:
+    model = pretrain.build("vit", head="image-classification", labels=NAMES, **TINY)
+    model.backbone.attention_map = lambda pixels: torch.tensor([[[0.8, 0.0], [0.0, 0.0]]])
+    address = attended(model, np.full((8, 8, 3), 200, np.uint8))
+    with Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))) as shown:
+        pixels = np.asarray(shown.convert("L"), np.float32)
+    assert abs(pixels[0, 0] - 200) < 10
+    assert abs(pixels[-1, -1] - 40) < 10
+
+
+def test_models_without_attention_have_no_pictures_of_it() -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": (8, 16), "depths": (1, 1), "image_size": 16}
+    model = pretrain.build("resnet", head="image-classification", labels=NAMES, **sizes)
+    assert attended(model, np.zeros((16, 16, 3), np.uint8)) is None
 
 
 def test_an_adapter_carries_the_processor(place: Path, tmp_path: Path) -> None:

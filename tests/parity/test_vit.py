@@ -138,3 +138,18 @@ def test_what_is_not_implemented_is_refused() -> None:
         model({"pixel_values": torch.zeros(2, 1, 24, 24)})
     with pytest.raises(ModelError, match="less than one patch"):
         model({"pixel_values": torch.zeros(2, 3, 24, 7)})
+
+
+@pytest.mark.parametrize("size", [(24, 24), (32, 40)])
+def test_the_attention_that_the_report_shows(size: tuple[int, int], tmp_path: Path) -> None:
+    """That of the class token in the last block, mean over heads."""
+    case = CASES[0]
+    theirs = build_theirs(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.set_attn_implementation("eager")
+    ours, _ = open_ours(tmp_path / "theirs")
+    x = pixels(case, *size)
+    found = theirs(pixel_values=x, interpolate_pos_encoding=True, output_attentions=True)
+    wanted = found.attentions[-1].mean(1)[:, 0, 1:].reshape(3, size[0] // 8, size[1] // 8)
+    assert torch.allclose(ours.train().backbone.attention_map(x), wanted, atol=1e-6)
+    assert ours.backbone.training

@@ -204,7 +204,8 @@ class Finetuned:
                 wrong.append((weight, i, truth, found.get(self.task.answer_key, found)))
         wrong.sort(key=lambda item: (-item[0], item[1]))
         judged, mistakes, scored = self.judged, [], any(weight for weight, *_ in wrong)
-        for weight, i, truth, answer in wrong[:count]:
+        attended = self.task.attended(judged.take([i for _, i, _, _ in wrong[:count]]))
+        for (weight, i, truth, answer), seen in zip(wrong[:count], attended, strict=True):
             row = judged.row(i)
             inputs = [row[r.name] for r in self.task.roles if r.name in row and not r.target]
             picture = next(map(_thumbnail, (x for x in inputs if hasattr(x, "thumbnail"))), None)
@@ -213,6 +214,7 @@ class Finetuned:
                 "where": judged.where(i), "text": " | ".join(map(str, inputs)), "label": truth, "predicted": answer,
                 "score": weight if scored else None,
                 **({} if picture is None else {"picture": picture}),
+                **({} if seen is None else {"attention": seen}),
                 **({"beside": beside} if picture is not None and beside else {}),
             })  # fmt: skip
         return Errors(mistakes)
@@ -395,7 +397,8 @@ class Errors(Sequence[Mapping[str, Any]]):
     Args:
         rows: each ``where`` (place in the source), ``text``, ``label`` (the right answer), ``predicted`` and
             ``score`` (how sure the model was, or how far off; None of a task that tells neither); of an image also
-            ``picture``, its thumbnail, and ``beside``, the texts that belong to it, such as a question, if any.
+            ``picture``, its thumbnail, ``attention``, the same dark where a classifier attends little, and ``beside``,
+            the texts that belong to it, such as a question, if any.
     """
 
     rows: list[dict[str, Any]]
@@ -426,6 +429,8 @@ class Errors(Sequence[Mapping[str, Any]]):
             columns["score"] = [_score(row.get("score")) for row in self.rows]
         if images := any("picture" in row for row in self.rows):
             columns["image"] = [_picture(row) or _line(row.get("text"), text) for row in self.rows]
+        if any("attention" in row for row in self.rows):
+            columns["attention"] = [_picture(row, "attention") or "" for row in self.rows]
         key = "beside" if images else "text"
         if not images or any(row.get(key) for row in self.rows):
             columns["text"] = [_line(row.get(key), text) for row in self.rows]
@@ -437,12 +442,12 @@ class Errors(Sequence[Mapping[str, Any]]):
         return notebook_view("errors", self.html() if self.rows else "<p>no mistakes</p>")
 
 
-def _picture(row: Mapping[str, Any]) -> Html | None:
-    """The thumbnail of an image as HTML, at least 64 pixels high; None for a row without one."""
-    if "picture" not in row:
+def _picture(row: Mapping[str, Any], key: str = "picture") -> Html | None:
+    """The thumbnail of an image as HTML, 64 pixels high; None for a row without one."""
+    if key not in row:
         return None
     name = escape(str(row.get("text")), quote=True)
-    return Html(f'<img src="{row["picture"]}" height="64" alt="{name}">')
+    return Html(f'<img src="{row[key]}" height="64" alt="{name}">')
 
 
 def _line(value: Any, limit: int) -> str:

@@ -15,7 +15,7 @@ from pretrain.errors import ModelError
 from pretrain.models.backbone import Backbone
 from pretrain.models.dense_head import DENSE, DenseHead, doublings
 from pretrain.models.names import Name
-from pretrain.nn.attention import KVCache
+from pretrain.nn.attention import Attention, KVCache
 from pretrain.nn.norm import LayerNorm
 
 __all__ = ["ImageBackbone", "image_processor", "random_images"]
@@ -108,6 +108,32 @@ class ImageBackbone(Backbone):
     def output_norm(self) -> LayerNorm | None:
         """The norm whose result the hidden states are; None in families that end otherwise."""
         return None
+
+    @torch.no_grad()
+    def attention_map(self, pixels: Tensor) -> Tensor | None:
+        """Return how much of the last block's attention goes to each patch, (B, C, H, W) -> (B, h, w), mean over heads.
+
+        It is that of the class token or of all patches, by what a classifier reads. None without blocks of attention.
+        """
+        attention = getattr(self.blocks()[-1], "attention", None)
+        if not isinstance(attention, Attention):
+            return None
+        given: list[Tensor] = []
+        hook = attention.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        training = self.training
+        try:
+            self.eval()({"pixel_values": pixels})
+        finally:
+            hook.remove()
+            self.train(training)
+        parts = (attention.query, attention.key)
+        q, k = (part(given[0]).unflatten(-1, (-1, attention.head_dim)) for part in parts)
+        scores = attention.scale * q.transpose(1, 2).float() @ k.transpose(1, 2).float().mT
+        weights: Tensor = scores.softmax(-1).mean(1)  # (B, tokens, tokens)
+        whole = not self.lead_tokens or getattr(self.config, "pooling", "first") == "mean"
+        queries = weights[:, self.lead_tokens :] if whole else weights[:, :1]
+        places = queries.mean(1)[:, self.lead_tokens :]
+        return places.reshape(len(pixels), pixels.shape[2] // self.grid_step()[0], -1)
 
     def pooled(self, hidden: Tensor, how: str | None = None) -> Tensor:
         """Return one vector for each image, (B, T, D) -> (B, D).

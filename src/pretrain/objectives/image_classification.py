@@ -6,6 +6,7 @@ the rows of ``pretrain.data.images.source``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,12 +15,15 @@ import numpy as np
 import torch
 
 from pretrain.config.spelling import option
+from pretrain.data.images import Picture
 from pretrain.data.images.augment import Augmentation, Mixing
+from pretrain.data.images.draw import with_light
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
 from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError
+from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.image_task import ImageTask
@@ -193,6 +197,21 @@ class ImageClassification(ImageTask, Classification):
         batch["targets"] = mixed / weights[:, None]
         if "weights" in batch:
             batch["weights"] = weights
+
+    def attended(self, table: Table) -> list[str | None]:
+        """Return every image as it is read, dark where the last block attends little; None without attention."""
+        backbone, found = self.model.backbone, list[str | None]()
+        for picture in pictures(table, medium=self.medium):
+            light = None
+            if isinstance(backbone, ImageBackbone) and isinstance(picture, Picture):
+                with contextlib.suppress(DataError):  # the file has been moved since
+                    read = self.processor.fitted(picture.read()[0])
+                    values = torch.from_numpy(self.processor.values(read)[None])
+                    light = backbone.attention_map(values.to(self.model.device))
+            found.append(
+                None if light is None else with_light(read, light[0].float().cpu().numpy())
+            )
+        return found
 
     def count(self, batch: Batch) -> torch.Tensor:
         if "labels" not in batch:

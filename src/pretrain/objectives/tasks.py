@@ -591,6 +591,10 @@ class Task(Objective):
         """
         return []
 
+    def attended(self, table: Table) -> list[str | None]:
+        """Return pictures of what the model attends to in each row, as addresses of images; None for most tasks."""
+        return [None] * len(table)
+
     def trivial(self, train: Table, held_out: Table) -> dict[str, float]:
         """Metrics on the held-out rows of a trivial baseline that is fitted to the training rows."""
         return {}

@@ -1,4 +1,4 @@
-"""Small pictures of masks and boxes over their images, as addresses of images in a page."""
+"""Small pictures of masks, boxes and attention over their images, as addresses of images in a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-__all__ = ["COLOURS", "colour", "with_boxes", "with_mask"]
+__all__ = ["COLOURS", "colour", "with_boxes", "with_light", "with_mask"]
 
 # Okabe and Ito (2008): told apart with any kind of colour vision.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
@@ -54,6 +54,17 @@ def with_boxes(picture: Picture, boxes: Sequence[Sequence[float]], classes: Sequ
         left, top, right, bottom = (x * s for x, s in zip(box, scale, strict=True))
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour(k), width=2)
     return _address(image)
+
+
+def with_light(pixels: NDArray[np.uint8], light: NDArray[np.float32]) -> str:
+    """Return an image (H, W, C) that is dark where ``light`` (h, w) is small, beside its largest value."""
+    module = pillow()
+    image = module.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).convert("RGB")
+    image.thumbnail((_SIDE, _SIDE))
+    shade = module.fromarray(light / max(float(light.max()), 1e-30))
+    share = np.asarray(shade.resize(image.size, module.Resampling.BILINEAR)).clip(0, 1)
+    mixed = np.asarray(image, np.float32) * (0.2 + 0.8 * share[..., None])
+    return _address(module.fromarray(mixed.round().astype(np.uint8)))
 
 
 def _small(picture: Picture) -> Image:
