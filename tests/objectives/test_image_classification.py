@@ -31,6 +31,8 @@ from pretrain.finetuning.settings import from_keywords
 from pretrain.models.backbone import Backbone
 from pretrain.models.vit import ViT
 from pretrain.objectives.image_classification import ImageClassification
+from pretrain.objectives.object_detection import ObjectDetection
+from pretrain.objectives.segmentation import Segmentation
 
 TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "image_size": 8, "patch_size": 4}
 SHORT = {"limit": "40 steps", "lr": 3e-3, "batch_rows": 16, "device": "cpu", "crop": 0.8}
@@ -522,3 +524,10 @@ def test_images_smaller_than_a_patch_are_refused(tmp_path: Path) -> None:
     rows = [{"image": image, "label": NAMES[k]} for image, k in zip(*bars(8), strict=True)]
     with pytest.raises(ModelError, match="2 x 2 values, which is less than one"):
         pretrain.finetune(model, rows, "image-classification", out=tmp_path / "run", **SHORT)
+
+
+@pytest.mark.parametrize("kind", [ImageClassification, Segmentation, ObjectDetection])
+def test_jitter_reaches_the_images(kind: Any) -> None:
+    head = kind.head_kind
+    model = pretrain.build("vit", head=head, labels=NAMES, **TINY)
+    assert kind(model, jitter=0.25).augmentation.jitter == 0.25

@@ -317,3 +317,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="micro_rows"):
         trainer(objective("LeJEPA"), tmp_path / "run", micro_rows=4).fit()
+
+
+@pytest.mark.parametrize("kind", ["LeJEPA", "SimCLR", "MoCo"])
+def test_jitter_changes_the_views_and_is_recorded(kind: str) -> None:
+    made = objective(kind, jitter=0.3)
+    assert made.augmentation.jitter == made.record()["jitter"] == 0.3
+    assert made.pooling is None

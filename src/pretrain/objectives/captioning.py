@@ -62,6 +62,7 @@ class Captioning(ImageTask, TokenObjective):
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not if texts tell left from right.
         randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        jitter: how far the brightness, contrast and colour of a training image change, as a share; 0 for not at all.
         word_dropout: share of the tokens of a text that training hides from the tokens behind them (arXiv 1511.06349),
             so that they are read from the image, not guessed from the words before them. The targets stay.
         max_new_tokens: maximum tokens of an answer.
@@ -97,6 +98,7 @@ class Captioning(ImageTask, TokenObjective):
         crop: float = 1.0,
         flip: bool = False,
         randaugment: int = 0,
+        jitter: float = 0.0,
         word_dropout: float = 0.0,
         max_new_tokens: int = _NEW_TOKENS,
         max_length: int | None = None,
@@ -111,7 +113,10 @@ class Captioning(ImageTask, TokenObjective):
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         if not 0 <= word_dropout < 1:
             raise ConfigError(f"word_dropout is {word_dropout}; it must lie in [0, 1).")
-        self.augmentation, self.word_dropout = Augmentation(crop, flip, randaugment), word_dropout
+        self.augmentation, self.word_dropout = (
+            Augmentation(crop, flip, randaugment, jitter),
+            word_dropout,
+        )
         self.max_new_tokens = max_new_tokens
         self.start, self.end = self._frame()
 

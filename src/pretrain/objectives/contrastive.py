@@ -89,6 +89,7 @@ class Contrastive(Objective):
             below for rows of images, not for rows of pixel values.
         flip: mirror half of the training images; not if texts tell left from right.
         randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        jitter: how far the brightness, contrast and colour of a training image change, as a share; 0 for not at all.
         label_smoothing: share of a target that is spread over all pairs of the batch, for texts that often do not
             belong to their image; in training only.
 
@@ -110,9 +111,10 @@ class Contrastive(Objective):
         flip: bool = False,
         randaugment: int = 0,
         label_smoothing: float = 0.0,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__(model)
-        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.augmentation = Augmentation(crop, flip, randaugment, jitter)
         self.label_smoothing = checked_smoothing(label_smoothing)
         if not isinstance(model.backbone, TwoTowers):
             raise ModelError(
@@ -283,7 +285,7 @@ class SigmoidContrastive(Contrastive):
 
     Args:
         model: a siglip model, whose scores have a bias.
-        crop, flip, randaugment: see ``Contrastive``.
+        crop, flip, randaugment, jitter: see ``Contrastive``.
 
     Raises:
         ModelError: the scores of the model have no bias: almost all decisions are "no", and would all begin wrong.
@@ -292,9 +294,14 @@ class SigmoidContrastive(Contrastive):
     figures: ClassVar[tuple[str, ...] | None] = Contrastive.figures
 
     def __init__(
-        self, model: Model, crop: float = 1.0, flip: bool = False, randaugment: int = 0
+        self,
+        model: Model,
+        crop: float = 1.0,
+        flip: bool = False,
+        randaugment: int = 0,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(model, crop, flip, randaugment)
+        super().__init__(model, crop, flip, randaugment, jitter=jitter)
         if not hasattr(model.backbone, "logit_bias"):
             raise ModelError(
                 f"SigmoidContrastive needs a model whose scores have a bias, and this {model.backbone.model_type} "

@@ -46,6 +46,7 @@ class ImageClassification(ImageTask, Classification):
             measured on digits (docs/images.md); photos and a pre-trained model usually get 0.3 or less.
         flip: mirror half of the training images; not for letters, digits or whatever has a left and a right.
         randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        jitter: how far the brightness, contrast and colour of a training image change, as a share; 0 for not at all.
         mixup: parameter of the beta distribution by which every training image is averaged with another one, and its
             target with the other's; 0 for none.
         cutmix: the same for a box of the image that is replaced by that of another one; 0 for none.
@@ -72,6 +73,7 @@ class ImageClassification(ImageTask, Classification):
         crop: float = 0.8,
         flip: bool = False,
         randaugment: int = 0,
+        jitter: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         pooling: str | None = None,
@@ -96,7 +98,7 @@ class ImageClassification(ImageTask, Classification):
             label_form=label_form,
             pack=False,
         )
-        self.augmentation: Any = Augmentation(crop, flip, randaugment)
+        self.augmentation: Any = Augmentation(crop, flip, randaugment, jitter)
         self.mixing = Mixing(mixup, cutmix)
         config, head = model.backbone.config, cast(Any, model.head)
         if pooling is not None and "pooling" not in model.backbone.hf_keys:

@@ -53,6 +53,7 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not if texts tell left from right.
         randaugment: strength, 1 to 30, of two random operations on every training image; 0 for none.
+        jitter: how far the brightness, contrast and colour of a training image change, as a share; 0 for not at all.
         label_smoothing: see ``Contrastive``; for clip only.
         max_length: see ``Task``.
 
@@ -73,11 +74,12 @@ class ImageTextRetrieval(ImageTask, Contrastive):
         crop: float = 0.9,
         flip: bool = False,
         randaugment: int = 0,
+        jitter: float = 0.0,
         label_smoothing: float = 0.0,
         max_length: int | None = None,
     ) -> None:
         super().__init__(model, max_length=max_length, pack=False)
-        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.augmentation = Augmentation(crop, flip, randaugment, jitter)
         self.label_smoothing = checked_smoothing(label_smoothing)
         # A model whose scores have a bias is trained on single decisions.
         self.loss: Any = (

@@ -80,6 +80,7 @@ class ObjectDetection(ImageTask):
         model: a model with an object-detection head and ``labels``.
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not where left and right have a meaning.
+        jitter: how far the brightness, contrast and colour of a training image change, as a share; 0 for not at all.
         codes: class number of every spelling of a label; by default the labels themselves.
         box_format: ``xyxy`` (left, top, right, bottom) or ``xywh`` (left, top, width, height) of boxes in a column. Not
             given, it is ``xyxy``, and ``xywh`` for the column ``objects`` of the datasets library; those of COCO and
@@ -106,6 +107,7 @@ class ObjectDetection(ImageTask):
         *,
         crop: float = 0.5,
         flip: bool = False,
+        jitter: float = 0.0,
         codes: Mapping[str, int] | None = None,
         box_format: str | None = None,
         max_length: int | None = None,
@@ -113,7 +115,7 @@ class ObjectDetection(ImageTask):
         self.refuse_length(max_length)
         super().__init__(model, pack=False)
         self.labels: tuple[str, ...] = tuple(model.labels or ())
-        self.augmentation = Augmentation(crop, flip)
+        self.augmentation = Augmentation(crop, flip, jitter=jitter)
         self.box_format = box_format
         own = {label: k for k, label in enumerate(self.labels)}
         self.codes = class_codes(codes, self.labels) if codes else own

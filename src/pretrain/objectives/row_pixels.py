@@ -108,7 +108,7 @@ def pixel_values(
         raise DataError(f"{what} reads rows with {column} or {key}; these have {', '.join(first)}.")
     if augmentation != type(augmentation)() and not evaluation:
         advice = (
-            "Set crop to 1 and leave flip and randaugment out, or give rows of images (data.source images)."
+            "Set crop to 1 and leave flip, randaugment and jitter out, or give rows of images (data.source images)."
             if isinstance(augmentation, Augmentation)
             else "Set shift, mask_time and mask_bands to 0, or give rows of recordings (data.source audio)."
         )

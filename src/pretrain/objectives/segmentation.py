@@ -67,6 +67,7 @@ class Segmentation(ImageTask, ClassTask):
         model: a model with a segmentation head and ``labels``.
         crop: smallest share of the area that a random crop of a training image keeps; 1 for no crops.
         flip: mirror half of the training images; not where left and right have a meaning.
+        jitter: how far the brightness, contrast and colour of a training image change, as a share; 0 for not at all.
         class_weights, label_smoothing: see ``ClassTask``; a target is a pixel.
         codes: class number of every number in the masks; by default the numbers count the labels from 0. The number
             255 is a pixel without a class, unless it has a code. Answers are in these numbers, not in class numbers.
@@ -91,6 +92,7 @@ class Segmentation(ImageTask, ClassTask):
         *,
         crop: float = 0.5,
         flip: bool = False,
+        jitter: float = 0.0,
         class_weights: Any = None,
         label_smoothing: float = 0.0,
         codes: Mapping[str, int] | None = None,
@@ -98,7 +100,7 @@ class Segmentation(ImageTask, ClassTask):
     ) -> None:
         self.refuse_length(max_length)
         super().__init__(model, class_weights, label_smoothing, None, False)
-        self.augmentation = Augmentation(crop, flip)
+        self.augmentation = Augmentation(crop, flip, jitter=jitter)
         numbered = {str(k): k for k in range(len(self.labels))}
         self.codes = class_codes(codes or numbered, self.labels)
         self.numbers = _mask_numbers(self.codes, len(self.labels))

@@ -52,6 +52,7 @@ class Views(Objective):
         crop: smallest share of the area of an image that a view shows.
         flip: mirror half of the views.
         randaugment: strength, 1 to 30, of two random operations on every view; 0 for none.
+        jitter: how far the brightness, contrast and colour of a view change, as a share; 0 for not at all.
         projection: size of a projection, P.
         pooling: what is projected, see ``ImageBackbone.pooled``.
 
@@ -73,6 +74,7 @@ class Views(Objective):
         randaugment: int,
         projection: int,
         pooling: str | None,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__(model)
         name = type(self).__name__
@@ -88,7 +90,7 @@ class Views(Objective):
                 "value or more in a projection."
             )
         self.views, self.projection, self.pooling = views, projection, pooling
-        self.augmentation = Augmentation(crop, flip, randaugment)
+        self.augmentation = Augmentation(crop, flip, randaugment, jitter)
         self.projector = _perceptron(model.backbone.config.hidden_size, projection)
         self._seen: tuple[Tensor, Tensor] | None = None  # mean and variance of the features
         self.centred = True  # not in runs that an earlier version began
@@ -172,7 +174,7 @@ class LeJEPA(Views):
     There is no teacher and no negative pair; the loss tells how good the features are.
 
     Args:
-        model, views, crop, flip, randaugment, projection, pooling: see ``Views``.
+        model, views, crop, flip, randaugment, projection, pooling, jitter: see ``Views``.
         weight: share of SIGReg in the loss, λ of the paper.
         directions: random directions that each image of a batch adds to those along which SIGReg compares.
         mask_ratio: share of the patches of each view that is hidden, others in every view, so that a view is not seen
@@ -196,8 +198,9 @@ class LeJEPA(Views):
         directions: int = 1,
         mask_ratio: float = 0.0,
         pooling: str | None = None,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(model, views, crop, flip, randaugment, projection, pooling)
+        super().__init__(model, views, crop, flip, randaugment, projection, pooling, jitter)
         if not 0 < weight < 1 or directions < 1:
             raise ConfigError(
                 f"weight is {weight} and directions {directions}; weight must lie between 0 and 1, and directions be 1 "
@@ -285,7 +288,7 @@ class SimCLR(Views):
     scores grows with the square of the batch.
 
     Args:
-        model, crop, flip, randaugment, projection, pooling: see ``Views``.
+        model, crop, flip, randaugment, projection, pooling, jitter: see ``Views``.
         temperature: by which cosines are divided.
     """
 
@@ -301,8 +304,9 @@ class SimCLR(Views):
         projection: int = 128,
         temperature: float = 0.2,
         pooling: str | None = None,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(model, 2, crop, flip, randaugment, projection, pooling)
+        super().__init__(model, 2, crop, flip, randaugment, projection, pooling, jitter)
         if not temperature > 0:
             raise ConfigError(f"temperature is {temperature}; it must be above 0.")
         self.temperature = temperature
@@ -329,7 +333,7 @@ class MoCo(SimCLR):
     paper). The average is saved under ``training/``.
 
     Args:
-        model, crop, flip, randaugment, projection, temperature, pooling: see ``SimCLR``.
+        model, crop, flip, randaugment, projection, temperature, pooling, jitter: see ``SimCLR``.
         momentum: decay of the average after every step; smaller in the first steps, so that it begins at the model.
         freeze_patches: keep the projection of the patches as it is.
     """
@@ -351,8 +355,11 @@ class MoCo(SimCLR):
         momentum: float = 0.99,
         freeze_patches: bool = True,
         pooling: str | None = None,
+        jitter: float = 0.0,
     ) -> None:
-        super().__init__(model, crop, flip, randaugment, projection, temperature, pooling)
+        super().__init__(
+            model, crop, flip, randaugment, projection, temperature, pooling, jitter=jitter
+        )
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum is {momentum}; it must be from 0 to less than 1.")
         self.momentum, self.freeze_patches = momentum, freeze_patches

@@ -59,15 +59,46 @@ def test_crops_of_wide_and_tall_images_keep_their_share_and_reach_all_pixels(
     assert len(set(boxes)) > 20 and seen.mean() > 0.99
 
 
+def test_jitter_changes_colours_within_its_range() -> None:
+    grey = Image.new("RGB", (10, 10), (100, 100, 100))
+    found = [changed(Augmentation(jitter=0.4), grey, row_rng(0, "x", i)) for i in range(200)]
+    assert all(
+        (one == one[0, 0, 0]).all() for one in found
+    )  # brightness alone changes a grey image
+    values = np.array([one[0, 0, 0] for one in found], float)
+    assert 60 <= values.min() < 66 and 134 < values.max() <= 140 and 96 < values.mean() < 104
+
+    halves = np.zeros((10, 10, 3), np.uint8)
+    halves[:5], halves[5:] = (160, 80, 80), (80, 120, 160)
+    image = Image.fromarray(halves)
+    found = [changed(Augmentation(jitter=0.4), image, row_rng(0, "x", i)) for i in range(200)]
+    saturation = np.array([np.ptp(one[0, 0].astype(float)) / one[0, 0].max() for one in found])
+    contrast = np.array([np.ptp(one[..., 2].astype(float)) / one[..., 2].mean() for one in found])
+    assert np.ptp(saturation) > 0.2 and np.ptp(contrast) > 0.2
+    # Places stay where they are, so masks and boxes hold.
+    assert all((one[:5] == one[0, 0]).all() and (one[5:] == one[9, 0]).all() for one in found)
+
+
+def test_no_jitter_draws_nothing() -> None:
+    with_it, without = row_rng(0, "x", 1), row_rng(0, "x", 1)
+    assert np.array_equal(
+        changed(Augmentation(0.5, True, 9, jitter=0.0), picture(), with_it),
+        changed(Augmentation(0.5, True, 9), picture(), without),
+    )
+    assert with_it.random() == without.random()
+    with pytest.raises(ConfigError, match="jitter is 1.5"):
+        Augmentation(jitter=1.5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    st.floats(0.05, 1.0), st.booleans(), st.integers(0, 30), st.integers(0, 1 << 62),
-    st.sampled_from(["L", "RGB"]),
+    st.floats(0.05, 1.0), st.booleans(), st.integers(0, 30), st.floats(0.0, 1.0),
+    st.integers(0, 1 << 62), st.sampled_from(["L", "RGB"]),
 )  # fmt: skip
 def test_the_position_decides(
-    crop: float, flip: bool, strength: int, position: int, mode: str
+    crop: float, flip: bool, strength: int, jitter: float, position: int, mode: str
 ) -> None:
-    change, image = Augmentation(crop, flip, strength), picture(mode=mode)
+    change, image = Augmentation(crop, flip, strength, jitter), picture(mode=mode)
     one = changed(change, image, row_rng(3, "collate", position))
     other = changed(change, image, row_rng(3, "collate", position))
     assert one.shape == (10, 10, 3) and one.dtype == np.uint8

@@ -85,6 +85,8 @@ class Augmentation:
         crop: smallest share of the area of an image that a random crop keeps; 1 is no crop.
         flip: mirror half of the images from left to right.
         randaugment: strength, 1 to 30, of two random operations of RandAugment; 0 for none.
+        jitter: most by which brightness, contrast and colour change, each by a factor of its own between 1 - jitter and
+            1 + jitter and in random order; 0 for not at all.
 
     Raises:
         ConfigError: a value is out of range.
@@ -93,6 +95,7 @@ class Augmentation:
     crop: float = 1.0
     flip: bool = False
     randaugment: int = 0
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -102,6 +105,8 @@ class Augmentation:
             raise ConfigError(
                 f"randaugment is {self.randaugment}; it must be 0 (none) to {_STEPS}."
             )
+        if not 0 <= self.jitter <= 1:
+            raise ConfigError(f"jitter is {self.jitter}; it must be 0 (none) to 1.")
 
     def view(
         self, image: tuple[int, int], processor: ImageProcessor, rng: np.random.Generator
@@ -115,13 +120,15 @@ class Augmentation:
     def apply(
         self, image: Image, view: View, processor: ImageProcessor, rng: np.random.Generator
     ) -> NDArray[np.uint8]:
-        """Return an image changed as ``view`` says, and by operations of RandAugment drawn with ``rng``; (H, W, C)."""
+        """Return an image changed as ``view`` says, then in colour and by RandAugment as ``rng`` draws; (H, W, C)."""
         image = to_channels(image, processor.channels)
         if self.crop < 1:
             height, width = view.size
             image = image.resize((width, height), processor.settings["resample"], view.box)
         if view.flip:
             image = image.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            image = _jittered(image, self.jitter, rng)
         if self.randaugment:
             for _ in range(2):
                 image = _changed(image, self.randaugment, rng)
@@ -200,6 +207,16 @@ def crop_box(
         wide, tall = max(1, round(width * side)), max(1, round(height * side))
     top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
     return left, top, left + wide, top + tall
+
+
+def _jittered(image: Image, most: float, rng: np.random.Generator) -> Image:
+    """Change brightness, contrast and colour in random order."""
+    from PIL import ImageEnhance
+
+    kinds: Any = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for k in rng.permutation(3):
+        image = kinds[k](image).enhance(rng.uniform(1 - most, 1 + most))
+    return image
 
 
 def _changed(image: Image, strength: int, rng: np.random.Generator) -> Image:
