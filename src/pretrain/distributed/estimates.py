@@ -34,6 +34,7 @@ _MATRIX_BYTES_FP32 = 24
 # A chunk of logits: elements by device, and bytes per element: the product, fp32, log-probabilities, gradient, cast.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
 _CHUNK_BYTES = 16
+_CHUNK_ROWS = 128  # at least
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def logits_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
         return 0.0
     mine = needs.vocabulary / tp
     budget = _CHUNK_ELEMENTS.get(needs.device, 1 << 24)
-    chunk = min(tokens, max(32, budget // max(1, math.ceil(mine)))) * mine
+    chunk = min(tokens, max(_CHUNK_ROWS, budget // max(1, math.ceil(mine)))) * mine
     cast = needs.compute_bytes if needs.compute_bytes < FP32 else 0
     return chunk * _CHUNK_BYTES + mine * needs.hidden * (FP32 + cast) + tokens * needs.hidden * FP32
 

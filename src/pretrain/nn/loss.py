@@ -27,6 +27,8 @@ __all__ = ["IGNORE", "chunked_cross_entropy"]
 IGNORE = -100
 # Logits per chunk: small enough for a CPU's cache, large enough for efficient matrix products on a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+# Fewest targets in a chunk: each chunk adds a whole (V, D) matrix to the gradient of the weight.
+_CHUNK_ROWS = 128
 # With the kernel, a chunk takes 2 bytes per logit in place of 16.
 _CHUNK_ELEMENTS_KERNEL = 1 << 27
 
@@ -67,7 +69,7 @@ def chunked_cross_entropy(
             budget = _CHUNK_ELEMENTS_KERNEL
         # All ranks that share a vocabulary must use the same chunks, although the last ones may hold fewer rows.
         rows = weight.shape[0] if vocab is None else vocab.rows
-        chunk = max(32, budget // max(1, rows))
+        chunk = max(_CHUNK_ROWS, budget // max(1, rows))
     if vocab is not None:
         hidden = copy_to_tensor_parallel(hidden, vocab.group)
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
