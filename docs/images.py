@@ -4,6 +4,7 @@
     python docs/images.py transfer                   # MaskedImage and LeJEPA beside random weights, pixels and probes
     python docs/images.py characters                 # few shots of written characters, for the models of mnist
     python docs/images.py signs                      # the same on photographs of hands
+    python docs/images.py drawings                   # the same on ten written characters, ten drawings of each
     python docs/images.py classes                    # a classifier of the digits 0 to 4, fine-tuned on 5 to 9
     python docs/images.py reading                    # seconds to read 1,000 photos, from files and prepared
 
@@ -43,6 +44,8 @@ SETS: dict[str, tuple[str, dict[str, int]]] = {
         "sign_language_digits/sign_digits_64.npz",
         {"image_size": 32, "patch_size": 8, "num_channels": 3},
     ),
+    # Written by ``drawings``, without the characters that are told apart.
+    "drawings": ("", {"image_size": 35, "patch_size": 7, "num_channels": 1}),
 }
 # Rates of fine-tuning and their layer decay, from which each arm is given the better one on the validation rows.
 RATES = ((1e-3, 1.0), (3e-3, 0.75))
@@ -56,6 +59,13 @@ PRETRAINING: dict[tuple[str, str], tuple[int, int, dict[str, Any], dict[str, Any
     ("mnist", "LeJEPA"): (800, 128, MUON, {"crop": 0.5, "mask_ratio": 0.5}),
     ("signs", "LeJEPA"): (
         1200,
+        128,
+        MUON,
+        {"crop": 0.8, "mask_ratio": 0.5, "randaugment": 3},
+    ),
+    ("drawings", "MaskedImage"): (1000, 256, ADAMW, {"crop": 0.7}),
+    ("drawings", "LeJEPA"): (
+        1000,
         128,
         MUON,
         {"crop": 0.8, "mask_ratio": 0.5, "randaugment": 3},
@@ -334,6 +344,54 @@ def characters(draws: int, out: Path, objectives: list[str]) -> None:
     print("pixels", nearest_means(np.stack(vectors), np.array(rows["label"])[kept], draws))
 
 
+def drawings(draws: int, out: Path, objectives: list[str]) -> None:
+    """Tell ten characters apart after ten drawings of each; models have seen those of other characters, unlabelled."""
+    with np.load(DATA / "omniglot_small1" / "omniglot_small1.npz") as file:
+        images, labels = file["images"] * np.uint8(255), file["labels"]
+    known, others = np.split(np.random.default_rng(0).permutation(np.unique(labels)), [86])
+    source = out / "drawings.npz"
+    np.savez(source, images=images[np.isin(labels, known)])
+    SETS["drawings"] = (str(source.resolve()), SETS["drawings"][1])
+    figures = Figures(out / "drawings.jsonl")
+
+    def rows(draw: int) -> list[Table]:
+        """Ten drawings of each of ten characters, three others by which a checkpoint is chosen, and seven to test."""
+        rng = np.random.default_rng(draw)
+        chosen = rng.choice(others, 10, replace=False)
+        own = np.array([rng.permutation(np.flatnonzero(labels == label)) for label in chosen])
+        parts = [part.flatten() for part in np.split(own, [10, 13], axis=1)]
+        return [
+            read_images({"image": list(images[part]), "label": [f"c{k}" for k in labels[part]]})
+            for part in parts
+        ]
+
+    for arm, model in models("drawings", out, objectives).items():
+        train, valid, test = rows(1000)
+        tries = [
+            figures(
+                {"what": "rate", "set": "drawings", "arm": arm, "rate": rate},
+                lambda r=rate, m=model: tuned(m, train, valid, test, out / "tune", 0, r),  # noqa: B023
+            )["accuracy"]
+            for rate in range(len(RATES))
+        ]
+        best = int(np.argmax(tries))
+        for draw in range(draws):
+            train, valid, test = rows(draw)
+            figures(
+                {"what": "tuned", "set": "drawings", "arm": arm, "seed": draw, "rate": best},
+                lambda m=model, p=(train, valid, test), s=draw, r=best: tuned(
+                    m, *p, out / "tune", s, r
+                ),
+            )
+    for draw in range(draws):
+        columns = ImageClassification.baseline_columns(*rows(draw))
+        figures(
+            {"what": "pixels", "set": "drawings", "arm": "pixels", "seed": draw},
+            lambda c=columns: {"accuracy": vector_baseline("pixels", *c)["score_test"]},
+        )
+    summary("drawings", figures)
+
+
 def nearest_means(vectors: Any, labels: Any, draws: int) -> float:
     """Accuracy of the nearest class mean of pixels, two classes and four shots, over all other rows of the classes."""
     rng, right = np.random.default_rng(0), []
@@ -378,7 +436,7 @@ def reading(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    kinds = ("labels", "transfer", "characters", "signs", "classes", "reading")
+    kinds = ("labels", "transfer", "characters", "signs", "drawings", "classes", "reading")
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seeds", type=int, default=5)
@@ -393,6 +451,8 @@ def main() -> None:
         transfer("mnist", args.seeds, args.out, args.objectives)
     elif args.what == "signs":
         transfer("signs", args.seeds, args.out, args.objectives)
+    elif args.what == "drawings":
+        drawings(2 * args.seeds, args.out, args.objectives)
     elif args.what == "classes":
         classes(args.seeds, args.out)
     elif args.what == "reading":
