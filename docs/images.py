@@ -15,10 +15,12 @@ stand there already are not computed again, and pre-training goes on where it wa
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,30 @@ def tuned(
     return found | ({} if test is None else {"accuracy": result.test_metrics["accuracy"]})  # type: ignore[index]
 
 
+def tune_and_test(
+    name: str,
+    arm: str,
+    model: Any,
+    trial: Sequence[Any],
+    draws: Sequence[Sequence[Any]],
+    figures: Figures,
+    out: Path,
+) -> None:
+    """Choose the better rate on one draw, and fine-tune with it on all; a draw is training, validation and test rows.
+
+    Without test rows in the first, its validation rows choose.
+    """
+    tries = []
+    for rate in range(len(RATES)):
+        key = {"what": "rate", "set": name, "arm": arm, "rate": rate}
+        line = figures(key, functools.partial(tuned, model, *trial, out / "tune", 0, rate))
+        tries.append(line.get("accuracy", line["valid"]))
+    best = int(np.argmax(tries))
+    for seed, parts in enumerate(draws):
+        key = {"what": "tuned", "set": name, "arm": arm, "seed": seed, "rate": best}
+        figures(key, functools.partial(tuned, model, *parts, out / "tune", seed, best))
+
+
 def compare(
     name: str,
     models: dict[str, Any],
@@ -226,24 +252,10 @@ def compare(
     out: Path,
 ) -> None:
     """Fine-tune every model at its better rate on draws of ``count`` labels; pixels and probes beside them."""
+    draws = [drawn(rows, count, seed, held=held) for seed in range(seeds)]
     for arm, model in models.items():
-        valid, train = drawn(rows, count, 0, held=held)
-        tries = [
-            figures(
-                {"what": "rate", "set": name, "arm": arm, "rate": rate},
-                lambda r=rate, m=model, t=train, v=valid: tuned(m, t, v, None, out / "tune", 0, r),
-            )["valid"]
-            for rate in range(len(RATES))
-        ]
-        best = int(np.argmax(tries))
-        for seed in range(seeds):
-            valid, train = drawn(rows, count, seed, held=held)
-            figures(
-                {"what": "tuned", "set": name, "arm": arm, "seed": seed, "rate": best},
-                lambda m=model, t=train, v=valid, s=seed, r=best: tuned(
-                    m, t, v, test, out / "tune", s, r
-                ),
-            )
+        parts = [(train, valid, test) for valid, train in draws]
+        tune_and_test(name, arm, model, (*parts[0][:2], None), parts, figures, out)
     for seed in range(seeds):
         valid, train = drawn(rows, count, seed, held=held)
         columns = ImageClassification.baseline_columns(train, valid, test)
@@ -365,26 +377,11 @@ def drawings(draws: int, out: Path, objectives: list[str]) -> None:
             for part in parts
         ]
 
+    parts = [rows(draw) for draw in range(draws)]
     for arm, model in models("drawings", out, objectives).items():
-        train, valid, test = rows(1000)
-        tries = [
-            figures(
-                {"what": "rate", "set": "drawings", "arm": arm, "rate": rate},
-                lambda r=rate, m=model: tuned(m, train, valid, test, out / "tune", 0, r),  # noqa: B023
-            )["accuracy"]
-            for rate in range(len(RATES))
-        ]
-        best = int(np.argmax(tries))
-        for draw in range(draws):
-            train, valid, test = rows(draw)
-            figures(
-                {"what": "tuned", "set": "drawings", "arm": arm, "seed": draw, "rate": best},
-                lambda m=model, p=(train, valid, test), s=draw, r=best: tuned(
-                    m, *p, out / "tune", s, r
-                ),
-            )
+        tune_and_test("drawings", arm, model, rows(1000), parts, figures, out)
     for draw in range(draws):
-        columns = ImageClassification.baseline_columns(*rows(draw))
+        columns = ImageClassification.baseline_columns(*parts[draw])
         figures(
             {"what": "pixels", "set": "drawings", "arm": "pixels", "seed": draw},
             lambda c=columns: {"accuracy": vector_baseline("pixels", *c)["score_test"]},

@@ -84,9 +84,9 @@ def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
         return None
     try:
         files = {one["id"]: str(one["file_name"]) for one in value["images"]}
-        found: dict[str, list[Any]] = {file: [] for file in files.values()}
+        captions: dict[str, list[Any]] = {file: [] for file in files.values()}
         for one in value["annotations"]:
-            found[files[one["image_id"]]].append(one["caption"])
+            captions[files[one["image_id"]]].append(one["caption"])
     except (KeyError, TypeError) as error:
         missing = isinstance(error, KeyError)
         wrong = (
@@ -102,7 +102,7 @@ def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
         raise DataError(
             f"{path}: two images have one id, so their captions cannot be told apart. Give each its own."
         )
-    return {"image": [*found], "caption": [*found.values()]}
+    return {"image": [*captions], "caption": [*captions.values()]}
 
 
 def unoriented(value: Any, path: Path) -> Any:

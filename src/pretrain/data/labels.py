@@ -463,10 +463,10 @@ def _positions(names: Sequence[str]) -> dict[str, int]:
 
 def _shared(names: Sequence[str]) -> dict[str, list[int]]:
     """Return the names that several classes have, with the numbers of these."""
-    found: dict[str, list[int]] = {}
+    by_name: dict[str, list[int]] = {}
     for k, name in enumerate(names):
-        found.setdefault(name.strip(), []).append(k)
-    return {name: numbers for name, numbers in found.items() if len(numbers) > 1}
+        by_name.setdefault(name.strip(), []).append(k)
+    return {name: numbers for name, numbers in by_name.items() if len(numbers) > 1}
 
 
 def _all(numbers: Sequence[int]) -> str:

@@ -48,13 +48,13 @@ def _files(place: Path) -> list[Path]:
 
 
 def _by_split(files: Sequence[Path], place: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in files:
-        found.setdefault(_split(file, place), []).append(file)
-    unnamed = found.pop("", [])
-    if unnamed and (found or any(file.stem == "metadata" for file in unnamed)):
+        by_split.setdefault(_split(file, place), []).append(file)
+    unnamed = by_split.pop("", [])
+    if unnamed and (by_split or any(file.stem == "metadata" for file in unnamed)):
         return {}
-    return found or {"train": unnamed}
+    return by_split or {"train": unnamed}
 
 
 def _split(file: Path, place: Path) -> str:

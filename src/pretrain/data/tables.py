@@ -289,7 +289,7 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     if isinstance(source, str | Path):
         if shards := shards_of(source):
             return _of_split(source, shards, name, options)
-        files = _found(source)
+        files = _table_files(source)
         return (
             _joined(files, name, options)
             if len(files) > 1
@@ -426,11 +426,7 @@ def _dataset(dataset: Any, name: str) -> Table:
 # -------------------------------------------------------------------------------------------------- files
 
 
-def _one_file(source: str | Path) -> Path:
-    return _found(source)[0]
-
-
-def _found(source: str | Path) -> list[Path]:
+def _table_files(source: str | Path) -> list[Path]:
     """Return the file of a path or pattern, or several parquet files of a pattern."""
     spelled = str(source)
     if spelled.startswith("hub:"):
@@ -1047,7 +1043,7 @@ def stream_chunks(
         whole = read_table(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
         yield from in_chunks(whole, size)
         return
-    file = _one_file(path)
+    [file] = _table_files(path)
     rows: Iterator[tuple[int, dict[str, Any]]]
     if kind == "jsonl":
         found = json_rows(file, note, _EXAMPLE, encoding)
