@@ -262,3 +262,7 @@ def test_a_row_with_one_image_is_one_input(form: str, tuned: Any) -> None:
     asked = {"image": given, "question": SCENES[0]["question"]}
     answer = tuned.predict(asked)
     assert answer == tuned.predict([asked])[0] == tuned.predict({**asked, "image": image})
+
+
+def test_jitter_reaches_the_images(tokenizer: Tokenizer) -> None:
+    assert task(tokenizer, jitter=0.25).augmentation.jitter == 0.25

@@ -377,3 +377,9 @@ def test_other_models_are_refused() -> None:
         Contrastive(build("gpt2", vocab_size=40, num_layers=1, hidden_size=16, num_heads=2))
     with pytest.raises(ModelError, match="Build the family siglip"):
         SigmoidContrastive(build("clip", **TINY))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jitter_reaches_the_images_and_is_recorded(kind: str) -> None:
+    goal = build_objective(kind, {"jitter": 0.3}, build(FAMILIES[kind], **TINY))
+    assert goal.augmentation.jitter == goal.record()["jitter"] == 0.3
