@@ -287,3 +287,7 @@ def test_a_resumed_run_draws_the_same_captions_and_changes(tmp_path: Path) -> No
             run = pretrain.train(settings | {"train": train | {"eval_every": "0 steps"}})
         losses.append([row["loss"] for row in run.history if "grad_norm" in row])
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_jitter_reaches_the_images() -> None:
+    assert ImageTextRetrieval(model("clip"), jitter=0.25).augmentation.jitter == 0.25
