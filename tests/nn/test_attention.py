@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.nn import packed
 from pretrain.nn.attention import Attention, AttentionMask, KVCache, attend
 from pretrain.nn.block import Block, BlockConfig
 from pretrain.nn.packed import plan, sequence_offsets
@@ -147,13 +150,39 @@ def test_plan_is_a_bijection(seed: int, rows: int, length: int, mean: float, pad
             start += size
 
 
+@pytest.mark.parametrize("products", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_the_buckets_are_those_that_cost_least(products: bool, sizes: list[int]):
+    ids = [i for i, size in enumerate(sizes, start=1) for _ in range(size)]
+    with mock.patch.object(packed, "multiplies_rows", return_value=products):
+        buckets = plan(torch.tensor([ids]))
+        cost = sum(packed._cost(count, width, torch.float32) for count, width in buckets.shapes)
+
+        ordered, step = sorted(sizes), 16 if products else 1
+        # Documents whose sizes are the same in steps of eight are in one bucket.
+        cuts = [i for i in range(1, len(sizes)) if -(-ordered[i] // 8) != -(-ordered[i - 1] // 8)]
+        for chosen in itertools.chain.from_iterable(
+            itertools.combinations(cuts, count) for count in range(len(cuts) + 1)
+        ):
+            ends = [*chosen, len(sizes)]
+            others = [
+                packed._cost(end - begin, -(-ordered[end - 1] // step) * step, torch.float32)
+                for begin, end in zip([0, *chosen], ends, strict=True)
+            ]
+            assert cost <= sum(others)
+    assert all(width % step == 0 for _, width in buckets.shapes)
+
+
 def test_the_kernel_follows_the_documents():
     assert plan(torch.tensor([[1, 2, 1, 2] * 32])) is None
     assert plan(torch.zeros(2, 64, dtype=torch.long)) is None
-    assert AttentionMask(True, torch.ones(2, 512, dtype=torch.long)).buckets() is None
+    assert AttentionMask(True, torch.ones(2, 512, dtype=torch.long)).buckets(torch.float32) is None
     short = AttentionMask(True, packed_documents(0, 8, 512, 40, 0))
-    assert short.buckets() is not None
-    assert short.windowed(7).buckets() is short.buckets(), "planned once for all layers"
+    assert short.buckets(torch.float32) is not None
+    assert short.windowed(7).buckets(torch.float32) is short.buckets(torch.float32), (
+        "planned once for all layers"
+    )
 
 
 def test_one_document_does_not_move_another_under_the_per_document_kernel():

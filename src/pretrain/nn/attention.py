@@ -192,13 +192,13 @@ class AttentionMask:
         shared: Tensor | None = self._shared[key]
         return shared
 
-    def buckets(self) -> Buckets | None:
+    def buckets(self, dtype: torch.dtype) -> Buckets | None:
         """Return the plan for attention per document, or None if it is not faster. Planned once, for all windows."""
         if "buckets" not in self._shared:
             docs, found = self.documents, None
             if docs is not None and self.bias is None and docs.is_cpu:
-                found = plan(docs)
-                if found is not None and not is_worthwhile(found, docs.shape[1]):
+                found = plan(docs, dtype)
+                if found is not None and not is_worthwhile(found, docs.shape[1], dtype):
                     found = None
             self._shared["buckets"] = found
         shared: Buckets | None = self._shared["buckets"]
@@ -272,7 +272,7 @@ def attend(
                 return attend_sequences(q, k, v, offsets, mask.causal, mask.window, scale, dropout)
         # The shapes of buckets change with every batch, which a compiled graph could not reuse.
         if q.is_cpu and queries == keys and not torch.compiler.is_compiling():
-            buckets = mask.buckets()
+            buckets = mask.buckets(q.dtype)
             if buckets is not None:
                 return attend_packed(q, k, v, buckets, mask.causal, mask.window, scale, dropout)
         added = mask.scores(queries, keys, q.device, q.dtype)

@@ -32,8 +32,10 @@ __all__ = [
 ]
 
 # Costs in units of one query-key pair, measured on a CPU: moving a token in and out of its bucket (forward and
-# backward), and one additional kernel call.
-_TOKEN, _CALL = 60.0, 2500.0
+# backward), and a further bucket: one call of torch's kernel in fp32, or the products in bf16.
+_TOKEN, _KERNEL_CALL, _PRODUCTS = 60.0, 2500.0, 25000.0
+# Products in bf16 are compiled for each new shape, so the widths of their buckets are multiples of this.
+_WIDTH_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,12 @@ class Buckets:
         return self._memo[key]
 
 
-def plan(documents: Tensor) -> Buckets | None:
-    """Sort the documents of a batch into buckets.
+def plan(documents: Tensor, dtype: torch.dtype = torch.float32) -> Buckets | None:
+    """Sort the documents of a batch into the buckets that cost least.
 
     Args:
         documents: (B, T) ids on the CPU, 0 is padding.
+        dtype: of the queries.
 
     Returns:
         The plan, or None if there are no real tokens or the tokens of an id are not contiguous in a row.
@@ -105,13 +108,10 @@ def plan(documents: Tensor) -> Buckets | None:
     owner = np.stack((starts // length, flat[starts]))
     if np.unique(owner, axis=1).shape[1] < starts.size:
         return None
-    # Bucket widths grow in steps of a quarter to a half: less padding in a bucket would mean more of them.
-    step = np.maximum(8, 2 ** np.maximum(np.ceil(np.log2(sizes)).astype(np.int64) - 2, 0))
-    width = -(-sizes // step) * step
-    order = np.argsort(width, kind="stable")
-    starts, sizes, width = starts[order], sizes[order], width[order]
-    cuts = np.append(np.flatnonzero(np.append(True, width[1:] != width[:-1])), width.size)
-    shapes = [(int(b - a), int(sizes[a:b].max())) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    order = np.argsort(sizes, kind="stable")
+    starts, sizes = starts[order], sizes[order]
+    cuts, widths = _cheapest_buckets(sizes, dtype)
+    shapes = [(int(b - a), int(w)) for a, b, w in zip(cuts[:-1], cuts[1:], widths, strict=True)]
     total = sum(n * size for n, size in shapes)
     begin = np.concatenate([np.full(n, size) for n, size in shapes]).cumsum()
     begin = np.concatenate(([0], begin[:-1]))
@@ -133,11 +133,47 @@ def plan(documents: Tensor) -> Buckets | None:
     )
 
 
-def is_worthwhile(buckets: Buckets, row_length: int) -> bool:
+def _cheapest_buckets(sizes: np.ndarray, dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Cut ``sizes``, in ascending order, into the buckets whose costs have the lowest sum.
+
+    Returns:
+        The first document of each bucket followed by the number of documents, and the width of each bucket.
+    """
+    step = _WIDTH_STEP if _has_products(dtype) else 1
+    # A bucket may end at eight sizes for each doubling: more would cost more to try than they save.
+    grain = np.maximum(8, 2 ** np.maximum(np.ceil(np.log2(sizes)).astype(np.int64) - 3, 0))
+    grown = -(-sizes // grain) * grain
+    ends = np.append(np.flatnonzero(grown[1:] != grown[:-1]) + 1, sizes.size)
+    widths = -(-sizes[ends - 1] // step) * step
+    begins = np.append(0, ends[:-1])
+    # costs[i] is the lowest cost of the documents before begins[i], origins[i] where the last bucket of ends[i] begins.
+    costs, origins = np.zeros(1), []
+    for i, (end, width) in enumerate(zip(ends, widths, strict=True)):
+        sums = costs + _cost(end - begins[: i + 1], width, dtype)
+        origins.append(int(sums.argmin()))
+        costs = np.append(costs, sums.min())
+    cuts, chosen, i = [int(sizes.size)], [], ends.size
+    while i:
+        chosen.append(int(widths[i - 1]))
+        i = origins[i - 1]
+        cuts.append(int(begins[i]))
+    return cuts[::-1], chosen[::-1]
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    return multiplies_rows(torch.device("cpu"), dtype, 0)
+
+
+def _cost(documents: Any, width: Any, dtype: torch.dtype) -> Any:
+    """Return the cost of a bucket of so many documents padded to ``width`` tokens, in query-key pairs."""
+    call = _PRODUCTS if _has_products(dtype) else _KERNEL_CALL
+    return documents * width * (width + _TOKEN) + call
+
+
+def is_worthwhile(buckets: Buckets, row_length: int, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether attention per document costs less than a dense mask over rows of ``row_length`` tokens."""
-    pairs = sum(n * length * length for n, length in buckets.shapes)
-    cost = pairs + _TOKEN * buckets.total + _CALL * len(buckets.shapes)
-    return cost < buckets.places * row_length
+    cost = sum(_cost(count, width, dtype) for count, width in buckets.shapes)
+    return bool(cost < buckets.places * row_length)
 
 
 def attend_packed(
@@ -154,7 +190,7 @@ def attend_packed(
     rows, heads, length, size = q.shape
     given = q.dtype
     half = given in (torch.bfloat16, torch.float16)
-    if half and not has_matrix_tiles() and not multiplies_rows(q.device, given, 0):
+    if half and not has_matrix_tiles() and not _has_products(given):
         # There torch's kernel is slower in half precision than in fp32, for short documents.
         q, k, v = q.float(), k.float(), v.float()
     gathered = [_into(part, buckets) for part in (q, k, v)]
