@@ -27,6 +27,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError, ConfigError, Dat
 from pretrain.printing import printable, show
 
 __all__ = [
+    "BackgroundDigest",
     "FileIO",
     "HashingFile",
     "Record",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 CHUNK = 4 << 20  # bytes per write, read and hash update
-THREADED = 1 << 20  # bytes; smallest write that a thread of its own hashes meanwhile
+THREADED = 1 << 20  # bytes; smallest piece that is hashed in a thread
 SMALL = 64 << 20  # bytes; largest file that `read_bytes` reads by default
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -252,15 +253,45 @@ def known_as(data: bytes) -> str:
     return ""
 
 
+class BackgroundDigest:
+    """SHA-256 of pieces in their order: large ones are hashed in a thread, while the caller reads or writes on."""
+
+    def __init__(self, start: bytes = b"") -> None:
+        self._digest = hashlib.sha256(start)
+        self._hasher: threading.Thread | None = None
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """Hash a piece, which must not change before `wait` or the next call returns."""
+        self.wait()
+        if len(piece) < THREADED:
+            self._digest.update(piece)
+            return
+        # hashlib releases the GIL, and hashing takes longer than reading or writing.
+        self._hasher = threading.Thread(target=self._digest.update, args=(piece,))
+        self._hasher.start()
+
+    def wait(self) -> None:
+        """Wait until all pieces are hashed."""
+        if self._hasher is not None:
+            self._hasher.join()
+            self._hasher = None
+
+    def hexdigest(self) -> str:
+        """Return the hash of all pieces."""
+        self.wait()
+        return self._digest.hexdigest()
+
+
 def hash_file(path: Path) -> Record:
     """Return the size and SHA-256 of a regular file, read in chunks."""
     descriptor, _ = open_regular(path)
-    digest, size = hashlib.sha256(), 0
+    digest, size = BackgroundDigest(), 0
     with open(descriptor, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(CHUNK))
+        buffer, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count
+            buffer, other = other, buffer
     return Record(size, digest.hexdigest())
 
 
@@ -273,7 +304,7 @@ class HashingFile:
     def __init__(self, path: Path, *, buffer: int = CHUNK) -> None:
         self._room = buffer  # bytes; small writes are buffered up to this size
         self.descriptor = IO.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
-        self._digest, self._size, self._buffer = hashlib.sha256(), 0, bytearray()
+        self._digest, self._size, self._buffer = BackgroundDigest(), 0, bytearray()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`; small writes are buffered, large ones are written without a copy."""
@@ -291,18 +322,12 @@ class HashingFile:
 
     def _put(self, view: memoryview) -> None:
         self._size += len(view)
-        hasher = None
-        if len(view) < THREADED:
-            self._digest.update(view)
-        else:  # the hash takes longer than the write; hashlib releases the GIL
-            hasher = threading.Thread(target=self._digest.update, args=(view,))
-            hasher.start()
+        self._digest.update(view)
         try:
             while view:
                 view = view[IO.write(self.descriptor, view[:CHUNK]) :]
         finally:
-            if hasher is not None:
-                hasher.join()
+            self._digest.wait()  # the caller may change the bytes now
 
     def finish(self) -> Record:
         """Flush the file to disk, close it and return its size and hash."""

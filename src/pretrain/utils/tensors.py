@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError
-from pretrain.utils.files import CHUNK, HashingFile, Record, known_as, open_regular
+from pretrain.utils.files import (
+    CHUNK,
+    BackgroundDigest,
+    HashingFile,
+    Record,
+    known_as,
+    open_regular,
+)
 from pretrain.utils.memory_info import total_memory
 from pretrain.utils.strict_json import parse_json
 
@@ -234,7 +241,7 @@ def read_tensors(
         head = read_header_bytes(path, descriptor, size)
         infos = parse_header(path, size, head, slashes)
         _fits_memory(path, size)
-        digest = hashlib.sha256(head)
+        digest = BackgroundDigest(head)
         tensors = {}
         for name, info in infos.items():
             offset, hasher = len(head) + info.start, digest if record else None
@@ -257,7 +264,7 @@ def read_tensor(
     name: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    digest: hashlib._Hash | None = None,
+    digest: BackgroundDigest | None = None,
 ) -> Tensor:
     """Read a tensor, or whole rows of one, whose bytes begin at ``offset`` of an open file, and update a digest."""
     tensor = torch.empty(shape, dtype=dtype)
