@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import enum
 import gzip
 import json
 from decimal import Decimal
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import pretrain
 from pretrain.config.spelling import Interface, using
+from pretrain.data.labels import is_missing
 from pretrain.data.readers import Reading
 from pretrain.data.table_readers import delimited_texts
 from pretrain.data.tables import Table, parts_of_file, read_table, splits, stream_chunks
@@ -144,6 +146,33 @@ def test_missing_values_of_pandas_are_none(tmp_path: Path) -> None:
     assert read_table(frame).columns == want
     frame.to_parquet(tmp_path / "a.parquet")
     assert read_table(tmp_path / "a.parquet").columns["d"] == want["d"]
+
+
+@pytest.mark.parametrize("missing", ["NA", "NaT", "nan"])
+def test_missing_values_in_rows_are_none_at_any_depth(missing: str) -> None:
+    value = getattr(pytest.importorskip("pandas"), missing, np.nan)
+    rows = [{"text": value, "label": "a"}, {"text": "x", "label": ["b", value]}]
+    plain = read_table(rows).columns
+    assert plain["label"][0] == "a" and plain["label"][1][0] == "b" and plain["text"][1] == "x"
+    assert all(map(is_missing, (plain["text"][0], plain["label"][1][1])))
+    by_column = read_table({name: [row[name] for row in rows] for name in rows[0]}).columns
+    assert str(by_column) == str(plain)  # a NaN is not equal to itself
+
+
+def test_named_tuples_name_their_columns() -> None:
+    """Rows of ``itertuples`` are no pairs of a text and a label in this order."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"label": ["a", "b"], "text": ["x", "y"]})
+    columns = {"label": ["a", "b"], "text": ["x", "y"]}
+    assert read_table(list(frame.itertuples(index=False))).columns == columns
+    assert read_table(list(frame.itertuples())).columns == {"Index": [0, 1], **columns}
+    named = read_table(list(frame.itertuples(index=False)), columns=["of", "in"])
+    assert named.columns == {"of": ["a", "b"], "in": ["x", "y"]}
+
+
+def test_members_of_an_enum_of_texts_are_their_texts() -> None:
+    tone = enum.Enum("tone", {"GOOD": "good", "BAD": "bad"}, type=str)
+    assert read_table([{"label": tone["GOOD"]}]).columns == {"label": ["good"]}
 
 
 def test_names_of_classes_are_kept(tmp_path: Path) -> None:

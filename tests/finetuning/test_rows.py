@@ -182,6 +182,13 @@ def test_files(tmp_path: Path) -> None:
     assert "rows.csv, line" in found.valid.where(0)
 
 
+def test_named_tuples_are_read_by_their_names() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(rows_of(12))[["label", "text"]]
+    found = opened(list(frame.itertuples(index=False)))
+    assert found.learned.labels == opened(rows_of(12)).learned.labels
+
+
 def task_of(**options: Any) -> Classification:
     return Classification(model_of(head="sequence-classification", labels=ANIMALS), **options)
 

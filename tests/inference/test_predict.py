@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import json
 import signal
@@ -175,7 +176,7 @@ def test_forms_of_input_agree(model: Model, tmp_path: Path) -> None:
     path.write_text("review,stars\n" + "".join(f"{text},3\n" for text in texts))
     forms: list[Any] = [
         texts, tuple(texts), np.array(texts), pandas.Series(texts), rows, {"text": texts}, pandas.DataFrame(rows),
-        datasets.Dataset.from_list(rows), path,
+        datasets.Dataset.from_list(rows), path, [*pandas.DataFrame(rows)[["stars", "review"]].itertuples()],
     ]  # fmt: skip
     for form in forms:
         found = predict(model, form, batch_rows=2)
@@ -194,6 +195,8 @@ def test_pairs(model: Model) -> None:
     assert same(predict(model, {"text": pair[0], "pair": pair[1]}), one)
     assert same(predict(model, {"premise": pair[0], "hypothesis": pair[1]}), one)
     assert same(predict(model, [list(pair), pair])[0], one)
+    named = collections.namedtuple("named", "hypothesis premise")(pair[1], pair[0])
+    assert same(predict(model, named), one) and same(predict(model, [named])[0], one)
     assert not np.isclose(one["score"], predict(model, pair[0])["score"], atol=1e-4)
     with pytest.raises(DataError, match="Input 2 is no pair"):
         predict(model, [pair, "the fox"])

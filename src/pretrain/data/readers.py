@@ -386,7 +386,7 @@ def has_transform(dataset: Any) -> bool:
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value of Python in place of NumPy's, with all lone surrogates in its strings replaced, at any depth.
+    """Return a value of Python in place of NumPy's and pandas' (None for NA), at any depth, without lone surrogates.
 
     A JSON escape can denote a surrogate, but it is not a character and has no UTF-8 encoding.
     """
@@ -395,6 +395,10 @@ def plain_value(value: Any) -> Any:
         return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
     if value is None or kind in (int, float, bool):
         return value
+    if kind.__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, str):  # a member of an Enum of texts is its text, not its name
+        return plain_value(str.__str__(value))
     if kind is list or kind is tuple:
         return [plain_value(item) for item in value]
     if isinstance(value, Mapping):

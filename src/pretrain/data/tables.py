@@ -336,6 +336,7 @@ def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Ta
                     f"{option('names', names)} names {len(names)}."
                 )
         source = [dict(zip(names, row, strict=True)) for row in source]
+    source = [row._asdict() if hasattr(row, "_asdict") else row for row in source]
     for k, row in enumerate(source):
         if isinstance(row, Mapping):
             if len({str(key) for key in row}) < len(row):

@@ -341,7 +341,12 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
 
 
 def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
-    """Names for rows that are tuples: the required roles of the task, or all of them, whichever number matches."""
+    """Names for rows that are tuples: the required roles of the task, or all of them, whichever number matches.
+
+    None for a named tuple, which names its columns itself.
+    """
+    if hasattr(row, "_asdict"):
+        return None
     every = [role.name for role in task.roles if role.name in role.known]
     needed = [role.name for role in task.roles if role.required and role.name in role.known]
     return next((names for names in (needed, every) if len(names) == len(row)), None)

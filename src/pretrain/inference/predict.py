@@ -382,6 +382,8 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         inputs = inputs.tolist()
     elif isinstance(inputs, Iterator):
         inputs = list(inputs)
+    if hasattr(inputs, "_asdict"):  # a named tuple is a row with names
+        inputs = inputs._asdict()
     single = False
     items: list[Any] | None = None
     if isinstance(inputs, list) and inputs and _is_turn(inputs[0]):  # one conversation
@@ -399,7 +401,8 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         if not len(inputs):
             return None, False
         inputs = list(inputs)
-        items = None if isinstance(inputs[0], Mapping) else inputs
+        named = isinstance(inputs[0], Mapping) or hasattr(inputs[0], "_asdict")
+        items = None if named else inputs
     if items is not None:
         return _table_of(task, items), single
     table = task.gathered(task.read(inputs, name="inputs"), columns)
