@@ -234,6 +234,66 @@ def test_when_a_comma_stands_between_labels() -> None:
     assert read(["a", "b", "a"], problem="multi_label")[1] == [{"a"}, {"b"}, {"a"}]
 
 
+@pytest.mark.parametrize(
+    "mark", [" ", "  ", "/", " / ", "+", " & ", "\n", "\t", ":", "::", "#", "，", "、", "；", " • "]
+)
+def test_marks_that_stand_in_names_more_often_than_between_labels(mark: str) -> None:
+    """Kaggle's sets of images have blanks between labels: a class for each combination is said or refused."""
+    rows = [{"anger"}, {"joy", "love"}, {"joy"}, {"anger", "love"}, {"love"}]
+    source = [{"text": "t", "label": mark.join(sorted(row))} for row in rows]
+    with pytest.raises(
+        DataError, match="several labels with .* between them, or one: label_separator="
+    ):
+        learned(source)
+    between = mark.strip() or mark[0]
+    for options in (
+        {"label_separator": between}, {"labels": list(NAMES)}, {"checkpoint_labels": NAMES}, {"problem": "multi_label"},
+    ):  # fmt: skip
+        assert learned(source, **options)[:2] == (NAMES, rows)
+    for options in ({"label_separator": ""}, {"problem": "single_label"}):
+        assert len(learned(source, **options)[0]) == 5
+
+
+def test_numbers_with_blanks_between_are_class_numbers_if_others_stand_alone() -> None:
+    cells = ["16 0", "7 1 2 0", "5", "0", "16 0"]
+    source = [{"text": "t", "label": cell} for cell in cells]
+    with pytest.raises(DataError, match="label_separator=' '"):
+        learned(source)
+    labels, sets, _ = learned(source, label_separator=" ")
+    assert labels == ("0", "1", "2", "5", "7", "16") and sets == [set(c.split()) for c in cells]
+
+
+def test_combinations_without_lone_parts_are_classes_with_a_line() -> None:
+    tags = [
+        "haze primary",
+        "clear primary",
+        "clear primary water",
+        "haze primary water",
+        "cloudy",
+        "haze clear water",
+    ]
+    source = [{"text": "t", "label": tag} for tag in tags]
+    labels, _, found = learned(source)
+    assert labels == tuple(sorted(tags)) and "label_separator=' '" in str(found.notes)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("agree", "strongly agree", "neutral", "disagree", "strongly disagree"),
+        ("very good", "good", "bad", "very bad"),
+        ("New York", "York", "Leeds"), ("science fiction", "science", "fiction", "young adult"),
+        ("TCP/IP", "TCP", "UDP"),
+        ("C", "C#", "C++"), ("1 0", "0 1", "1 1"), ("0/1", "1/1", "0/0"), ("B-PER", "I-PER", "O"),
+        ("PG", "PG-13", "13"),
+        ("News", "News/Sports", "News/World"), ("class 1", "class 2", "1", "2"),
+    ],
+)  # fmt: skip
+def test_names_that_share_words_stay_names(names: tuple[str, ...]) -> None:
+    labels, _, found = learned([{"text": "t", "label": name} for name in names * 2])
+    assert labels == tuple(sorted(names)) and not any("label_separator" in n for n in found.notes)
+
+
 HOT = ([1, 0, 1], [0, 1, 0])
 JOINED = [",", ";", "|", " ", ", "]
 

@@ -54,6 +54,20 @@ LARGEST = 1e37  # largest target; differences and sums over a batch still fit si
 
 _UNLABELLED = ("-1", "-")  # the second is that of SNLI, where the annotators disagreed
 _MARKS = ("|", ";", ",")  # separators of names in one cell
+_RARER = (
+    "\n",
+    "\t",
+    "，",
+    "、",
+    "；",
+    "•",
+    "#",
+    "/",
+    "+",
+    "&",
+    ":",
+    " ",
+)  # that names have in them more often
 _GIVEN = "the labels given"
 _PAIRS = {"0,0", "0,1", "1,0", "1,1"}
 _RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
@@ -1326,24 +1340,19 @@ def _separator(
         known = {str(label).strip() for label in labels}
         if cells <= known:
             return "", []
-        for mark in _MARKS:
+        for mark in (*_MARKS, *_RARER):
             if all(cell in known or set(_parts(cell, mark)) <= known for cell in cells):
                 return mark, []
     if cells and all(re.fullmatch(r"(<[^<>]+>)+", cell) for cell in cells):
         return "><", []
     notes = []
     for mark in _MARKS:
-        split = {cell: _parts(cell, mark) for cell in cells if len(cell) < 1000}
+        split = _split_at(mark, cells)
         joined = sorted(cell for cell, parts in split.items() if len(parts) > 1)
         if not joined:
             continue
-        holders = Counter(part for parts in split.values() for part in parts)
-        parts = {part for cell in joined for part in split[cell]}
-        share = sum(holders[part] > 1 for part in parts) / len(parts)
-        either = (
-            f"{option('label_separator', mark)} reads several labels, {option('label_separator', '')} one class for "
-            "each text" + f", as does {option('problem', 'single_label')}" * trains()
-        )
+        parts, share = _recurring(split, joined)
+        either = _either(mark)
         pairs = {re.sub(r"\s*,\s*", ",", cell) for cell in cells}
         decimals = all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells)
         if mark == "," and form is None and pairs <= _PAIRS:
@@ -1374,4 +1383,54 @@ def _separator(
                 f"label: {len(joined)} classes have {mark!r} in their name, such as {shortened(joined[0])}; each is "
                 f"one class ({option('label_separator', mark)} reads several labels)"
             )
+    mark, more = _rarer_separator(cells, always)
+    return mark, notes + more
+
+
+def _rarer_separator(cells: Collection[str], always: bool) -> tuple[str, list[str]]:
+    """Detect a separator that names have in them more often, such as a blank; the result is that of `_separator`.
+
+    Raises:
+        DataError: all parts of the texts with such a mark stand alone in other rows, or all are numbers and some do.
+    """
+    notes = []
+    for mark in _RARER:
+        split = _split_at(mark, cells)
+        joined = sorted(cell for cell, parts in split.items() if len(parts) > 1)
+        if not joined:
+            continue
+        parts, share = _recurring(split, joined)
+        numbers = all(part.isdecimal() for row in split.values() for part in row)
+        shown = shortened(joined[0])
+        if parts <= {*cells} or (numbers and any(cell.isdecimal() for cell in cells)):
+            if always:
+                text = f"label: {mark!r} stands between several labels of a row, such as {shown}"
+                return mark, [f"{text} ({_either(mark)})"]
+            raise DataError(
+                f"label holds {shown}, whose parts are labels of other rows too, so it can be several labels with "
+                f"{mark!r} between them, or one: {_either(mark)}."
+            )
+        if share >= _RECURRING and len(joined) > len(parts):
+            notes.append(
+                f"label: {len(joined)} classes are made of parts of each other, such as {shown}; each is one class "
+                f"({option('label_separator', mark)} reads several labels)"
+            )
     return "", notes
+
+
+def _split_at(mark: str, cells: Iterable[str]) -> dict[str, list[str]]:
+    return {cell: _parts(cell, mark) for cell in cells if len(cell) < 1000}
+
+
+def _recurring(split: Mapping[str, Sequence[str]], joined: Sequence[str]) -> tuple[set[str], float]:
+    """Return the parts of joined cells, and the share of them that occur in other cells too."""
+    holders = Counter(part for parts in split.values() for part in parts)
+    parts = {part for cell in joined for part in split[cell]}
+    return parts, sum(holders[part] > 1 for part in parts) / len(parts)
+
+
+def _either(mark: str) -> str:
+    return (
+        f"{option('label_separator', mark)} reads several labels, {option('label_separator', '')} one class for "
+        "each text" + f", as does {option('problem', 'single_label')}" * trains()
+    )
