@@ -437,6 +437,32 @@ def test_conll(tmp_path: Path) -> None:
     refused(write(tmp_path, "f.conllu", "1\ta\tb\n"), "f.conllu:1", "has 10")
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{0}\t{1}\t{2}", "the first column counts the words"), ("{0} {1} NN {2}", "the first column counts the words"),
+        ("{2}\t{1}", "first column has tags such as 'I-LOC'"), ("{1}\t{2}", ""), ("{1} {0} NN {2}", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("first", [0, 1])
+def test_columns_of_conll_in_other_orders(
+    line: str, told: str, first: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GermEval 2014 counts the words of a sentence, and the MIT corpora have the tag in front."""
+    words = [["John", "in", "New", "York"], ["Mary"], ["1", "2"]]
+    tags = [["B-PER", "O", "B-LOC", "I-LOC"], ["B-PER"], ["O", "O"]]
+    blocks = [
+        "".join(
+            line.format(k, *pair) + "\n"
+            for k, pair in enumerate(zip(*both, strict=True), start=first)
+        )
+        for both in zip(words, tags, strict=True)
+    ]
+    path = write(tmp_path, "a.conll", "\n".join(blocks))
+    assert read_table(path).columns == {"tokens": words, "ner_tags": tags}
+    assert (told in capsys.readouterr().err) if told else not capsys.readouterr().err
+
+
 def test_comments_in_conll_are_no_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "# file 7\n\n# id 1 domain=en\nEU _ _ B-ORG\n# _ _ O\n\n# id 2 x=y\nEU _ _ O\n"
     table = read_table(write(tmp_path, "a.conll", text))

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -547,17 +547,18 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
     """Yield the sentences of a file with one word and its tag on each line, a blank line between sentences.
 
     Columns are separated by tabs if the first line has a tab, and by whitespace otherwise. The first is the word and
-    the last its tag; columns in between (part of speech, chunk) are ignored. ``-DOCSTART-`` lines, which begin a
-    document, are skipped, and so are comments: lines before the words of a sentence whose first word is ``#`` and whose
-    last is no tag of any other line; their number is printed.
+    the last its tag; columns in between (part of speech, chunk) are ignored. If the first of three or more
+    counts the words of each sentence, the second is the word, and of two columns the tags may be the first; a line says
+    so. ``-DOCSTART-`` lines, which begin a document, are skipped, and so are comments: lines before the words of a
+    sentence whose first word is ``#`` and whose last is no tag of any other line; their number is printed.
 
     Raises:
         DataError: a line has another number of columns than the first one, or an empty word or tag; names the line.
     """
     width, tabs = 0, True
+    sentences: list[tuple[int, list[tuple[int, list[str]]]]] = []
     for start, rows in _without_comments(path, [*_blocks(path, encoding)]):
-        words: list[str] = []
-        tags: list[str] = []
+        read: list[tuple[int, list[str]]] = []
         for number, line in rows:
             if not width:
                 tabs = "\t" in line
@@ -575,15 +576,55 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
                     f"{path}:{number} has {len(cells)} columns, but the lines before it have {width}: {line[:60]!r}. "
                     "Write the word first and its tag last, with a tab between."
                 )
-            if not cells[0].strip() or not cells[-1].strip():
+            read.append((number, cells))
+        if read:
+            sentences.append((start, read))
+    word, tag = _word_and_tag(path, [[cells for _, cells in read] for _, read in sentences])
+    for start, read in sentences:
+        for number, cells in read:
+            if not cells[word].strip() or not cells[tag].strip():
                 raise DataError(
-                    f"{path}:{number} has an empty {'tag' if cells[0].strip() else 'word'}: {line[:60]!r}. Correct "
-                    "this line, or leave it blank to end the sentence."
+                    f"{path}:{number} has an empty {'tag' if cells[word].strip() else 'word'}: "
+                    f"{' '.join(cells)[:60]!r}. Correct this line, or leave it blank to end the sentence."
                 )
-            words.append(cells[0])
-            tags.append(cells[-1].strip())
-        if words:
-            yield start, words, tags
+        yield start, [cells[word] for _, cells in read], [cells[tag].strip() for _, cells in read]
+
+
+_TAG = re.compile(r"[BIESLU]-\S+")
+
+
+def _word_and_tag(path: Path, sentences: Sequence[Sequence[Sequence[str]]]) -> tuple[int, int]:
+    """Return the indices of the columns of words and tags; what is unusual is told in a line."""
+    firsts = [[cells[0].strip() for cells in rows] for rows in sentences]
+    counted = all(
+        row in ([str(k + first) for k in range(len(row))] for first in (0, 1)) for row in firsts
+    )
+    if counted and any(len(row) > 1 for row in firsts) and len(sentences[0][0]) > 2:
+        note(
+            f"{path}: the first column counts the words of each sentence, so the words are those of the second, "
+            "and the tags those of the last"
+        )
+        return 1, -1
+    marks, lasts = (
+        {*chain.from_iterable(firsts)},
+        {c[-1].strip() for rows in sentences for c in rows},
+    )
+
+    def tags(cells: set[str]) -> bool:
+        return all(cell == "O" or _TAG.fullmatch(cell) for cell in cells) and cells != {"O"}
+
+    if (
+        sentences
+        and len(sentences[0][0]) == 2
+        and tags(marks)
+        and not tags(lasts)
+        and len(lasts) > 1
+    ):
+        note(
+            f"{path}: the first column has tags such as {max(marks - {'O'})!r}, so the words are the second"
+        )
+        return 1, 0
+    return 0, -1
 
 
 def _without_comments(
