@@ -244,12 +244,20 @@ def test_lists_of_texts_as_published() -> None:
         ]
     ]  # fmt: skip
     made = []
-    for given in (listed, single):
+    cells = [{key: str(cell) for key, cell in row.items()} for row in listed]
+    for given in (
+        listed,
+        single,
+        cells,
+        [{k: c.replace("'", '"') for k, c in r.items()} for r in cells],
+    ):
         source = read_table(given)
         made.append(task.encode(roles_table(source, choose_columns(source, Embedding.roles, {}))))
-    for one, other in zip(made[0], made[1], strict=True):
-        assert one.keys() == other.keys()
-        assert all(np.array_equal(one[key], other[key]) for key in one)
+    for others in made[1:]:
+        for one, other in zip(made[0], others, strict=True):
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[key], other[key]) for key in one)
+    assert made[2].owners == made[0].owners
     assert made[0].owners == [0, 0, 0, 1, 1] and made[0].dropped == {"empty text": [2]}
     assert [*made[0].remarks.values()] == [[0, 1]]
     short = Embedding(model(), max_length=3)
@@ -257,7 +265,10 @@ def test_lists_of_texts_as_published() -> None:
     assert short.encode(source).cut == [0]
 
 
-@pytest.mark.parametrize("cell", [[3, 7], 0.25, [], None, [{"docid": 3}]])
+@pytest.mark.parametrize(
+    "cell",
+    [[3, 7], 0.25, [], None, [{"docid": 3}], "0.25", "[3, 7]", "[]", '[{"docid": 3}]', "['0.5']"],
+)
 def test_negatives_without_texts_are_not_read(cell: Any) -> None:
     """Ids and scores of negatives stand beside published pairs, which are trained as before."""
     from pretrain.data.labelled import choose_columns

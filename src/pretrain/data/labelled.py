@@ -15,7 +15,14 @@ from typing import Any
 
 from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option
-from pretrain.data.labels import is_missing, is_on, make_tag_map, number_in
+from pretrain.data.labels import (
+    is_missing,
+    is_on,
+    make_tag_map,
+    number_in,
+    printed_list,
+    printed_mapping,
+)
 from pretrain.data.tables import Table, shown
 from pretrain.errors import ConfigError, DataError, did_you_mean, suggestion
 from pretrain.utils.files import note
@@ -164,9 +171,16 @@ def _recognised(table: Table, role: Role, taken: set[str]) -> str | None:
 
 
 def _holds_texts(cells: Sequence[Any]) -> bool:
-    """Whether any cell is a text, or a list with one, that is not blank."""
+    """Whether any cell is a text, or a list with one, that is not blank; a printed number or mapping is none."""
     each = (value for cell in cells for value in (cell if isinstance(cell, list) else [cell]))
-    return any(isinstance(value, str) and value.strip() for value in each)
+    return any(isinstance(value, str) and value.strip() and _is_text(value) for value in each)
+
+
+def _is_text(value: str) -> bool:
+    items = printed_list(value)
+    if items is not None:
+        return _holds_texts(items)
+    return number_in(value) is None and printed_mapping(value) is None
 
 
 def _choose_together(table: Table, roles: Mapping[str, Role], chosen: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "flattened",
     "is_missing",
     "is_on",
+    "listed",
     "make_tag_map",
     "number_in",
     "printed_list",
@@ -1173,6 +1174,13 @@ def printed_list(text: str) -> list[Any] | None:
             return _bare_words(inside) if text[0] == "[" else None
         place = between.end() if between else match.end()
     return items
+
+
+def listed(cell: Any) -> Any:
+    """Return the list of texts that is printed in a cell of a CSV file; any other value as it is."""
+    printed = isinstance(cell, str) and cell.lstrip().startswith(("['", '["'))
+    texts = printed_list(cell) if printed else None
+    return cell if texts is None else texts
 
 
 class _Unwrapped(ast.NodeTransformer):

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from pretrain.data.images.augment import Augmentation
-from pretrain.data.images.captions import listed
 from pretrain.data.images.pairs import PairProcessor
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role
+from pretrain.data.labels import listed
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, ModelError

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import column as column_option
 from pretrain.data.labelled import Role, is_missing, text_id
-from pretrain.data.labels import finite_numbers
+from pretrain.data.labels import finite_numbers, listed
 from pretrain.data.tables import shown
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
@@ -300,19 +300,21 @@ def _one_text_each(table: Table, parts: Sequence[str]) -> tuple[Table, list[int]
     """Return a table with one text in each cell, and the row that each of its rows is of; None if they are the same.
 
     A row with lists of texts stands once for each text of the longest of them, and the shorter ones begin again, as
-    triplets of sentence-transformers do. A blank text in a list is left out.
+    triplets of sentence-transformers do. A blank text in a list is left out. Where every cell of a column, as in a CSV
+    file, is a printed list, it is read as that.
     """
-    listed = [p for p in parts[1:] if any(isinstance(cell, list) for cell in table.columns[p])]
-    if not listed:
+    columns = {p: _unprinted(table.columns[p]) for p in parts[1:]}
+    lists = {p: cells for p, cells in columns.items() if any(isinstance(c, list) for c in cells)}
+    if not lists:
         return table, None
     texts = {
         p: [
             [text for text in cell if not is_missing(text)] or [""]
             if isinstance(cell, list)
             else [cell]
-            for cell in table.columns[p]
+            for cell in cells
         ]
-        for p in listed
+        for p, cells in lists.items()
     }
     times = [max(map(len, cells)) for cells in zip(*texts.values(), strict=True)]
     places = [(i, k) for i, count in enumerate(times) for k in range(count)]
@@ -320,6 +322,12 @@ def _one_text_each(table: Table, parts: Sequence[str]) -> tuple[Table, list[int]
     single = {p: [cells[i][k % len(cells[i])] for i, k in places] for p, cells in texts.items()}
     every = table.take(owners)
     return every.with_columns({**every.columns, **single}, every.label_names), owners
+
+
+def _unprinted(cells: Sequence[Any]) -> Sequence[Any]:
+    """Return the lists that the cells of a column print, or the cells if one of them is a text."""
+    lists = [cell if is_missing(cell) else [] if cell == "[]" else listed(cell) for cell in cells]
+    return cells if any(isinstance(c, str) and c.strip() for c in lists) else lists
 
 
 def _by_owner(rows: TaskRows, owners: Sequence[int]) -> TaskRows:

@@ -19,7 +19,7 @@ from pretrain.data.labelled import (
     split,
     text_id,
 )
-from pretrain.data.labels import printed_list
+from pretrain.data.labels import listed
 from pretrain.data.row_source import RowSource
 from pretrain.data.tables import Table
 from pretrain.data.tokenizer import KINDS, Tokenizer, train_from_texts
@@ -184,13 +184,6 @@ def captions_by_row(table: Table) -> dict[int, list[str]]:
             "epoch draws one of them"
         )
     return found
-
-
-def listed(cell: Any) -> Any:
-    """Return the list of texts that is printed in a cell of a CSV file; any other value as it is."""
-    printed = isinstance(cell, str) and cell.lstrip().startswith(("['", '["'))
-    texts = printed_list(cell) if printed else None
-    return cell if texts is None else texts
 
 
 def _captions(table: Table, i: int) -> list[str]:
