@@ -207,6 +207,74 @@ def test_forms_that_are_refused(values: list[Any], words: str) -> None:
         learned([{"text": f"t{i}", "label": value} for i, value in enumerate(values)])
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["[a, b]", "[a]", "[b]", "[]"], ["{a,b}", "{a}", "{b}", "{}"], ["[a, b]", "[ a ]", "['b']", " [] "],
+        ['{"choices":["a","b"]}', "a", "b", ""], ['{"choices": ["a", "b"]}', '{"choices":["a"]}', "b", " "],
+    ],
+)  # fmt: skip
+def test_lists_as_postgresql_label_studio_and_people_write_them(cells: list[str]) -> None:
+    source = [{"text": "t", "label": cell} for cell in cells]
+    for options in ({}, {"labels": ["a", "b"]}, {"checkpoint_labels": ("a", "b")}):
+        assert learned(source, **options)[:2] == (("a", "b"), [{"a", "b"}, {"a"}, {"b"}, set()])
+    if "choices" in cells[0]:
+        with pytest.raises(DataError, match=r"row 1 .*2 labels"):
+            learned(source, problem="single_label")
+
+
+def test_names_in_brackets_alone_are_names() -> None:
+    labels, _, _ = learned([{"text": "t", "label": name} for name in ("[a]", "[b]", "{c}")])
+    assert labels == ("[a]", "[b]", "{c}")
+
+
+def test_vectors_in_a_column_that_is_declared_to_hold_class_numbers() -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def of(rows: list[list[int]], names: list[str]) -> Any:
+        kind = datasets.Sequence(datasets.ClassLabel(names=names))
+        features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+        return datasets.Dataset.from_dict({"text": ["t"] * len(rows), "label": rows}, features)
+
+    hot = [[1, 0, 0], [0, 1, 1]]
+    for names in (["no", "yes"], ["a", "b", "c"]):
+        with pytest.raises(DataError, match=r"row 1 .*looks like a vector.*label_form='vectors'"):
+            learned(of(hot, names))
+        labels = tuple("abc") if len(names) == 3 else tuple("012")
+        wanted = [{labels[0]}, {labels[1], labels[2]}]
+        assert learned(of(hot, names), label_form="vectors")[:2] == (labels, wanted)
+    assert learned(of(hot, ["no", "yes"]), label_form="vectors", labels=[*"abc"])[0] == tuple("abc")
+    for rows in ([[0, 1], [1]], [[0, 1], [1, 0]], [[2, 2], [1]], [[], [1]]):
+        sets = [{"abc"[k] for k in row} for row in rows]
+        assert learned(of(rows, [*"abc"]))[:2] == (tuple("abc"), sets)
+
+
+def test_digits_without_a_mark_between_can_be_vectors() -> None:
+    cells = ["100", "010", "011", "100"]
+    source = [{"text": "t", "label": cell} for cell in cells]
+    with pytest.raises(DataError, match="'100', which can be a vector of 3 zeros and ones"):
+        learned(source)
+    for options in (
+        {"label_form": "vectors", "labels": [*"abc"]}, {"labels": [*"abc"]}, {"checkpoint_labels": tuple("abc")},
+    ):  # fmt: skip
+        assert learned(source, **options)[:2] == (tuple("abc"), [{"a"}, {"b"}, {"b", "c"}, {"a"}])
+    assert learned(source, label_form="vectors")[0] == ("0", "1", "2")
+    for options in (
+        {"label_separator": ""},
+        {"problem": "single_label"},
+        {"label_form": "numbers"},
+    ):
+        assert learned(source, **options)[0] == ("010", "011", "100")
+    for names in (
+        ("000", "001"),
+        ("100", "101", "110"),
+        ("01", "10", "11"),
+        ("001", "002", "010"),
+        ("0", "1", "10"),
+    ):
+        assert learned([{"text": "t", "label": name} for name in names])[0] == names
+
+
 def test_when_a_comma_stands_between_labels() -> None:
     def read(values: list[str], **options: Any) -> Any:
         return learned([{"text": str(i), "label": v} for i, v in enumerate(values)], **options)

@@ -21,7 +21,7 @@ from typing import Any
 
 from pretrain.config.spelling import column as column_option
 from pretrain.config.spelling import option, trains
-from pretrain.data.tables import shortened
+from pretrain.data.tables import shortened, shown
 from pretrain.errors import DataError, suggestion
 from pretrain.utils.files import note
 
@@ -54,6 +54,19 @@ _UNUSED = 10  # values of an order without a row that are classes, besides as ma
 LARGEST = 1e37  # largest target; differences and sums over a batch still fit single precision
 
 _UNLABELLED = ("-1", "-")  # the second is that of SNLI, where the annotators disagreed
+_PRINTED_AS_MISSING = {
+    "nan",
+    "NaN",
+    "None",
+    "null",
+    "NULL",
+    "N/A",
+    "n/a",
+    "NA",
+    "<NA>",
+    "#N/A",
+    "?",
+}
 _MARKS = ("|", ";", ",")  # separators of names in one cell
 _RARER = (
     "\n",
@@ -541,7 +554,13 @@ def blanks_note(values: Iterable[Any], column: str) -> list[str]:
 
 
 def unlabelled_note(values: Sequence[Any], labels: Sequence[str], column: str) -> list[str]:
-    """Return a line about a class called ``-`` beside classes with names; an empty list if there is none."""
+    """Return lines about classes that mark missing labels elsewhere: ``-`` beside names, and what pandas prints."""
+    printed = [label for label in labels if label in _PRINTED_AS_MISSING]
+    if printed and len(labels) > len(printed):
+        return [
+            f"{column}: {shown(printed)} {'are classes' if len(printed) > 1 else 'is a class'} here, and is often what "
+            "is written for a missing label; such rows are then to be left out"
+        ]
     count = sum(isinstance(value, str) and value.strip() == "-" for value in values)
     if not count or not any(character.isalpha() for label in labels for character in label):
         return []
@@ -920,12 +939,18 @@ def _read(
             hot := _written_vectors(texts, vectors, separator, always=always, single=single)
         ):
             return hot
+        chosen = [_choices(text) for text in texts]
+        if separator is None and any(found is not None for found in chosen):
+            pairs = zip(texts, chosen, strict=True)  # a lone choice is written as its name
+            rows = [[text] * bool(text) if found is None else found for text, found in pairs]
+            return _from_lists(rows, vectors)
         if separator is None and not single:
             mapped = [printed_mapping(text) for text in texts]
             if all(isinstance(found, dict) for found in mapped):
                 return _from_mappings(mapped, where)
             parsed = [printed_list(text) for text in texts]
             if any(found is not None for found in parsed):
+                parsed = [printed_list(text, lone=True) for text in texts]
                 return _from_printed(texts, parsed, vectors)
             separator, notes = _separator(texts, vectors.known, always, vectors.form)
         if separator:
@@ -996,6 +1021,8 @@ class _Vectors:
         if not width:
             return None
         labels = self.labels
+        if labels is None and self.names is not None and len(self.names) == width:
+            labels = self.names
         if labels is not None and len(labels) != width:
             raise DataError(
                 f"{self.where(0)}: label is a vector of {width} zeros and ones, and there are {len(labels)} labels: "
@@ -1020,7 +1047,7 @@ class _Vectors:
         class numbers: as class numbers, nearly all rows would have both classes.
         """
         items = [item for row in rows for item in row if not is_missing(item)]
-        if self.names is not None or not items:
+        if not items or (self.names is not None and not self._as_vectors(rows, items)):
             return 0
         if self.form == "numbers" and self.strict:
             self._check_numbers(rows)
@@ -1062,6 +1089,23 @@ class _Vectors:
                 "1, or two names."
             )
         return width if width > 1 else 0
+
+    def _as_vectors(self, rows: Sequence[Sequence[Any]], items: Sequence[Any]) -> bool:
+        """Whether numbers of named classes are to be read as vectors, as the caller says.
+
+        Raises:
+            DataError: they look like vectors, in which a number can recur, and the caller has not said what they are.
+        """
+        twice = [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
+        alike = len({len(row) for row in rows}) == 1 and all(item in (0, 1) for item in items)
+        if self.form is None and twice and alike:
+            raise DataError(
+                f"{self.where(twice[0])}: label is {shortened(self.values[twice[0]])}, which looks like a vector of "
+                f"zeros and ones, but the column is declared to hold the numbers of {shown(list(self.names or ()))}, "
+                f"each of which a row has once. {option('label_form', 'vectors')} reads vectors; else leave out the "
+                "repeated numbers."
+            )
+        return self.form == "vectors" and self.strict
 
     def _check(self, rows: list[list[Any]], widths: set[int]) -> None:
         """Refuse rows that are no vectors, in a column that is known to hold vectors."""
@@ -1156,8 +1200,11 @@ _WORDS = {
 _BETWEEN = re.compile(r"\s*,\s*|\s+")
 
 
-def printed_list(text: str) -> list[Any] | None:
-    """Return the items of a list, tuple, set or array printed by Python, JSON or NumPy; None for any other text."""
+def printed_list(text: str, *, lone: bool = False) -> list[Any] | None:
+    """Return the items of a list that Python, JSON, NumPy or PostgreSQL (``{joy,love}``) prints; None for other text.
+
+    A single name without quotes, ``[joy]``, is a list only if it may be a `lone` one.
+    """
     text = text.strip()
     if match := _WRAPPED.fullmatch(text):
         text = match[1].strip() or "[]"
@@ -1167,11 +1214,11 @@ def printed_list(text: str) -> list[Any] | None:
     while place < len(inside):
         match = _ITEM.match(inside, place)
         if match is None:
-            return _bare_words(inside) if text[0] == "[" else None
+            return _bare_words(inside, lone) if text[0] in "[{" else None
         items.append(_item(match[1] or match[2]))
         between = _BETWEEN.match(inside, match.end())
         if between is None and match.end() < len(inside):
-            return _bare_words(inside) if text[0] == "[" else None
+            return _bare_words(inside, lone) if text[0] in "[{" else None
         place = between.end() if between else match.end()
     return items
 
@@ -1209,11 +1256,18 @@ def printed_mapping(text: str) -> Any:
     return None
 
 
-def _bare_words(inside: str) -> list[Any] | None:
+def _bare_words(inside: str, lone: bool) -> list[Any] | None:
     """Return the items of a list of unquoted names, such as ``[joy, love]``, or None."""
     parts = [part.strip() for part in inside.split(",")]
-    bare = len(parts) > 1 and all(parts) and not re.search(r"""['"\[\](){}:]""", inside)
-    return parts if bare else None
+    several = len(parts) > 1 or lone
+    return parts if several and all(parts) and not re.search(r"""['"\[\](){}:]""", inside) else None
+
+
+def _choices(text: str) -> list[Any] | None:
+    """Return what Label Studio writes into a cell for several choices, ``{"choices": ["joy", "love"]}``, or None."""
+    found = printed_mapping(text) if "choices" in text else None
+    names = found.get("choices") if isinstance(found, dict) and len(found) == 1 else None
+    return names if isinstance(names, list) else None
 
 
 def _item(token: str) -> Any:
@@ -1270,9 +1324,11 @@ def _written_vectors(
             return None
         found = _from_printed(texts, parsed, vectors)
         return found if separator or found.form == "vectors" else None
-    for mark in (*_MARKS, None) if separator is None else (separator.strip() or None,):
+    marks = (*_MARKS, None, "") if vectors.form != "numbers" else (*_MARKS, None)
+    for mark in marks if separator is None else (separator.strip() or None,):
         split = {
-            cell: [part.strip() for part in cell.split(mark)] if cell else [] for cell in cells
+            cell: [part.strip() for part in (cell.split(mark) if mark != "" and cell else cell)]
+            for cell in cells
         }
         if any(is_on(part) is None for row in split.values() for part in row if part):
             continue
@@ -1316,15 +1372,34 @@ def _told_as_vectors(
     A pair with a comma can be a decimal, and one with a blank a name: they are vectors if the caller has decided on
     sets of classes or on the labels, and those with a blank also if a row has two zeros.
     """
+    widths = {len(row) for row in rows if row}
+    if mark == "":
+        return not single and _told_as_digits(rows, widths, labels)
     if single:
         return _one_hot(rows, labels)
-    widths = {len(row) for row in rows if row}
     if mark == "," and widths <= {1, 2}:
         return always or len(labels or ()) == 2
     if mark is None and not always and labels is None:
         nothing = any(row and not any(map(is_on, row)) for row in rows)
         return len(widths) == 1 and (widths != {2} or nothing)
     return True
+
+
+def _told_as_digits(
+    rows: Sequence[Sequence[str]], widths: Collection[int], labels: Collection[str] | None
+) -> bool:
+    """Whether texts such as ``010`` are vectors of the labels that are known.
+
+    Raises:
+        DataError: they look like vectors, and nothing says what they are.
+    """
+    alike = len(widths) == 1 and min(widths) > 2 and any(row[:1] == ["0"] for row in rows)
+    if labels is None and alike and len({*map(tuple, rows)}) > 2:
+        raise DataError(
+            f"label holds {''.join(rows[0])!r}, which can be a vector of {len(rows[0])} zeros and ones, or a class: "
+            f"{option('label_form', 'vectors')} reads vectors, {option('label_separator', '')} one class for each text."
+        )
+    return labels is not None and alike and {*widths} == {len(labels)}
 
 
 def _parts(text: str, mark: str) -> list[str]:
