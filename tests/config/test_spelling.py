@@ -17,6 +17,7 @@ from pretrain.config.spelling import (
     TRAIN,
     Interface,
     column,
+    columns,
     option,
     reads_with,
     using,
@@ -141,3 +142,16 @@ def test_a_file_whose_first_line_is_a_row(tmp_path):
     ):
         with using(where), pytest.raises(DataError, match=cure):
             read_table(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        (FINETUNE, "text='a b', label=['x', 'y']"),
+        (PREDICT, "columns={'text': 'a b', 'label': ['x', 'y']}"),
+        ("finetune", "--data.columns.text 'a b' --data.columns.label '[x, y]'"),
+    ],
+)
+def test_several_columns_are_written_as_one_call_takes_them(where, text):
+    with using(command(where) if isinstance(where, str) else where):
+        assert columns({"text": "a b", "label": ["x", "y"]}) == text

@@ -143,6 +143,26 @@ def test_unused_columns_are_told_once_and_kept_until_then(
     assert roles_table(named, {"label": "y"}).label_names == {"label": ["neg", "pos"]}
 
 
+def test_the_published_form_of_several_labels_is_told_in_one_call(tmp_path: Path) -> None:
+    """The table of jigsaw: no name is recognised, the text is the longest column, and each label has one of its own."""
+    path = tmp_path / "train.csv"
+    path.write_text("id,comment_text,toxic,insult\n0af,you are a fool,1,1\n1b0,thank you,0,0\n")
+    calls = "text='comment_text', label=['toxic', 'insult']"
+    for source in (path, read_table(path).columns):
+        with pytest.raises(DataError) as told:
+            choose_columns(read_table(source), Classification.roles, {})
+        assert f"each of 'toxic', 'insult', which hold 0 and 1, is a label, write {calls}." in str(
+            told.value
+        )
+        assert ("If it is a row" in str(told.value)) == (source == path)
+    found = choose_columns(
+        read_table(path),
+        Classification.roles,
+        {"text": "comment_text", "label": ["toxic", "insult"]},
+    )
+    assert found == {"text": "comment_text", "label": ["toxic", "insult"]}
+
+
 def test_columns_that_cannot_be_chosen(tmp_path: Path) -> None:
     def choose(names: tuple[str, ...], **given: str) -> Any:
         return lambda: choose_columns(table(*names), ROLES, given)

@@ -335,7 +335,12 @@ def test_the_mark_of_rows_without_a_label_in_snli_is_remarked_on() -> None:
     assert "'-' is a class, of 1 of 4 rows" in notes("neutral", "entailment", "-", "neutral")[0]
     assert "'nan' is a class" in notes("neutral", "nan", "neutral")[0]
     assert "'None', 'nan' are classes" in notes("None", "yes", "nan")[0]
-    assert notes("None", "nan") == notes("none", "some") == notes("NA", "DE", labels=["DE", "NA"]) == []
+    assert (
+        notes("None", "nan")
+        == notes("none", "some")
+        == notes("NA", "DE", labels=["DE", "NA"])
+        == []
+    )
     assert notes("+", "-", "+") == notes("a", "-", "a", labels=["a", "-"]) == notes("a", "b") == []
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "TRAIN",
     "Interface",
     "column",
+    "columns",
     "either",
     "option",
     "option_name",
@@ -148,6 +149,14 @@ def either(command: str, python: str) -> str:
 def column(role: str, name: Any = ...) -> str:
     """Return the option that names the column of a role: ``text='review'`` or ``--data.columns.text review``."""
     return _current.spell(_current.columns + role, name)
+
+
+def columns(chosen: Mapping[str, Any]) -> str:
+    """Return the options that name the columns of several roles, written together: ``columns={'text': ..., ...}``."""
+    section = _current.columns.removesuffix(".")
+    if section and not _current.command:
+        return f"{section}={_literal(chosen)}"
+    return (" " if _current.command else ", ").join(column(*pair) for pair in chosen.items())
 
 
 def _literal(value: Any) -> str:

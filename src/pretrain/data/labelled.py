@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.config.spelling import column as column_option
+from pretrain.config.spelling import columns as columns_option
 from pretrain.config.spelling import option
 from pretrain.data.labels import (
     is_missing,
@@ -34,6 +35,7 @@ __all__ = [
 
 _BINS = 10  # strata of a continuous target
 _SHOWN = 30  # maximum number of columns named in a message
+_SAMPLED = 50  # rows by which the column of a text is guessed in a message
 
 
 @dataclass(frozen=True)
@@ -223,34 +225,48 @@ def _missing(
     taken = {name for column in chosen.values() for name in _listed(column)}
     left = [name for name in table.columns if name not in taken]
     wanted = " and ".join(role.name + (f" ({role.help})" if role.help else "") for role in missing)
+    guessed = _guessed(table, missing, left)
+    marks = next((columns for columns in guessed.values() if isinstance(columns, list)), [])
+    shortened = {
+        r: [*c[:3], ...] if c is marks and len(c) > _SHOWN else c for r, c in guessed.items()
+    }
+    calls = columns_option({**named, **shortened})
+    many = f"each of {column_names(marks)}, which hold 0 and 1, is a label" if marks else ""
     if table.hint and not chosen:
-        return f"{table.name} has no column for {wanted}. {table.hint}"
+        other = f" If it is the header{' and' * bool(marks)} {many}".rstrip() + f", write {calls}."
+        return f"{table.name} has no column for {wanted}. {table.hint}{other * (len(left) >= len(missing))}"
     looked = "; ".join(f"{role.name}: {', '.join(role.known)}" for role in missing)
     if len(left) < len(missing):
         found = f"Only {column_names(left)}" if left else "No column"
         cure = f"{found} is left for it; check that the right file was given."
-    elif missing[0].many and len(marks := _marked(table, left)) > 1:
-        some = marks if len(marks) <= _SHOWN else [*marks[:3], ...]
-        cure = (
-            f"If each of {column_names(marks)}, which hold 0 and 1, is a label, write "
-            f"{column_option(missing[0].name, some)}."
-        )
+    elif marks:
+        cure = f"If {many}, write {calls}."
+    elif len(left) == 1 and len(missing) == 1:
+        cure = f"The only column left is {left[0]!r}; if it is the one, write {calls}."
     else:
-        calls = [column_option(role, column) for role, column in named.items()]
-        calls += [
-            column_option(role.name, left[min(k, len(left) - 1)]) for k, role in enumerate(missing)
-        ]
-        only = len(left) == 1 and len(missing) == 1
-        lead = (
-            f"The only column left is {left[0]!r}; if it is the one, write"
-            if only
-            else "Name it, for example"
-        )
-        cure = f"{lead} {' '.join(calls) if calls[0].startswith('--') else ', '.join(calls)}."
+        cure = f"Name it, for example {calls}."
     return (
         f"{table.name} has no column for {wanted}; columns present: {column_names(table.names)}. Recognised names are "
         f"{looked}. {cure}"
     )
+
+
+def _guessed(table: Table, missing: Sequence[Role], left: Sequence[str]) -> dict[str, Any]:
+    """Return columns as an example: that with the longest texts for an input, all of 0 and 1 for several labels."""
+    marks = _marked(table, left) if any(role.many for role in missing) else []
+    free = [name for name in left if len(marks) < 2 or name not in marks]
+    found: dict[str, Any] = {}
+
+    def size(name: str) -> int:
+        return sum(len(cell) for cell in table.columns[name][:_SAMPLED] if isinstance(cell, str))
+
+    for role in missing:
+        if role.many and len(marks) > 1:
+            found[role.name] = marks
+        elif free:
+            found[role.name] = free[0] if role.target else max(free, key=size)
+            free = [name for name in free if name != found[role.name]] or free
+    return found
 
 
 def _marked(table: Table, names: Sequence[str]) -> list[str]:
