@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pretrain
@@ -30,6 +31,21 @@ def test_stream_that_cannot_be_read_twice(tmp_path: Path) -> None:
         prepare(data.to_iterable_dataset())
     with pytest.raises(DataError, match=r"several splits \(train\)"):
         prepare(datasets.DatasetDict({"train": data}))
+
+
+def test_columns_and_splits_in_memory_are_no_mixture() -> None:
+    pandas = pytest.importorskip("pandas")
+    wanted = list(documents(resolve_sources([{"text": text} for text in GOOD])[0][0]))
+    for kind in (list, tuple, np.array, pandas.Series):
+        columns = {"id": kind(range(len(GOOD))), "text": kind(GOOD)}
+        assert list(documents(resolve_sources(columns)[0][0])) == wanted == GOOD
+        with pytest.raises(DataError, match="no column 'body'; columns present: 'id', 'text'"):
+            resolve_sources(columns, text="body")
+    for split in ([{"text": "a"}], pandas.DataFrame({"text": ["a"]})):
+        with pytest.raises(DataError, match=r"dict holds several splits \(train, test\)"):
+            resolve_sources({"train": split, "test": split})
+    with pytest.raises(DataError, match="shares of a mixture must be numbers"):
+        resolve_sources({"a.txt": "b"})
 
 
 def test_a_data_set_is_read_in_any_format() -> None:

@@ -658,6 +658,8 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     refused(str(path).replace("reviews", "review"), "Did you mean", "reviews.csv")
     refused(tmp_path, "folder", "reviews.csv")
     refused(str(tmp_path / "*.csv"), "2 files")
+    for name, call in (("a.xlsx", "read_excel('"), ("a.HTML", "')[0]"), ("a.pkl", "read_pickle('")):
+        refused(write(tmp_path, name, "x"), "Give pandas.", call)
     refused("hub:ag_news", "load_dataset('ag_news')")
     refused("x" * 5000, "a text of 5,000 characters")
     refused("a\0b.csv", "")

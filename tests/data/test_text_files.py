@@ -252,8 +252,6 @@ def test_what_browsers_do_with_marks_and_undefined_bytes_of_pages(tmp_path: Path
 )
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_over_several_lines(tmp_path: Path, value: Any, indent: int | None) -> None:
-    if isinstance(value, dict) and indent is None:
-        return  # one object on one line is a line of JSON lines
     (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
     assert texts(tmp_path / "a.json") == ["a", "b"]
 
@@ -263,8 +261,14 @@ def test_json_over_several_lines(tmp_path: Path, value: Any, indent: int | None)
     [
         ("a.jsonl", "{'text': 'a'}\n", "single quotes"),
         ("a.jsonl", '{"text": "a\tb"}\n', "control character"),
-        ("a.jsonl", "text,label\n", "row of a table"),
+        ("a.jsonl", '{"text": "a"},\n{"text": "b"}\n', "a comma stands behind the object"),
+        ("a.jsonl", '{"text": "a",}\n', "a comma stands before the end"),
         ("a.jsonl", '{"text": "a",\n"b": 1}\n', "goes on in the next line"),
+        ("a.jsonl", '{text: "a"}\n', "without double quotes"),
+        ("a.jsonl", '// texts\n{"text": "a"}\n', "a comment"),
+        ("a.jsonl", '{"text": "a"} {"text": "b"}\n', "something follows the value"),
+        ("a.txt", "PK\x03\x04", r"\.xlsx"),
+        ("a.jsonl", "text,label\n", "row of a table"),
         ("a.json", '[{"text": "a"}, {"text": \n', "is not valid JSON"),
         ("a.json", '{\n"title": "a"\n}\n', "no column 'text'; columns present: 'title'"),
         ("a.csv", 'text,n\n"a"b,1\n', "not doubled"),

@@ -26,7 +26,8 @@ _BLOCK = 1 << 20
 _PACKED_BLOCK = 4096
 _HEAD = 8192
 _MAGIC = {b"\x1f\x8b": "gzip data (name it .gz)", b"(\xb5/\xfd": "zstandard data (name it .zst)",
-          b"PAR1": "parquet data (name it .parquet)", b"PK\x03\x04": "a zip archive (unpack it)"}  # fmt: skip
+          b"PAR1": "parquet data (name it .parquet)",
+          b"PK\x03\x04": "a zip archive, as .xlsx and .docx files are (unpack it, or save it as text)"}  # fmt: skip
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
           codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 # Replaces undecodable bytes; it becomes the byte 0xff, which never occurs in UTF-8, so the readers detect it.

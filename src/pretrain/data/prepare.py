@@ -79,8 +79,8 @@ def prepare(
 
     Args:
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, a ``datasets.Dataset``, a frame of pandas or polars,
-            a list of these or of rows (dicts), or a mapping from these to their share of the rows. Each text file and
-            each table row is one document.
+            a list of these or of rows (dicts), a dict of columns, or a mapping from these to their share of the rows.
+            Each text file and each table row is one document.
         out: directory to write; default: a directory in the cache, named after the fingerprint.
         tokenizer: a kind to train (``"bpe"``, ``"wordpiece"``, ``"char"``), a file, directory or checkpoint, or the
             name of one on the Hub (``"org/name"``), whose commit the manifest records.

@@ -448,7 +448,7 @@ def resolve_sources(
 
     Args:
         sources: path, glob, folder, ``"python"``, ``"hub:NAME"``, ``datasets.Dataset``, a frame, a source object, a
-            list of these or of rows (dicts), or a mapping from these to their share of the rows.
+            list of these or of rows (dicts), a dict of columns, or a mapping from these to their share of the rows.
         text: column of the text in tables, or columns by file; see :func:`column_of`.
         separator: text between documents in plain text files.
         encoding: encoding of text files and tables; None is UTF-8.
@@ -464,11 +464,16 @@ def resolve_sources(
         )
     spool = spool or cache_home() / "hub"
     weights: list[float] | None = None
-    if isinstance(sources, Mapping):
-        if sources and all(hasattr(value, "column_names") for value in sources.values()):
+    if isinstance(sources, Mapping) and sources and all(map(_is_column, sources.values())):
+        column = column_of(text, "rows")
+        if column not in sources:
+            raise no_column("rows", column, [*map(str, sources)])
+        items: list[Any] = [MemorySource([{column: cell} for cell in sources[column]], column)]
+    elif isinstance(sources, Mapping):
+        if sources and all(map(_is_split, sources.values())):
             splits = ", ".join(map(str, sources))
             raise DataError(
-                f"a DatasetDict holds several splits ({splits}); give one, as data['train']."
+                f"a {type(sources).__name__} holds several splits ({splits}); give one, as data['train']."
             )
         try:
             weights = [float(weight) for weight in sources.values()]
@@ -492,6 +497,18 @@ def resolve_sources(
     if not items:
         raise DataError("no source given; name files, a folder, a data set or 'python'.")
     return [_resolve(item, text, separator, encoding, spool, legacy) for item in items], weights
+
+
+def _is_split(value: Any) -> bool:
+    """Whether a value of a mapping holds the rows of a split, and is no share of a mixture."""
+    rows = isinstance(value, list | tuple) and value and isinstance(value[0], Mapping)
+    return bool(rows) or hasattr(value, "column_names") or hasattr(value, "columns")
+
+
+def _is_column(value: Any) -> bool:
+    return (isinstance(value, list | tuple) or hasattr(value, "tolist")) and not (
+        _is_split(value) or getattr(value, "ndim", 1) != 1
+    )
 
 
 def _saved(folder: Path) -> Any:

@@ -139,11 +139,22 @@ def _json_cause(content: str, error: Exception) -> str:
         return "names and texts stand in single quotes, as Python prints them, where JSON has double quotes"
     if place < len(content) and content[place] < " ":
         return "a tab, a line end or another control character stands in a text and must be written \\t, \\n"
+    if text.startswith(("//", "#")):
+        return "the line is a comment, which JSON does not have"
+    further = getattr(error, "msg", "") == "Extra data"
+    if further and content[place] == ",":
+        return "a comma stands behind the object, as in an array (remove it; an array has the name .json)"
+    if content[place : place + 1] in ("}", "]", ",") and content[:place].rstrip().endswith(","):
+        return (
+            "a comma stands before the end of an object or a list, where a further item must follow"
+        )
+    if re.match(r"[\[{]\s*\w+\s*:", text):
+        return "the names of an object stand without double quotes"
     if text in ("{", "[") or (text[:1] in ("{", "[") and place >= len(content.rstrip())):
         return "the object goes on in the next line, or is cut off"
     if text[:1] not in ("{", "[", '"') and ("," in text or "\t" in text):
         return "the line looks like a row of a table (name the file .csv or .tsv)"
-    return getattr(error, "msg", "") or str(error)
+    return "something follows the value" if further else getattr(error, "msg", "") or str(error)
 
 
 def json_value(path: Path, encoding: str | None, limit: int | None = None) -> Any:
@@ -172,7 +183,10 @@ def json_texts(path: Path, how: Reading) -> Iterator[Piece]:
     else:
         example = f'{{"{how.text}": "..."}}'
         found = json_rows(path, how.notes, example, how.encoding, how.undecodable)
-        rows = ((f"{path}:{number}", row) for number, row in found)
+        head = [*islice(found, 2)]
+        if len(head) == 1 and _named_json(path):  # an object of columns may stand on one line
+            head = [(head[0][0], row) for row in _values(head[0][1], how.text)]
+        rows = ((f"{path}:{number}", row) for number, row in chain(head, found))
     for where, row in rows:
         yield cell_text(row, how.text, where), True
 
@@ -182,9 +196,11 @@ def _is_one_value(path: Path, encoding: str | None) -> bool:
     first = next((line.strip() for _, line in lines(path, encoding) if line.strip()), b"")
     if first.startswith(b"["):
         return True
-    return (
-        first == b"{" and path.with_suffix("").name != path.name and ".json" in path.suffixes[-2:]
-    )
+    return first == b"{" and _named_json(path)
+
+
+def _named_json(path: Path) -> bool:
+    return path.with_suffix("").name != path.name and ".json" in path.suffixes[-2:]
 
 
 def _values(value: Any, text: str) -> list[Any]:

@@ -580,6 +580,11 @@ def _of_file(
     return Table(path.name, columns, places=lines, origin=str(path), unit=unit, **more)
 
 
+_READERS = {  # functions of pandas
+    ".xlsx": "excel", ".xls": "excel", ".xlsm": "excel", ".ods": "excel", ".html": "html", ".htm": "html",
+    ".xml": "xml", ".feather": "feather", ".arrow": "feather", ".orc": "orc", ".pkl": "pickle", ".pickle": "pickle",
+    ".h5": "hdf", ".hdf": "hdf", ".dta": "stata", ".sav": "spss", ".sas7bdat": "sas",
+}  # fmt: skip
 _ARCHIVES = (".zip", ".7z", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -591,6 +596,11 @@ def _kind(path: Path, format: str | None) -> str:
             f"{path} is a compressed archive, and no table. Unpack it, and give the folder or the file in it; only a "
             ".tar of images that is not compressed is read as it is."
         )
+    if format is None and (reader := _READERS.get(path.suffix.lower())):
+        call = f"pandas.read_{reader}({str(path)!r}){'[0]' * (reader == 'html')}"
+        written = f"import pandas; {call}.to_csv('rows.csv', index=False)"
+        cure = either(f'Write it to a file that is: python -c "{written}".', f"Give {call}.")
+        raise DataError(f"{path} is not read as a table. {cure}")
     if format is None and not kind:
         raise DataError(
             f"the name of {path} ends in no known suffix. Rename it to end in {' '.join(TABLE_FORMATS)} (plain or "
@@ -785,7 +795,9 @@ def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(
             f"{where} holds {type(row).__name__}, not an object with named columns. Write each row as "
-            f"{_EXAMPLE}."
+            f"{_EXAMPLE}"
+            + "; a file that is one array has the name .json" * isinstance(row, list)
+            + "."
         )
     return row
 
