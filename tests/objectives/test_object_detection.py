@@ -565,6 +565,12 @@ def test_boxes_may_be_arrays_and_json(tmp_path: Path) -> None:
         csv.writer(file).writerows([["image", "objects"], *(["a.png", cell] for cell in cells)])
     found = rows_of(goal, tmp_path / "objects.csv", labels=list(NAMES))
     assert [one["boxes"].tolist() for one in found] == [[[1, 2, 4, 6]], [[1, 2, 4, 6]], []]
+    for write in (str, json.dumps):
+        with open(tmp_path / "printed.csv", "w", newline="") as file:
+            lines = [["a.png", write(r["boxes"]), write(r["label"])] for r in rows]
+            csv.writer(file).writerows([["image", "boxes", "label"], *lines, ["a.png", "[]", ""]])
+        found = rows_of(goal, tmp_path / "printed.csv", labels=list(NAMES))
+        assert [one["boxes"].tolist() for one in found] == [*(r["boxes"] for r in rows), []]
 
 
 @pytest.mark.parametrize(

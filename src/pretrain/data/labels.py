@@ -44,6 +44,7 @@ __all__ = [
     "read_several",
     "spelled",
     "unlabelled_note",
+    "unprinted",
 ]  # fmt: skip
 
 _EMPTY = "[] (zeros, where the lists are vectors of 0 and 1)"
@@ -1254,6 +1255,19 @@ def printed_mapping(text: str) -> Any:
             inside = found if isinstance(found, list) else [found]
             return found if all(isinstance(item, dict) for item in inside) else None
     return None
+
+
+def unprinted(text: str) -> Any:
+    """Return the list that a text prints, perhaps one of lists, or the text."""
+    if (items := printed_list(text)) is not None:
+        return items
+    if text.strip().startswith("[["):
+        for read in (json.loads, _printed_by_python):
+            with contextlib.suppress(
+                ValueError, TypeError, SyntaxError, MemoryError, RecursionError
+            ):
+                return read(text)
+    return text
 
 
 def _bare_words(inside: str, lone: bool) -> list[Any] | None:

@@ -39,7 +39,7 @@ from pretrain.data.images.draw import colour, with_boxes
 from pretrain.data.images.rows import pictures
 from pretrain.data.images.source import IMAGE
 from pretrain.data.labelled import Role, label_strata, make_tag_map
-from pretrain.data.labels import LabelMap, exact_number, flattened
+from pretrain.data.labels import LabelMap, exact_number, flattened, unprinted
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.objectives.base import Batch, ExampleList, Loss, Rngs
@@ -469,7 +469,7 @@ class ObjectDetection(ImageTask):
 
 
 def _lists(table: Table, role: str) -> list[list[Any]]:
-    """Return the lists of a column; an empty cell is an image without boxes.
+    """Return the lists of a column, also printed ones; an empty cell is an image without boxes.
 
     Raises:
         DataError: a cell is no list; names the row.
@@ -480,6 +480,8 @@ def _lists(table: Table, role: str) -> list[list[Any]]:
             value = value.source
         if hasattr(value, "tolist"):
             value = value.tolist()
+        if isinstance(value, str):
+            value = unprinted(value) if value.strip() else None
         if value is not None and not isinstance(value, list | tuple):
             raise DataError(
                 f"{table.where(i)}: {role} is {type(value).__name__} {str(value)[:40]!r}, not a list with one entry "
