@@ -140,6 +140,9 @@ def test_targets_that_single_precision_cannot_hold(value: Any) -> None:
         (["1,234.5", "2.5", "12,345,678"], [1234.5, 2.5, 12345678]),
         (["0,5", "1,5e3"], [0.5, 1500]),
         ([1, "2,5"], [1, 2.5]),
+        (["1 234,5", "2,5", "\u22127"], [1234.5, 2.5, -7]),
+        (["1\u202f234\u202f567,5", "1\u00a0000"], [1234567.5, 1000]),
+        (["1'234.5", "\u22122.5", "12\u2019345"], [1234.5, -2.5, 12345]),
     ],
 )
 def test_decimal_commas(texts: list[Any], numbers: list[float]) -> None:
@@ -147,7 +150,7 @@ def test_decimal_commas(texts: list[Any], numbers: list[float]) -> None:
     found = Regression.learn(table, {})
     assert found.options["center"] == pytest.approx(np.mean(numbers))
     assert Regression.tidy(table, found, {}).columns["label"] == numbers
-    for wrong in (["1,234", "2,345"], ["3,5", "1.234"], ["3,5", "x"]):
+    for wrong in (["1,234", "2,345"], ["3,5", "1.234"], ["3,5", "x"], ["3,5", "1 2345"]):
         table = read_table([{"text": f"a {i}", "label": text} for i, text in enumerate(wrong)])
         with pytest.raises(DataError, match="decimal comma|no finite numbers"):
             Regression.learn(table, {})

@@ -34,6 +34,7 @@ __all__ = [
     "exact_number",
     "finite_numbers",
     "flattened",
+    "in_digits",
     "is_missing",
     "is_on",
     "listed",
@@ -612,7 +613,11 @@ def finite_numbers(
     ):
         if places:
             shown = "; ".join(places[:_SHOWN]) + "; ..." * (len(places) > _SHOWN)
-            raise DataError(f"{len(places):,} {what} {fault}: {shown}. {cure}")
+            comma = any(
+                isinstance(v, str) and "," in v and _COMMA.fullmatch(v.strip()) for v in values
+            )
+            mixed = "A comma is a decimal one only where all numbers could have it: write points. "
+            raise DataError(f"{len(places):,} {what} {fault}: {shown}. {mixed * comma}{cure}")
     return found
 
 
@@ -621,12 +626,26 @@ _COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?([eE][+-]?\d+)?")
 _POINT = re.compile(r"[+-]?\d{1,3}(,\d{3})*(\.\d+)?([eE][+-]?\d+)?")
 
 
+# Blanks and apostrophes between thousands, as in ``1 234,5`` and ``1'234.5``.
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}([ \u00a0\u2009\u202f'\u2019]\d{3})+([.,]\d+)?")
+
+
+def in_digits(value: Any) -> Any:
+    """Return a number that a text spells without blanks and apostrophes between thousands, and with an ASCII minus."""
+    if not isinstance(value, str) or (value.isascii() and " " not in value and "'" not in value):
+        return value
+    text = value.strip().replace("\u2212", "-")
+    text = re.sub("[ \u00a0\u2009\u202f'\u2019]", "", text) if _THOUSANDS.fullmatch(text) else text
+    return value if text == value.strip() else text
+
+
 def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[Any]:
     """Return numbers in Python's spelling: decimal commas become points, and thousands separators are removed.
 
     Raises:
         DataError: the commas are ambiguous, as in ``1,234``.
     """
+    values = [in_digits(value) for value in values]
     texts = {
         i: v.strip() for i, v in enumerate(values) if isinstance(v, str) and "," in v and v.strip()
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain import metrics as figures_of
 from pretrain.config.spelling import option
 from pretrain.data.labelled import Role
-from pretrain.data.labels import finite_numbers
+from pretrain.data.labels import finite_numbers, in_digits
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.models.heads import SequenceHead
@@ -141,9 +141,10 @@ class Regression(Task):
 
     @classmethod
     def tidy(cls, table: Table, learned: Learned, options: Mapping[str, Any]) -> Table:
-        """Convert numbers with decimal commas, as in some text files."""
-        tidied = numbers(table).tolist()
-        if not any(isinstance(value, str) and "," in value for value in table.columns["label"]):
+        """Convert numbers with decimal commas or marks between thousands, as in some text files."""
+        tidied, given = numbers(table).tolist(), table.columns["label"]
+        texts = [value for value in given if isinstance(value, str)]
+        if not any("," in text or in_digits(text) != text for text in texts):
             return table
         return table.with_columns({**table.columns, "label": tidied}, {})
 
