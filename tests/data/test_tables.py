@@ -8,6 +8,7 @@ import gzip
 import json
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,35 @@ def test_missing_values_of_pandas_are_none(tmp_path: Path) -> None:
     assert read_table(frame).columns == want
     frame.to_parquet(tmp_path / "a.parquet")
     assert read_table(tmp_path / "a.parquet").columns["d"] == want["d"]
+
+
+class _Frame(SimpleNamespace):
+    def __len__(self) -> int:
+        return 2
+
+
+def test_the_order_of_an_enum_of_polars_is_kept() -> None:
+    """With the classes that do not occur; the categories of a ``Categorical`` are those of all frames, in no order."""
+    listed = SimpleNamespace(to_list=lambda: ["low", "mid", "high"])
+    frame = _Frame(
+        columns=["text", "label", "kind"],
+        dtypes=[
+            SimpleNamespace(),
+            SimpleNamespace(categories=listed),
+            SimpleNamespace(categories=object()),
+        ],
+        to_dicts=None,
+        to_dict=lambda as_series: {
+            "text": ["a", "b"],
+            "label": ["low", "high"],
+            "kind": ["x", "y"],
+        },
+    )
+    assert read_table(frame).orders == {"label": ["low", "mid", "high"]}
+    polars = pytest.importorskip("polars")
+    cells = polars.Series(["low", "high"], dtype=polars.Enum(["low", "mid", "high"]))
+    found = read_table(polars.DataFrame({"text": ["a", "b"], "label": cells}))
+    assert found.orders == {"label": ["low", "mid", "high"]}
 
 
 @pytest.mark.parametrize("missing", ["NA", "NaT", "nan"])

@@ -309,7 +309,8 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     if hasattr(source, "iloc") and hasattr(source, "columns"):
         return _frame(source)
     if hasattr(source, "to_dicts") and hasattr(source, "columns"):
-        return _made(source.to_dict(as_series=False), len(source), "a polars frame")
+        made = _made(source.to_dict(as_series=False), len(source), "a polars frame")
+        return replace(made, orders=_orders(zip(source.columns, source.dtypes, strict=True)))
     if hasattr(source, "column_names") and hasattr(source, "to_pylist"):
         names = distinct("the arrow table", list(source.column_names))
         columns = [column.to_pylist() for column in source.columns]
@@ -391,11 +392,10 @@ def _frame(frame: Any) -> Table:
 
 
 def _orders(types: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
-    """Return the declared values of each column whose NumPy or pandas type has them."""
+    """Return the declared values of each column whose type has them: a categorical of pandas, an ``Enum`` of polars."""
     found = {name: getattr(dtype, "categories", None) for name, dtype in types}
-    return {
-        name: plain_value(values.tolist()) for name, values in found.items() if values is not None
-    }
+    lists = {name: getattr(v, "tolist", getattr(v, "to_list", None)) for name, v in found.items()}
+    return {name: plain_value(values()) for name, values in lists.items() if values is not None}
 
 
 def _made(columns: dict[str, list[Any]], count: int, what: str, unit: str = "index") -> Table:
