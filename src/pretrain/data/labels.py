@@ -86,6 +86,7 @@ _RARER = (
 )  # that names have in them more often
 _GIVEN = "the labels given"
 _PAIRS = {"0,0", "0,1", "1,0", "1,1"}
+_MANY_CELLS = 10_000  # different labels, more of which are not searched for parts that only recur
 _RECURRING = 0.9  # share of the parts of joined cells that must occur in other cells too
 LABEL_FORMS = ("vectors", "numbers")  # what lists of zeros and ones can be
 _SPELLED = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
@@ -1510,28 +1511,37 @@ def _rarer_separator(cells: Collection[str], always: bool) -> tuple[str, list[st
         DataError: all parts of the texts with such a mark stand alone in other rows, or all are numbers and some do.
     """
     notes = []
+    every = {*cells}
     for mark in _RARER:
-        split = _split_at(mark, cells)
-        joined = sorted(cell for cell, parts in split.items() if len(parts) > 1)
-        if not joined:
+        marked = sorted(cell for cell in cells if mark in cell)
+        parts = (part for cell in marked for part in _parts(cell, mark))
+        joined = next((cell for cell in marked if len(_parts(cell, mark)) > 1), None)
+        if joined is None:
             continue
-        parts, share = _recurring(split, joined)
-        numbers = all(part.isdecimal() for row in split.values() for part in row)
-        shown = shortened(joined[0])
-        if parts <= {*cells} or (numbers and any(cell.isdecimal() for cell in cells)):
+        lone = all(part in every for part in parts)  # which ends at the first part that is no label
+        if lone or (any(map(str.isdecimal, cells)) and _all_numbers(cells, mark)):
             if always:
-                text = f"label: {mark!r} stands between several labels of a row, such as {shown}"
+                text = f"label: {mark!r} stands between several labels of a row, such as {shortened(joined)}"
                 return mark, [f"{text} ({_either(mark)})"]
             raise DataError(
-                f"label holds {shown}, whose parts are labels of other rows too, so it can be several labels with "
-                f"{mark!r} between them, or one: {_either(mark)}."
+                f"label holds {shortened(joined)}, whose parts are labels of other rows too, so it can be several "
+                f"labels with {mark!r} between them, or one: {_either(mark)}."
             )
-        if share >= _RECURRING and len(joined) > len(parts):
+        if len(cells) > _MANY_CELLS:
+            continue
+        split = _split_at(mark, cells)
+        several = [cell for cell, found in split.items() if len(found) > 1]
+        distinct, share = _recurring(split, several)
+        if share >= _RECURRING and len(several) > len(distinct):
             notes.append(
-                f"label: {len(joined)} classes are made of parts of each other, such as {shown}; each is one class "
-                f"({option('label_separator', mark)} reads several labels)"
+                f"label: {len(several)} classes are made of parts of each other, such as {shortened(joined)}; each is "
+                f"one class ({option('label_separator', mark)} reads several labels)"
             )
     return "", notes
+
+
+def _all_numbers(cells: Iterable[str], mark: str) -> bool:
+    return all(part.isdecimal() for cell in cells for part in _parts(cell, mark))
 
 
 def _split_at(mark: str, cells: Iterable[str]) -> dict[str, list[str]]:
