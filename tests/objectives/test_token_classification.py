@@ -17,6 +17,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from contract import check_objective
+from pretrain.data.columns import read_words
 from pretrain.data.tables import Table, read_table
 from pretrain.data.task_rows import blanks_before_words, word_windows
 from pretrain.data.tokenizer import Tokenizer, train_from_texts
@@ -493,12 +494,43 @@ def test_words_and_tags_may_be_texts() -> None:
     assert TokenClassification.learn(table([row]), {}).labels == ("B-CITY", "B-PER", "O")
     assert task().truth(table([row])) == [["B-PER", "O", "B-CITY"]]
     words, tags = row["tokens"].split(), row["label"].split()
-    for spell in (repr, json.dumps, lambda items: str(np.array(items))):
+    arrays = (str, lambda items: repr(np.array(items, dtype=object)))
+    for spell in (
+        repr,
+        json.dumps,
+        lambda items: str(tuple(items)),
+        *(lambda i, f=f: f(np.array(i)) for f in arrays),
+    ):
         printed = {"tokens": spell(words), "label": spell([f" {t}" for t in tags])}
         assert task().truth(table([printed])) == [tags]
         assert [w for r in task().encode(table([printed])).info for w in r] == words
+    for bare in ("[B-PER, O, B-CITY]", "{B-PER,O,B-CITY}"):
+        assert task().truth(table([{"tokens": row["tokens"], "label": bare}])) == [tags]
+    assert task().truth(table([{"tokens": "Anna", "label": "[B-PER]"}])) == [["B-PER"]]
     numbers = {"tokens": row["tokens"], "label": str([TAGS.index(t) for t in tags])}
     assert task().truth(table([numbers])) == [tags]
+
+
+def test_words_in_lists_without_quotes_or_with_another_mark_between_are_refused() -> None:
+    """Their brackets would be parts of words, and a sentence one word whose tag is a class of its own."""
+    for words, tags in (
+        ("[Anna, in]", "[B-PER, O]"),
+        ("{Anna,in}", "{B-PER,O}"),
+        ("[Anna]", "['O']"),
+    ):
+        with pytest.raises(DataError, match=r"row 1 .*stand in brackets.*without quotes"):
+            TokenClassification.learn(table([{"tokens": words, "label": tags}]), {})
+    for mark in ("|", ",", ";", "/"):
+        rows = [("Anna", "B-PER"), (mark.join(("in", "Oslo")), mark.join(("O", "B-CITY")))]
+        with pytest.raises(DataError, match=r"row 2 .*stands between the words of"):
+            TokenClassification.learn(table([{"tokens": a, "label": b} for a, b in rows]), {})
+    for words, tags, read in (
+        ("[ Anna ]", "['O', 'B-PER', 'O']", ["[", "Anna", "]"]), ("(Anna in)", "O O", ["(Anna", "in)"]),
+        (",", ",", [","]), ("1/2", "NUM", ["1/2"]),
+    ):  # fmt: skip
+        rows = table([{"tokens": words, "label": tags}, {"tokens": "Oslo", "label": "B-CITY"}])
+        TokenClassification.learn(rows, {})
+        assert read_words(rows)[0] == read
 
 
 def test_tags_of_a_checkpoint_are_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,7 @@ def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any
         if len(tags) != len(words):
             wrong.append(f"{table.where(i)}: {len(words)} words, {len(tags)} tags")
         found.append(tags)
+    _check_words(table, sentences, found)
     if wrong:
         raise DataError(
             f"{len(wrong)} rows have more or fewer tags than words: {'; '.join(wrong[:3])}{'; ...' * (len(wrong) > 3)}."
@@ -130,12 +132,48 @@ def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any
     return found
 
 
+def _check_words(
+    table: Table, sentences: Sequence[Sequence[str]], tags: Sequence[Sequence[Any]]
+) -> None:
+    """Refuse texts of words that are lists without quotes, or have another mark than blanks between the words.
+
+    Raises:
+        DataError: the words or tags of the rows are written so; names the first of them.
+    """
+    cells = table.columns["tokens"]
+    for i, cell in enumerate(cells):
+        printed = isinstance(cell, str) and str(table.columns["label"][i]).strip()[:1] in ("[", "{")
+        items = printed_list(cell, lone=True) if printed and cell.split() == sentences[i] else None
+        if items is not None and sentences[i][0] not in ("[", "{") and len(items) == len(tags[i]):
+            raise DataError(
+                f"{table.where(i)}: the words {shortened(cell)} stand in brackets, as the tags do, but without quotes. "
+                """Write them as JSON, ["the", "cat"], or with blanks between and no brackets."""
+            )
+    for mark in ("|", ",", ";", "\t", "/"):
+        joined = [_joined(mark, words, found) for words, found in zip(sentences, tags, strict=True)]
+        if None not in joined and any(joined):
+            i = joined.index(True)
+            raise DataError(
+                f"{table.where(i)}: {mark!r} stands between the words of {shortened(cells[i])} and between their tags. "
+                "Put blanks there, or give lists."
+            )
+
+
+def _joined(mark: str, words: Sequence[str], tags: Sequence[Any]) -> bool | None:
+    """Whether one word and one tag are as many, with a mark between; None if that is impossible."""
+    if len(words) != 1 or len(tags) != 1 or not isinstance(tags[0], str):
+        return None
+    several, theirs = words[0].split(mark), tags[0].split(mark)
+    return len(several) > 1 if len(several) == len(theirs) and all([*several, *theirs]) else None
+
+
 def _listed(table: Table, i: int, role: str, what: str) -> list[Any]:
     value = table.columns[role][i]
     if isinstance(value, str):
         text = value.strip()
-        listed = text.startswith(("['", '["')) or (role == "label" and text.startswith("["))
-        parsed = printed_list(text) if listed else None
+        quoted = re.match(r"""(array\()?[\[(]\s*['"]""", text)
+        listed = quoted or (role == "label" and text.startswith(("[", "{", "array(")))
+        parsed = printed_list(text, lone=role == "label") if listed else None
         return value.split() if parsed is None else parsed
     if not isinstance(value, list | tuple):
         raise DataError(
