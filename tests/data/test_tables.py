@@ -690,6 +690,13 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     refused(str(tmp_path / "*.csv"), "2 files")
     for name, call in (("a.xlsx", "read_excel('"), ("a.HTML", "')[0]"), ("a.pkl", "read_pickle('")):
         refused(write(tmp_path, name, "x"), "Give pandas.", call)
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (saved,) = (tmp_path / "saved").glob("*.arrow")
+    with using(Interface(command=True)):
+        code = refused(saved, "datasets.Dataset.from_file").split('python -c "')[1].split('"')[0]
+    exec(code.replace("rows.csv", str(tmp_path / "rows.csv")))
+    assert read_table(tmp_path / "rows.csv").columns == read_table(ROWS).columns
     refused("hub:ag_news", "load_dataset('ag_news')")
     refused("x" * 5000, "a text of 5,000 characters")
     refused("a\0b.csv", "")

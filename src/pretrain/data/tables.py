@@ -580,10 +580,13 @@ def _of_file(
     return Table(path.name, columns, places=lines, origin=str(path), unit=unit, **more)
 
 
-_READERS = {  # functions of pandas
-    ".xlsx": "excel", ".xls": "excel", ".xlsm": "excel", ".ods": "excel", ".html": "html", ".htm": "html",
-    ".xml": "xml", ".feather": "feather", ".arrow": "feather", ".orc": "orc", ".pkl": "pickle", ".pickle": "pickle",
-    ".h5": "hdf", ".hdf": "hdf", ".dta": "stata", ".sav": "spss", ".sas7bdat": "sas",
+_READERS = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods"), "pandas.read_excel({!r})"),
+    **dict.fromkeys((".html", ".htm"), "pandas.read_html({!r})[0]"),
+    **{f".{kind}": f"pandas.read_{kind}({{!r}})" for kind in ("xml", "feather", "orc", "hdf")},
+    **dict.fromkeys((".pkl", ".pickle"), "pandas.read_pickle({!r})"),
+    ".h5": "pandas.read_hdf({!r})", ".dta": "pandas.read_stata({!r})", ".sav": "pandas.read_spss({!r})",
+    ".sas7bdat": "pandas.read_sas({!r})", ".arrow": "datasets.Dataset.from_file({!r})",
 }  # fmt: skip
 _ARCHIVES = (".zip", ".7z", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -597,8 +600,8 @@ def _kind(path: Path, format: str | None) -> str:
             ".tar of images that is not compressed is read as it is."
         )
     if format is None and (reader := _READERS.get(path.suffix.lower())):
-        call = f"pandas.read_{reader}({str(path)!r}){'[0]' * (reader == 'html')}"
-        written = f"import pandas; {call}.to_csv('rows.csv', index=False)"
+        call = reader.format(str(path))
+        written = f"import {call.split('.')[0]}; {call}.to_csv('rows.csv', index=False)"
         cure = either(f'Write it to a file that is: python -c "{written}".', f"Give {call}.")
         raise DataError(f"{path} is not read as a table. {cure}")
     if format is None and not kind:
