@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -929,6 +930,61 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(
     assert cli.main(["predict"]) == code
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(getattr(signal, name)) is before
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("SIGTERM", "SIGTERM", 143),
+        ("SIGINT", "SIGINT", 130),
+        ("SIGINT", "SIGTERM", 130),
+        ("SIGHUP", "SIGTERM", 129),
+    ],
+)
+def test_a_second_signal_does_not_end_the_clean_up_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: str, second: str, code: int
+) -> None:
+    """A terminal and a scheduler may both send one; much later a second one of the same kind ends the process."""
+    from pretrain.data.row_writer import RowWriter
+
+    ends: list[int] = []
+    unlink, complain = os.unlink, cli._complain
+
+    def removed(path: Any) -> None:
+        signal.raise_signal(getattr(signal, second))
+        unlink(path)
+
+    def said(*words: str) -> None:
+        signal.raise_signal(getattr(signal, second))
+        complain(*words)
+
+    def answer(arguments: Any) -> int:
+        with RowWriter(tmp_path / "answers.csv", ["text"]) as output:
+            output.write({"text": "a"}, {"label": "b"})
+            monkeypatch.setattr(os, "unlink", removed)
+            signal.raise_signal(getattr(signal, first))
+        return 0
+
+    monkeypatch.setattr(cli, "_dispatch", answer)
+    monkeypatch.setattr(cli, "_complain", said)
+    assert cli.main(["predict"]) == code
+    assert list(tmp_path.iterdir()) == []
+
+    def again(arguments: Any) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(getattr(signal, first))
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", lambda number, handler: ends.append(handler))
+            patch.setattr(signal, "raise_signal", ends.append)
+            os.kill(os.getpid(), getattr(signal, first))
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(cli, "_dispatch", again)
+    monkeypatch.setattr(cli, "_complain", complain)
+    monkeypatch.setattr(cli, "_SAME_REQUEST", 0.0)
+    assert cli.main(["predict"]) == code
+    assert ends == ([] if first == "SIGINT" else [signal.SIG_DFL, getattr(signal, first)])
 
 
 def test_prepare_by_a_config_does_what_it_says_or_refuses(tmp_path: Path, capsys: Any) -> None:

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ __all__ = ["COMMANDS", "main"]
 EXIT_BROKEN, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 # Modules that take seconds to import, and whose C code swallows the exception of a signal or turns it into another.
 _SWALLOWING = ("numpy", "torch")
+_SAME_REQUEST = 0.25  # seconds within which signals are one request to end
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,48 @@ class Command:
     common: str = ""
 
 
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command like Ctrl-C, so that it cleans up; the same signal again ends it at once.
+
+    Signals within `_SAME_REQUEST` seconds are one request, as when a terminal and a scheduler both send one: another
+    exception would end the clean-up of the first. While one of `_SWALLOWING` is imported, nothing has begun that must be cleaned up, and all three end the process.
+    Not under a launcher, which repeats its signals, and not for signals that are ignored, as by nohup.
+    """
+    before: dict[int, Any] = {}
+    received: list[tuple[float, int]] = []
+
+    def handle(number: int, frame: Any) -> None:
+        specs = [getattr(sys.modules.get(name), "__spec__", None) for name in _SWALLOWING]
+        if any(getattr(spec, "_initializing", False) for spec in specs):
+            _complain("interrupted.", "")
+            os._exit(128 + number)
+        now = time.monotonic()
+        if received and now - received[-1][0] < _SAME_REQUEST:
+            return
+        again = number in (one for _, one in received)
+        received.append((now, number))
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if again:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise Interrupted(128 + number)
+
+    if not launched() and threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            usual = (signal.SIG_DFL, signal.default_int_handler)
+            if number is not None and signal.getsignal(number) in usual:
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_signals_raise()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -75,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_streams()
     try:
-        with warnings.catch_warnings(), _signals_raise():
+        with warnings.catch_warnings():
             warnings.showwarning = _note
             code = _dispatch(arguments)
             sys.stdout.flush()
@@ -109,38 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "or a smaller model."
         )
         return EXIT_ERROR
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command like Ctrl-C, so that it cleans up; a second signal ends it at once.
-
-    While one of `_SWALLOWING` is imported, nothing has begun that must be cleaned up, and all three end the process.
-    Not under a launcher, which repeats its signals, and not for signals that are ignored, as by nohup.
-    """
-    before: dict[int, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        specs = [getattr(sys.modules.get(name), "__spec__", None) for name in _SWALLOWING]
-        if any(getattr(spec, "_initializing", False) for spec in specs):
-            _complain("interrupted.", "")
-            os._exit(128 + number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_DFL)
-        raise Interrupted(128 + number)
-
-    if not launched() and threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            usual = (signal.SIG_DFL, signal.default_int_handler)
-            if number is not None and signal.getsignal(number) in usual:
-                before[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _dispatch(arguments: list[str]) -> int:
