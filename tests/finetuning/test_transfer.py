@@ -315,6 +315,26 @@ def test_few_seeds_cannot_tell():
     assert "no difference seen" in compared([0.01, -0.012, 0.004, -0.003, 0.002]).verdict(100)
 
 
+@pytest.mark.parametrize(
+    ("rows", "gains", "words"),
+    [
+        (4, [0.25, 0.25], "2 seeds cannot tell (+25.0 points"),
+        (4, [-0.25, -0.25], "2 seeds cannot tell (-25.0 points"),
+        (8, [0.125] * 3, "3 seeds cannot tell (+12.5 points"),
+        (4, [0.0] * 3, "no difference seen (0.0 points, 95 % interval -25.4 to +25.4"),
+        (20, [0.4] * 3, "pre-training helps by 40.0 ± 5.1 points"),
+        (2000, [0.2, 0.2], "pre-training helps by 20.0 ± 0.2 points"),
+    ],
+)
+def test_gains_that_are_equal_by_chance_have_no_interval_of_width_zero(rows, gains, words):
+    """Accuracies on few rows have few values, so that two or three seeds often gain the same."""
+    arms = {"pretrained": {50: [0.5 + g for g in gains]}, "scratch": {50: [0.5] * len(gains)}}
+    compared = Comparison("accuracy", [50], arms, list(range(len(gains))), rows)
+    assert compared.verdict(50).startswith(words)
+    needed = compared.seeds_needed(50)
+    assert needed is None or needed > len(gains) or words.startswith("pre-training helps")
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-0.3, 0.3).map(lambda g: round(g, 3)), min_size=2, max_size=5))
 def test_the_seeds_needed_would_do(gains):

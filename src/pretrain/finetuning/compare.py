@@ -80,6 +80,7 @@ _SHORT = {
 # Baselines under a linear model.
 _LINEAR = ("tfidf", "lsa", "probe", "pixels", "colours", "mel")
 _TOKENS = "tokens"
+_EQUAL = 1e-9  # spread that is rounding of floats alone
 _FEW_SEEDS = 3  # with fewer, an interval of any realistic spread contains 0
 # A gain that this many times the seeds would show is not reported as no difference.
 _WORTH_TRYING = 4
@@ -415,7 +416,11 @@ class Comparison:
     def gain(self, count: int) -> Gain:
         """The paired gain at a number of labels with its 95 % t interval, in points (or units of the metric)."""
         differences = self._differences(PRETRAINED, SCRATCH, count)
-        return Gain(*mean_interval(differences), sum(value > 0 for value in differences))
+        mean, *limits = mean_interval(differences)
+        if math.isfinite(limits[0]):
+            half = self._half(differences, len(differences))
+            limits = [mean - half, mean + half]
+        return Gain(mean, *limits, sum(value > 0 for value in differences))
 
     def best_baseline(self, count: int) -> tuple[str, float] | None:
         """The baseline with the best mean, and its lead over the pre-trained mean; None without baselines."""
@@ -473,10 +478,19 @@ class Comparison:
         values = self._differences(PRETRAINED, SCRATCH, count)
         if len(values) < 2 or not all(map(math.isfinite, values)):
             return None
-        mean, spread = abs(statistics.fmean(values)), statistics.stdev(values)
-        counts = range(2, _MOST_SEEDS + 1)
-        shown = (n for n in counts if mean > student_t(0.975, n - 1) * spread / math.sqrt(n))
-        return next(shown, None)
+        mean, counts = abs(statistics.fmean(values)), range(2, _MOST_SEEDS + 1)
+        return next((n for n in counts if mean > self._half(values, n)), None)
+
+    def _half(self, values: Sequence[float], seeds: int) -> float:
+        """Half of the interval of a mean over so many seeds with the spread of these values.
+
+        Scores on few rows are often equal by chance, for they move in steps of a row: equal values have the spread of
+        differences of scores that are rounded to rows.
+        """
+        spread = statistics.stdev(values)
+        if spread < _EQUAL and self.metric not in LOWER_IS_BETTER:
+            spread = self._scale / math.sqrt(6) / max(1, self.test_rows)
+        return student_t(0.975, seeds - 1) * spread / math.sqrt(seeds)
 
     def _open_verdict(self, count: int, gain: Gain) -> str:
         """Verdict for an inconclusive result: no difference is seen, or there are too few seeds to see one.
