@@ -416,11 +416,11 @@ class Comparison:
     def gain(self, count: int) -> Gain:
         """The paired gain at a number of labels with its 95 % t interval, in points (or units of the metric)."""
         differences = self._differences(PRETRAINED, SCRATCH, count)
-        mean, *limits = mean_interval(differences)
-        if math.isfinite(limits[0]):
+        mean, low, high = mean_interval(differences)
+        if math.isfinite(low):
             half = self._half(differences, len(differences))
-            limits = [mean - half, mean + half]
-        return Gain(mean, *limits, sum(value > 0 for value in differences))
+            low, high = mean - half, mean + half
+        return Gain(mean, low, high, sum(value > 0 for value in differences))
 
     def best_baseline(self, count: int) -> tuple[str, float] | None:
         """The baseline with the best mean, and its lead over the pre-trained mean; None without baselines."""

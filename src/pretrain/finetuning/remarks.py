@@ -156,11 +156,14 @@ def _constant(result: Finetuned) -> str | None:
 
 
 def _classical(result: Finetuned) -> str | None:
-    """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows, or on pixels of them."""
+    """Remark if TF-IDF, pixels or log-mel under a linear model do better on the same rows, or on pixels of them.
+
+    Any figure is better than none, which the correlation of a model with one answer to everything is.
+    """
     metric, data = result.monitor, result.data
     ours = (result.metrics if data.test is None else result.test_metrics or {}).get(metric)
     theirs = None if ours is None else result.classical
-    if ours is None or theirs is None or not theirs > ours:
+    if ours is None or theirs is None or math.isnan(theirs) or theirs <= ours:
         return None
     where = "held-out" if data.test is None else "test"
     read = result.task.baseline
