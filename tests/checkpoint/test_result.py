@@ -229,3 +229,36 @@ def test_a_damaged_or_edited_result_does_not_become_the_best(tmp_path: Path, nam
     file.write_bytes(whole)
     assert restore_best(run, 3) == "restored"
     verify(best)
+
+
+@pytest.mark.parametrize("texts", [None, {"README.md": b"a newer card"}])
+def test_what_was_changed_or_added_in_a_result_is_kept_beside_it(
+    tmp_path: Path, capfd: Any, texts: Any
+) -> None:
+    """A card is edited before it is pushed, and a licence or an exported model put beside it."""
+    run = tmp_path / "run"
+    write_result(run, saved(run, 3))
+    result = run / "model"
+    for k in range(2):
+        capfd.readouterr()
+        (result / "README.md").write_text(f"my own words {k}")
+        (result / "LICENSE").write_text("mine")
+        (result / "onnx").mkdir()
+        (result / "onnx" / "model.onnx").write_bytes(b"exported")
+        (result / ".DS_Store").write_bytes(b"")
+        weight, other = result / "model.safetensors", run / "other"
+        other.write_bytes(bytes(weight.stat().st_size))  # as another program saves a model there
+        other.replace(weight)
+        (result / "link").symlink_to("LICENSE")
+        write_result(run, saved(run, 6 + k), texts)
+        verify(result)
+        aside = run / ("model.other1" if k else "model.other")
+        kept = {p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file()}
+        assert kept == {"README.md", "LICENSE", "model.safetensors", "onnx/model.onnx"}
+        assert (aside / "README.md").read_text() == f"my own words {k}"
+        assert (
+            f"kept in {aside}: LICENSE, README.md, model.safetensors, onnx/model.onnx."
+            in capfd.readouterr().err
+        )
+    write_result(run, saved(run, 9), texts)
+    assert capfd.readouterr().err == "" and not (run / "model.other2").exists()

@@ -9,7 +9,9 @@ file is refused, one that writes a new file and renames it, as this package does
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,6 +51,7 @@ def write_result(run_dir: Path, checkpoint: Path, texts: Mapping[str, bytes] | N
         if texts is None and _holds(target, source):
             return target
         check_result(run_dir)
+        _keep_changes(run_dir)
         adapter = ADAPTER_CONFIG in source.required
         names = {"config.json": ADAPTED_MODEL} if adapter else {}
         _copy_model(checkpoint, source, target, names, texts or {})
@@ -131,6 +134,40 @@ def _holds(target: Path, source: manifest.Manifest) -> bool:
         return False
     same = result.step == source.step and _weights(result) == _weights(source)
     return same and manifest.complete(target)
+
+
+def _keep_changes(run_dir: Path) -> None:
+    """Keep beside the result of a run what somebody added to it or changed in it since it was written, and say where.
+
+    The result is replaced as a whole: an edited card, a licence or an exported model in it would be lost. Weights that
+    are read-only, as they are left here, are told by their size. Links and hidden files are not kept.
+    """
+    target = run_dir / RESULT
+    try:
+        listed = manifest.read_manifest(target).required
+    except (CheckpointError, OSError):  # nothing is there, or nobody knows what it was
+        return
+    changed = []
+    for path in sorted(target.rglob("*")):
+        name, record = path.relative_to(target), listed.get(path.relative_to(target).as_posix())
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or str(name) == manifest.NAME or path.is_symlink() or not path.is_file():
+            continue
+        about = path.stat()
+        linked = name.suffix == _WEIGHTS and not about.st_mode & 0o222  # read-only since `_link`
+        same = record is not None and about.st_size == record.size
+        if not same or not (linked or files.hash_file(path) == record):
+            changed.append(name)
+    if not changed:
+        return
+    aside = directories.unused(run_dir / f"{RESULT}.other{k or ''}" for k in itertools.count())
+    for name in changed:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(target / name, aside / name)
+    files.note(
+        f"{target} is written again. What was added or changed there since the run wrote it is kept in {aside}: "
+        f"{', '.join(map(str, changed[:5]))}{', ...' * (len(changed) > 5)}."
+    )
 
 
 def _weights(listed: manifest.Manifest) -> dict[str, Record]:
