@@ -657,3 +657,28 @@ def test_a_damaged_choice_of_the_best_checkpoint_is_named_when_a_run_goes_on(
     said = " ".join(capfd.readouterr().err.split())
     assert ("best.json is damaged" in said) == (damaged is not None)
     assert file.read_bytes() == whole
+
+
+def test_files_of_the_user_in_the_directory_of_a_run_are_kept(
+    checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run may be told to write into a project, or beside the run.yaml that it was started from."""
+    own = {
+        "README.md": "# My project",
+        "report.html": "<html><body>mine</body></html>",
+        "run.yaml": "optim: {lr: 1}  # mine",
+        "log.jsonl": '{"epoch": 1}\n',
+    }
+    given = {**QUICK, "out": tmp_path, "quiet": False}
+    for name, text in own.items():
+        (tmp_path / name).write_text(text)
+    for again in range(2):  # what the run has written itself is replaced
+        pretrain.finetune(checkpoint, rows_of(), "classification", **given).report()
+        assert {name: (tmp_path / f"{name}.other").read_text() for name in own} == own
+        assert not list(tmp_path.glob("*.other1"))
+        said = capfd.readouterr().err
+        assert said.count("was not written by a run") == (0 if again else 4)
+    assert "Made with `pretrain`" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("notes on this experiment")
+    pretrain.finetune(checkpoint, rows_of(), "classification", **given).report()
+    assert (tmp_path / "README.md.other1").read_text() == "notes on this experiment"

@@ -71,7 +71,9 @@ def _signals_raise() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command like Ctrl-C, so that it cleans up; the same signal again ends it at once.
 
     Signals within `_SAME_REQUEST` seconds are one request, as when a terminal and a scheduler both send one: another
-    exception would end the clean-up of the first. While one of `_SWALLOWING` is imported, nothing has begun that must be cleaned up, and all three end the process.
+    exception would end the clean-up of the first.
+
+    While one of `_SWALLOWING` is imported, nothing has begun that must be cleaned up, and all three end the process.
     Not under a launcher, which repeats its signals, and not for signals that are ignored, as by nohup.
     """
     before: dict[int, Any] = {}

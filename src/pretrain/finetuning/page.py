@@ -61,7 +61,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
         return page
     text = render(result)
     readme = result.model.card = model_card(result)
-    write_page(result.run.path / "README.md", readme)
+    write_page(result.run.path / "README.md", readme, b"Made with `pretrain`")
     result.keep()
     return write_page(page, text)
 

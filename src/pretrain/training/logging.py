@@ -22,6 +22,7 @@ from pretrain.errors import ConfigError, did_you_mean
 from pretrain.printing import clock, columns, console, in_notebook, printable, wrapped
 from pretrain.training.state import RunState
 from pretrain.utils import files
+from pretrain.utils.directories import keep_foreign
 from pretrain.utils.files import note, replace_file, writing
 from pretrain.utils.run_log import NATS, LogFile, line_digest, open_log
 
@@ -47,6 +48,8 @@ class RunLog:
         self.records: list[dict[str, Any]] = []
         self.last = ""
         with writing(path):
+            if keep_until is None:
+                keep_foreign(path, b'"chain": "')
             log = LogFile() if keep_until is None else open_log(path, last)
             if log.damage:
                 self._set_aside(log)

@@ -70,6 +70,7 @@ from pretrain.training.restore import load_others
 from pretrain.training.starting_model import hash_weights, open_source, origin, resolve_source
 from pretrain.training.state import Changed, Run, isolated_torch_state
 from pretrain.training.trainer import Hook, Trainer
+from pretrain.utils.directories import keep_foreign
 from pretrain.utils.files import muted, note
 from pretrain.utils.hub_files import pinned
 from pretrain.utils.hub_names import hub_name
@@ -323,6 +324,7 @@ def keep_settings(settings: Sections, out: Path) -> Changed:
     """
     changed = check_same_run(settings, out)
     if not has_begun(out):
+        keep_foreign(out / "run.yaml", b"# digest ")
         settings.save(out / "run.yaml")
     return changed
 

@@ -7,6 +7,7 @@ pattern are ever removed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ __all__ = [
     "appears",
     "check_writable",
     "discard",
+    "keep_foreign",
     "make_directories",
     "moved_aside",
     "publish",
@@ -43,6 +45,7 @@ __all__ = [
 
 # new: being written. old: moved aside while it is replaced. gone: rotated out, being deleted.
 _TEMPORARY = re.compile(r"^\.pretrain-(new|old|gone)-(\d{1,10})-[0-9a-f]{8}-(.+)$")
+_START = 1 << 20  # bytes of a file in which its mark is looked for
 GRACE = 8.0  # seconds to wait until a network file system shows a directory created by another host
 _active: set[str] = set()  # temporary directories that threads of this process are writing
 _reported: set[str] = set()  # paths that could not be removed and have been reported
@@ -94,6 +97,25 @@ def remove_tree(path: Path) -> None:
 def unused(paths: Iterable[Path]) -> Path:
     """Return the first of some paths at which there is nothing, not even a broken link."""
     return next(path for path in paths if not os.path.lexists(path))
+
+
+def keep_foreign(path: Path, mark: bytes) -> None:
+    """Rename a file that will be replaced, unless ``mark`` in it tells that it was written here, and say so.
+
+    A run may be told to write into a directory of the user's, with a README.md or the run.yaml that it is started from.
+    """
+    with contextlib.suppress(
+        OSError
+    ):  # where it cannot be renamed it cannot be replaced, which has its own error
+        if path.is_symlink() or not path.is_file():
+            return
+        with path.open("rb") as file:
+            start = file.read(_START)
+        if start and mark not in start:
+            names = (f"{path.name}.other{k or ''}" for k in itertools.count())
+            aside = unused(map(path.with_name, names))
+            os.rename(path, aside)
+            note(f"{path} was not written by a run. It is kept as {aside.name}, and replaced.")
 
 
 def appears(path: Path) -> bool:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pretrain.utils.directories import keep_foreign
 from pretrain.utils.files import write_shown
 
 __all__ = [
@@ -209,12 +210,15 @@ def tile_row(tiles: Iterable[tuple[str, str]]) -> str:
     return shown and f'<div class="tiles">{shown}</div>'
 
 
-def write_page(path: Path, text: str) -> Path:
+def write_page(path: Path, text: str, mark: bytes = b'<body class="pt"') -> Path:
     """Write ``text`` atomically and return its path, which a notebook shows as the page.
+
+    A file without ``mark``, which was not written here, is kept under another name.
 
     Raises:
         DataError: the file cannot be written.
     """
+    keep_foreign(path, mark)
     write_shown(path, text, "report")
     written: Path = Page(path)
     return written
