@@ -140,6 +140,26 @@ def test_a_base_with_other_weights_is_refused(
     assert weights(tune(str(base), tmp_path / "run", limit="2 steps")) == first
 
 
+def test_a_base_with_another_chat_template_is_refused(tmp_path: Path) -> None:
+    """Also where it writes the rows by which a resumed run verifies its weights as before."""
+    base = model_of("llama")
+    base.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    base.save(tmp_path / "base")
+    (tmp_path / "base" / "manifest.json").unlink()
+    rows = [
+        {"messages": [{"role": "user", "content": row["text"]},
+                      {"role": "assistant", "content": row["label"]}]}
+        for row in rows_of()
+    ]  # fmt: skip
+    given = {**QUICK, "out": tmp_path / "run"}
+    pretrain.finetune(tmp_path / "base", rows, "chat", **given)
+    pretrain.finetune(tmp_path / "base", rows, "chat", **given)  # the run goes on
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if tools %}{{ tools }}{% endif %}")
+    with pytest.raises(TrainingError, match="chat templates .* so it was changed since"):
+        pretrain.finetune(tmp_path / "base", rows, "chat", **given)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [({"lr": 2e-2}, "optim.lr"), ({"label_smoothing": 0.1}, "label_smoothing"), ({"seed": 5}, "train.seed")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -62,8 +64,9 @@ def optimizer_settings(trainer: Trainer) -> dict[str, Any]:
 def origin(objective: Objective, base: str | None) -> dict[str, Any]:
     """Return what a run takes from its starting models, by name.
 
-    The table holds the config, the tokenizer or other processor, a hash of each frozen module of the objective, and
-    ``base``, the hash of the weights that the run starts from, if that is known.
+    The table holds the config, the tokenizer or other processor, the chat templates if the objective writes rows by
+    them, a hash of each frozen module of the objective, and ``base``, the hash of the weights that the run starts from,
+    if that is known.
     """
     model = objective.model
     config = {f"model.{key}": value for key, value in asdict(model.backbone.config).items()}
@@ -74,6 +77,10 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
         for child in objective.frozen
     }
     facts = {"tokenizer": tokenizer, **as_json(config), **frozen}
+    if model.tokenizer is not None and hasattr(objective, "template"):
+        templates = [model.tokenizer.chat_template, model.tokenizer.named_templates]
+        text = json.dumps(templates, sort_keys=True).encode()
+        facts["chat templates"] = hashlib.sha256(text).hexdigest()
     if base is not None:
         facts["base weights"] = base
     return facts
