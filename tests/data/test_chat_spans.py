@@ -457,6 +457,66 @@ def test_calls_of_tools_are_trained_on_whole() -> None:
     ]  # fmt: skip
 
 
+# Shapes of Qwen3, gpt-oss, Command A and Gemma 4: the thoughts (or the content) before a call are written in the last turn
+# alone, an answer is closed twice, the prompt is always written, results stand within the turn, before its content.
+CALLS = "{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+LAST_USER = "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.n = loop.index0 %}{% endif %}{% endfor %}"
+ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THOUGHTS_LAST = (
+    LAST_USER
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.index0 > ns.n %}<think>"
+    "{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content or '' }}"
+    + CALLS
+    + "<|im_end|>\n{% endfor %}"
+    + ASKED
+)
+THOUGHTS_EMPTY = THOUGHTS_LAST.replace(
+    "{{ m.content or '' }}",
+    "{% if m.role == 'assistant' and loop.index0 <= ns.n %}<think></think>\n{% endif %}{{ m.content or '' }}",
+)
+TWO_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.tool_calls %}"
+    + CALLS
+    + "{% elif m.role == 'assistant' %}"
+    "{{ m.content }}<|im_end|>{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}<|im_start|>assistant:"
+)
+RESULT_WITHIN = (
+    "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n"
+    + CALLS
+    + "{% if m.tool_calls %}"
+    "{% for t in messages[loop.index:] %}{% if t.role == 'tool' %}[INST]{{ t.content }}[/INST]{% endif %}{% endfor %}"
+    "{% endif %}{{ m.content or '' }}<|im_end|>\n{% endif %}{% endfor %}" + ASKED
+)
+LOOK = "[TOOL_CALLS]look {}"
+
+
+@pytest.mark.parametrize("content", ["", None])
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, {"days": 3}, {}])
+@pytest.mark.parametrize(
+    ("source", "spans"),
+    [
+        (THOUGHTS_LAST, [LOOK + "<|im_end|>", "sun<|im_end|>", "<think></think>\nyes<|im_end|>"]),
+        (THOUGHTS_EMPTY, ["<think></think>\n" + LOOK + "<|im_end|>", "<think></think>\nsun<|im_end|>", "<think></think>\nyes<|im_end|>"]),
+        (TWO_ENDS, [LOOK + EOS, "sun<|im_end|>" + EOS, "yes<|im_end|>" + EOS]),
+        (RESULT_WITHIN, [LOOK, "sun<|im_end|>", "yes<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_calls_of_earlier_turns_are_trained_on(
+    source: str, spans: list[str], arguments: dict[str, Any], content: str | None
+) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    messages = [
+        ask("weather?"),
+        answer(content, tool_calls=[call], reasoning_content="look it up"),
+        {"role": "tool", "content": "Paris sun"},
+        answer("sun", reasoning_content="it says sun"),
+        ask("really?"),
+        answer("yes", reasoning_content=""),
+    ]
+    wanted = [span.replace("{}", json.dumps(arguments)) for span in spans]
+    assert said(source, messages) == wanted
+
+
 def test_thoughts_in_their_own_key() -> None:
     messages = [
         ask("a?"),

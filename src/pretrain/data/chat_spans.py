@@ -218,7 +218,7 @@ def _probed(
         if probing.everywhere or message["role"] == "assistant":
             for key in _PROBED:
                 given = message.get(key)
-                if isinstance(given, str):
+                if isinstance(given, str) and (given.strip() or not message.get("tool_calls")):
                     changed[key] = within(given, number)
                 elif key == "content" and isinstance(given, list):
                     changed[key] = [part | {"text": within(part["text"], number)} for part in given]
@@ -304,6 +304,8 @@ class _Reading:
             if first is None:
                 return None
             span = Span(first, self._end(i, places, first), i)
+            if span.first == span.end and self.messages[i].get("tool_calls"):
+                raise SpansNotFound("the calls of an answer cannot be located", where)
             if spans and span.first < spans[-1].end:
                 raise SpansNotFound(
                     "the chat template prints answers twice or in another order", where
@@ -397,21 +399,29 @@ class _Reading:
         if i + 1 < len(self.messages):
             key = ("", tail)
             if places and key not in self.seen:
-                self.seen[key] = len(self._closing(i, start, tail))
-            tail = tail[: self.seen[key]] if places else self._closing(i, start, tail)
-        end = self.template.end
+                self.seen[key] = len(self._closing(i, start, tail, True))
+            tail = tail[: self.seen[key]] if places else self._closing(i, start, tail, False)
+        end, eos = self.template.end, self.template.tokens.get("eos_token")
         if end is not None and end in tail:
-            return start + tail.index(end) + len(end)
+            behind = tail.index(end) + len(end)
+            # Some templates close an answer twice: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>.
+            twice = eos is not None and eos != end and tail.startswith(eos, behind)
+            return start + behind + (len(eos) if eos and twice else 0)
         specials = "|".join(map(re.escape, self.template.specials))
         found = [match.end() for match in re.finditer(specials, tail)] if specials else []
         if not found:
             return start + len(tail)
-        # The tokens that frame a tool call are special tokens too, so the last one closes such a turn.
-        return start + found[-1 if self.messages[i].get("tool_calls") else 0]
+        if not self.messages[i].get("tool_calls"):
+            return start + found[0]
+        # The tokens that frame a call are special tokens too, so the last one closes such a turn, if any does.
+        return start + (len(tail) if tail[found[-1] :].strip() else found[-1])
 
-    def _closing(self, i: int, start: int, tail: str) -> str:
-        """Return the beginning of ``tail`` (at ``start``) that also follows turn ``i`` when it is the last message."""
-        text, end = self.plain(i + 1), self.template.end or ""
+    def _closing(self, i: int, start: int, tail: str, placed: bool) -> str:
+        """Return the beginning of ``tail`` (at ``start``) that also follows turn ``i`` when it is the last message.
+
+        ``placed`` says that probes of this turn are in the text, so that ``tail`` begins behind the last of them.
+        """
+        text = self.plain(i + 1)
         if (
             text is not None
             and start <= len(text) <= start + len(tail)
@@ -420,9 +430,25 @@ class _Reading:
             return self.text[start : len(text)]
         ended = None if text is None else self.part(i + 1)
         places = [] if ended is None else [m.at for m in ended.marks if m.message == i]
-        if ended is None or not places:
-            return tail[: tail.index(end) + len(end)] if end and end in tail else ""
-        return tail[: self._common(ended.text[places[-1] :], tail)]
+        closers = [e for e in (self.template.end, self.template.tokens.get("eos_token")) if e]
+        if places and placed:
+            assert ended is not None
+            return tail[: self._common(ended.text[places[-1] :], tail)]
+        if places:
+            # Only the last turn has its thoughts, and of this one the text holds the calls of tools alone: what the
+            # texts have in common is at their ends.
+            assert ended is not None
+            rest = ended.text[places[-1] :]
+            needed = next((e for e in closers if e in rest), "")
+            suffixes = (rest[k:] for k in range(len(rest)))
+            common = next((s for s in suffixes if needed in s and s.strip() and s in tail), "")
+            return tail[: tail.index(common) + len(common)]
+        if text is not None and not placed and self.text.startswith(text[:start]):
+            common = tail[: self._common(text[start:], tail)]
+            if common.strip() and not any(e in common for e in closers):
+                return common
+        end = next((e for e in closers if e in tail), None)
+        return "" if end is None else tail[: tail.index(end) + len(end)]
 
     def _common(self, text: str, other: str) -> int:
         """Return the length of the common prefix of two texts, in whole special tokens, words and whitespace runs."""
