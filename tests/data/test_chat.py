@@ -543,3 +543,34 @@ def test_conversations_of_a_table_of_text_are_read(tmp_path: Path) -> None:
             DataError, match="row 3: a conversation is a list of messages.*Write a row"
         ):
             to_conversations({"messages": text}, "row 3")
+
+
+def test_keys_that_arrow_fills_in_are_no_arguments(tmp_path: Path) -> None:
+    """A data set and a parquet file give every call, and every schema, the keys of all others with nulls."""
+    datasets = pytest.importorskip("datasets")
+
+    def row(name: str, arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        schema = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        turns = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "found"},
+            {"role": "assistant", "content": "a"},
+        ]
+        tools = [{"type": "function", "function": {"name": name, "parameters": schema}}]
+        return {"messages": turns, "tools": tools}
+
+    rows = [row("look", {"city": "Paris"}), row("time", {"zone": "CET", "of": ["a", "b"]})]
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.to_json(tmp_path / "rows.jsonl")
+    for source in (made, list(made), tmp_path / "rows.parquet", tmp_path / "rows.jsonl"):
+        table = read_table(source)
+        assert [to_conversations(r)[0] for r in table.rows()] == [r["messages"] for r in rows]
+        assert [as_tools(r["tools"]) for r in table.rows()] == [r["tools"] for r in rows]
+    # A null that somebody wrote is an argument, and the default of a parameter.
+    given = row("look", {"city": None})
+    assert to_conversations(given) == [given["messages"]]
+    optional = [{"name": "look", "parameters": {"properties": {"city": {"default": None}}}}]
+    assert as_tools(optional) == optional

@@ -466,6 +466,9 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
         if name == "function_call":
             turn |= {"content": None, "tool_calls": [_call_in(turn["content"], at)]}
         found.append(_checked(turn, at))
+    # The datasets library and parquet files give every object all keys of its column, with nulls for absent ones.
+    if any(message.get("tool_calls", ()) is None for message in value):
+        found = [m | {k: _absent_left_out(m[k]) for k in ("tool_calls",) if k in m} for m in found]
     return found
 
 
@@ -485,7 +488,19 @@ def as_tools(value: Any, where: str = "") -> list[Any] | None:
         raise DataError(
             f"{place}tools are {str(value)[:60]!r}, but must be a list of function descriptions, or its JSON text."
         )
-    return given or None
+    # No schema has nulls but these two, so others stand for absent keys; see ``as_messages``.
+    return _absent_left_out(given, kept=("default", "const")) or None
+
+
+def _absent_left_out(value: Any, kept: Sequence[str] = ()) -> Any:
+    """Return nested objects without the keys whose value is null, except those of the names ``kept``."""
+    if isinstance(value, Mapping):
+        return {
+            key: _absent_left_out(item, kept)
+            for key, item in value.items()
+            if item is not None or key in kept
+        }
+    return [_absent_left_out(item, kept) for item in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
