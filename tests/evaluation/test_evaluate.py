@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as sk
 
 import pretrain
@@ -445,3 +446,17 @@ def test_rows_are_read_in_the_encoding_of_training_unless_they_are_utf8(
         else:  # no byte of the file tells, so it is read as the rows of training and refused
             with pytest.raises(DataError):
                 evaluate(other)
+
+
+@pytest.mark.parametrize("head", ["sequence-classification", "causal-lm"])
+def test_figures_of_answers_that_are_no_numbers_are_an_error(head: str, tmp_path: Path) -> None:
+    """An accuracy of them would look like any other; weights that are finite can lead there by overflow."""
+    family = "llama" if head == "causal-lm" else "bert"
+    labels = {} if head == "causal-lm" else {"labels": ["a", "b"]}
+    model = model_of(family, head=head, **labels)
+    with torch.no_grad():
+        next(p for n, p in model.backbone.named_parameters() if "norm" in n).fill_(3e38)
+    model.save(tmp_path / "model")
+    rows: Any = write(tmp_path / "rows.jsonl", [{"text": t, "label": "a"} for t in tiny.TEXTS[:4]])
+    with pytest.raises(ModelError, match="the loss is not a number"):
+        pretrain.evaluate(tmp_path / "model", rows)

@@ -206,3 +206,28 @@ def test_commands(tmp_path, capsys):
     assert [
         hit.index for hit in search_file(model, tiny.TEXTS[4], source, text="body", top_k=1)
     ] == [4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_vectors_and_scores_that_are_no_numbers_are_an_error(value):
+    texts, mask = tiny.TEXTS[:2], "the red [MASK]"
+    masked, causal = (
+        build(family, None, tokenizer=tiny.tokenizer(), max_positions=24, **SIZES)
+        for family in ("bert", "llama")
+    )
+    for model in (masked, causal):
+        with torch.no_grad():
+            next(p for n, p in model.backbone.named_parameters() if "norm" in n).fill_(value)
+    asked = [
+        lambda: masked.embed(texts),
+        lambda: masked.similarity(texts),
+        lambda: masked.search(texts[0], texts),
+        lambda: masked.fill_mask(mask),
+        lambda: masked.log_likelihood(texts),
+        lambda: causal.embed(texts, pooling="last"),
+        lambda: causal.log_likelihood(texts, per_token=True),
+        lambda: causal.generate(texts[0]),
+    ]
+    for ask in asked:
+        with pytest.raises(ModelError, match="not finite: its weights are damaged"):
+            ask()

@@ -6,6 +6,7 @@ Also tasks that need no training: similarity of texts, retrieval, minimal pairs.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +93,8 @@ def evaluate(
         they are those of the run's summary. Those of ``sts``, ``retrieval`` and ``minimal-pairs`` are documented there.
 
     Raises:
-        PretrainError: no rows, rows that do not fit the model or have changed since the run, or columns without rows.
+        PretrainError: no rows, rows that do not fit the model or have changed since the run, columns without rows, or a
+            loss that is no number.
     """
     options = _counts(batch_rows, limit)
     path = _directory(checkpoint)
@@ -117,16 +119,28 @@ def evaluate(
         text = _text_column(path, columns or {}, named_task)
         options["reading"] = reading | ({} if text is None else {"text": text})
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
-            return language.evaluate(path, data, objective=objective, model=model, **options)
+            figures = language.evaluate(path, data, objective=objective, model=model, **options)
+        return _of_numbers(figures, path)
     trained = task_of(model)
     if named_task is not None and not isinstance(trained, named_task):
         raise ConfigError(
             f"{path} was fine-tuned for the task {trained.name}, by whose figures it is measured, and not for "
             f"{named_task.name}. Leave {option('task')} out."
         )
-    return _evaluate_task(
+    figures = _evaluate_task(
         path, trained, data, columns or {}, base, precision, device, reading, options
     )
+    return _of_numbers(figures, path)
+
+
+def _of_numbers(figures: dict[str, float], path: Path) -> dict[str, float]:
+    """Return figures as they are; raise ModelError if the loss is no number, because then the others mean nothing."""
+    if not math.isfinite(figures.get("loss", 0.0)):
+        raise ModelError(
+            f"{path}: the loss is not a number (NaN or infinite), so the other figures mean nothing. The weights of "
+            "the model are damaged, or its values overflow: check the run that made it, or take an earlier checkpoint."
+        )
+    return figures
 
 
 def _counts(batch_rows: int | None, limit: int | None) -> dict[str, Any]:

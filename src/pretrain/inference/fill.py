@@ -16,6 +16,7 @@ from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.prompts import (
     as_texts,
+    check_finite,
     check_ids,
     evaluating,
     hidden_states,
@@ -46,7 +47,8 @@ def fill_mask(model: Model, text: str | Sequence[str], top_k: int = 5) -> list[A
         several texts a list with the result of each.
 
     Raises:
-        ModelError: no masked-LM head, no tokenizer, no mask in a text, or a text longer than the model's positions.
+        ModelError: no masked-LM head, no tokenizer, no mask in a text, a text longer than the model's positions, or
+            scores that are not finite.
         ConfigError: ``top_k`` below 1.
     """
     if model.head_kind != "masked-lm":
@@ -88,7 +90,8 @@ def _fill_one(model: Model, encoding: Any, top_k: int, device: torch.device) -> 
     hidden = model.backbone({"input_ids": torch.tensor([row], device=device)})
     head: Any = model.head
     # Vocabulary rows without a token are part of the softmax, as in training, but are not candidates.
-    scores = head(hidden[0, places]).float().softmax(-1)[:, : len(tokenizer)]  # (masks, V)
+    logits = check_finite(head(hidden[0, places]).float())
+    scores = logits.softmax(-1)[:, : len(tokenizer)]  # (masks, V)
     best = scores.topk(min(top_k, scores.shape[-1]))
     only = len(places) == 1
     answers = [
@@ -148,8 +151,8 @@ def embed(
         prompt_name: name of a prompt of the directory. With neither, the directory's default prompt is used.
 
     Raises:
-        ModelError: no tokenizer, a text without tokens, ``cls`` with a causal model, or a directory with modules that
-            are not implemented.
+        ModelError: no tokenizer, a text without tokens, vectors that are not finite, ``cls`` with a causal model, or a
+            directory with modules that are not implemented.
         ConfigError: an unknown pooling or prompt, or ``batch_size`` below 1.
     """
     vectors, cut = embed_counting(model, texts, pooling, batch_size, normalize, prompt, prompt_name)
@@ -203,7 +206,7 @@ def embed_counting(
             vectors[chosen] = pool(hidden.float(), real, modes, skip).cpu()
     if stored.missing:  # vectors of the model alone
         stored = SentenceSettings()
-    return stored.finish(vectors, normalize), cut
+    return stored.finish(check_finite(vectors), normalize), cut
 
 
 def cut_texts(model: Model, cut: int, count: int) -> str:

@@ -17,7 +17,15 @@ from pretrain.config.check import check_value
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
 from pretrain.inference.fill import embed, fill_mask
-from pretrain.inference.prompts import Prompts, check_ids, evaluating, fill_id, pad, tokenizer_of
+from pretrain.inference.prompts import (
+    Prompts,
+    check_finite,
+    check_ids,
+    evaluating,
+    fill_id,
+    pad,
+    tokenizer_of,
+)
 from pretrain.inference.sampling import banned, penalize
 from pretrain.inference.settings import Settings, add_biases
 from pretrain.nn.attention import KVCache
@@ -395,11 +403,8 @@ class _Decoder:
         last_steps = [self.settings.budget(n) - 1 for n in lengths_in]
         for step in range(steps):
             scores = self._scores(columns, real, cache)
-            if step == 0 and not bool(scores.isfinite().all()):
-                raise ModelError(
-                    "The model's scores are not finite: its weights are damaged, or the values overflow their data "
-                    "type. Copy the weights again, or load the model in float32."
-                )
+            if step == 0:
+                check_finite(scores)
             if added is not None:
                 scores = scores + added
             if history is not None:

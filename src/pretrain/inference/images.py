@@ -18,7 +18,7 @@ from pretrain.data.images.decode import SUFFIXES
 from pretrain.data.images.given import given_images
 from pretrain.data.images.rows import decoded
 from pretrain.errors import DataError, ModelError
-from pretrain.inference.prompts import check_ids, evaluating, tokenizer_of
+from pretrain.inference.prompts import check_finite, check_ids, evaluating, tokenizer_of
 from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone
 from pretrain.objectives.contrastive import padded_texts
@@ -69,7 +69,7 @@ def image_vectors(
             parts.append(vectors.float().cpu())
     if not parts and isinstance(backbone, TwoTowers):
         return torch.empty(0, backbone.config.projection_dim)
-    return torch.cat(parts)
+    return check_finite(torch.cat(parts))
 
 
 def _decoded(image: Any) -> Any:
@@ -110,7 +110,7 @@ def _text_vectors(model: Model, texts: list[str], batch_size: int) -> tuple[Tens
             batch = {key: value.to(device) for key, value in padded.items()}
             found = towers.text_vectors(batch["input_ids"], batch.get("attention_mask"))
             vectors[chosen] = found.float().cpu()
-    return vectors, sum(bool(encoding.overflowing) for encoding in encodings)
+    return check_finite(vectors), sum(bool(encoding.overflowing) for encoding in encodings)
 
 
 def _images(given: Any, channels: int) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from pretrain.data.task_rows import batches_by_length
 from pretrain.errors import ModelError
 from pretrain.inference.prompts import (
     as_texts,
+    check_finite,
     check_ids,
     evaluating,
     hidden_states,
@@ -76,7 +77,8 @@ def log_likelihood(
         A tensor (N,) in fp64 on the CPU; or with ``per_token`` for each text a list of pairs (token, log-probability).
 
     Raises:
-        ModelError: the model has no such head or no tokenizer, or a text is empty or longer than the model's positions.
+        ModelError: the model has no such head or no tokenizer, a text is empty or longer than the model's positions, or
+            scores are not finite.
         ConfigError: ``batch_rows`` below 1.
     """
     check_count("batch_rows", batch_rows)
@@ -211,7 +213,7 @@ def _log_probs(model: Model, states: Tensor, targets: Tensor) -> tuple[Tensor, T
         logits = head(part).float()  # (size, V)
         log_probs.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(-1))
         best.append(logits.argmax(-1) == wanted)
-    return torch.cat(log_probs), torch.cat(best)
+    return check_finite(torch.cat(log_probs)), torch.cat(best)
 
 
 def _split(scored: tuple[Tensor, Tensor], counts: Sequence[int]) -> list[Scored]:

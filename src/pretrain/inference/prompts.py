@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Prompts",
     "as_texts",
+    "check_finite",
     "check_ids",
     "evaluating",
     "fill_id",
@@ -158,6 +159,20 @@ def check_ids(model: Model, ids: list[list[int]], what: str = "Prompt") -> None:
             raise ModelError(
                 f"{what} {i} has {len(row)} tokens, but the model has {room} positions. Shorten it."
             )
+
+
+def check_finite(values: Tensor) -> Tensor:
+    """Return scores or vectors of a model as they are.
+
+    Raises:
+        ModelError: one of them is NaN or infinite.
+    """
+    if not bool(values.isfinite().all()):
+        raise ModelError(
+            "The model's scores are not finite: its weights are damaged, or the values overflow their data "
+            "type. Copy the weights again, or load the model in float32."
+        )
+    return values
 
 
 def fill_id(model: Model) -> int:
