@@ -680,7 +680,7 @@ def test_the_best_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classification", "multi_label"])
-def test_all_probabilities_and_the_likeliest(kind: str, tmp_path: Path) -> None:
+def test_all_probabilities_and_the_likeliest(kind: str, tmp_path: Path, capsys: Any) -> None:
     """In memory, as a frame with its index, and in files; asked for nothing, the answer is as ever."""
     import pandas
 
@@ -719,6 +719,12 @@ def test_all_probabilities_and_the_likeliest(kind: str, tmp_path: Path) -> None:
         )
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert [row["predicted_label"] for row in rows][:3] == [a["label"] for a in every][:3]
+    command = ["predict", str(saved), str(source), "--out", str(out), "--quiet", "--top_k"]
+    assert cli.main([*command, "none"]) == 0 and len(out.read_text().splitlines()) == len(texts)
+    assert cli.main([*command, "0"]) == 2
+    assert "--top_k is 0; it must be a whole number of at least 1, or all for all classes" in (
+        capsys.readouterr().err
+    )
     for wrong in (0, -1, "all", 1.5, True):
         with pytest.raises(ConfigError, match="top_k"):
             model.predict(texts, top_k=wrong)

@@ -395,6 +395,21 @@ def test_why_an_answer_is_missing_is_said(capsys: pytest.CaptureFixture[str]) ->
     assert "the chat template refuses the conversation (1)" in capsys.readouterr().err
 
 
+def test_a_text_is_what_the_user_says() -> None:
+    from pretrain.inference.predict import predict_with
+
+    task = Instruction(model())
+    texts = ["who is the red cat?", "[1, 2]? ", "3"]
+    wanted = predict_with(task, [{"prompt": text} for text in texts], max_new_tokens=2)
+    assert predict_with(task, texts[0], max_new_tokens=2) == wanted[0]
+    assert wanted[0]["messages"][0] == {"role": "user", "content": texts[0]}
+    for several in (texts, tuple(texts), np.array(texts)):
+        assert predict_with(task, several, max_new_tokens=2) == wanted
+    # A text that prints a conversation is one, as in a CSV.
+    printed = json.dumps([{"role": "user", "content": texts[0]}])
+    assert predict_with(task, [printed], max_new_tokens=2) == wanted[:1]
+
+
 def test_shown_tokens_are_those_that_are_trained_on() -> None:
     task = Instruction(model())
     for example in task.encode(table()):

@@ -435,7 +435,7 @@ def _predict(args: Any) -> None:
     options = vars(args)
     places = [options.pop(key) for key in ("checkpoint", "file", "out")]
     if (top_k := options.pop("top_k")) is not None:
-        options["top_k"] = None if top_k == "all" else top_k
+        options["top_k"] = None if str(top_k).lower() in ("all", "none") else top_k
     for key in ("labels", "template", "threshold"):
         if options[key] is None:
             del options[key]

@@ -180,7 +180,8 @@ def predict(
         model: a fine-tuned model; see `task_of`.
         inputs: a text, a pair of texts as a tuple, or a dict by role or column gives one prediction. A list of them,
             a dict of columns, a pandas frame, a ``datasets.Dataset`` or the ``Path`` of a file gives a list of
-            predictions. For tasks over words a text is split at blanks, and a tuple holds the words of one text.
+            predictions. For tasks over words a text is split at blanks, and a tuple holds the words of one text; for a
+            chat it is what the user says.
             A ``str`` is always a text, never the name of a file; for a model of images or audio it is a path.
         columns: role -> column, for columns without a conventional name.
         task: class of the task that the model was trained for, or its import path, if it is your own.

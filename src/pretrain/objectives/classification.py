@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain import metrics as figures_of
-from pretrain.config.spelling import option
+from pretrain.config.spelling import either, option, option_name
 from pretrain.data.labelled import Role
 from pretrain.data.labels import (
     LABEL_FORMS,
@@ -428,7 +428,8 @@ def best_classes(
         return {"label": labels[best], "score": float(scores[best])}
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise ConfigError(
-            f"top_k is {top_k!r}; it must be a whole number of at least 1, or None for all classes."
+            f"{option_name('top_k')} is {top_k!r}; it must be a whole number of at least 1, or {either('all', 'None')} "
+            "for all classes."
         )
     order = np.argsort(-scores, kind="stable")[:top_k].tolist()
     return {"label": [labels[k] for k in order], "score": [float(scores[k]) for k in order]}

@@ -25,11 +25,13 @@ from pretrain.data.chat import (
     as_tools,
     encode_rendered,
     is_trained,
+    printed_messages,
     to_conversations,
     typed_specials,
 )
 from pretrain.data.chat_spans import SpansNotFound, assistant_spans, readable, unread_keys
 from pretrain.data.labelled import Role
+from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, suggestion
 from pretrain.hub import function
@@ -46,7 +48,6 @@ from pretrain.objectives.tasks import Learned, Task
 from pretrain.utils.files import note
 
 if TYPE_CHECKING:
-    from pretrain.data.tables import Table
     from pretrain.models.base import Model
 
 __all__ = [
@@ -464,6 +465,18 @@ class Instruction(Task, TokenObjective):
         question = prompt or self.tokenizer.decode(start)[-200:]
         answer = _write(self.model, [start], room, {"do_sample": False})[0]
         return [f"{question} -> {answer}".replace("\n", " ")]
+
+    def inputs(self, inputs: Any) -> tuple[Table, bool] | None:
+        """A text, or each of several, is what the user says first."""
+        listed = hasattr(inputs, "tolist") and not hasattr(inputs, "columns")
+        given = inputs.tolist() if listed else inputs
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list | tuple) or not texts:
+            return None
+        if not all(isinstance(text, str) and printed_messages(text) is text for text in texts):
+            return None
+        table = Table("inputs", {"prompt": list(texts)}, origin="the inputs", unit="index")
+        return table, isinstance(given, str)
 
     def predict(
         self, table: Table, batch_rows: int = 16, max_new_tokens: int | None = None, **options: Any
