@@ -465,6 +465,25 @@ def test_conversations_in_every_form() -> None:
     ]
     without = {"role": "assistant", "tool_calls": made["tool_calls"]}
     assert to_conversations({"messages": [asked, without]}) == [[asked, made]]
+    older = [asked, {"role": "assistant", "content": None, "function_call": call}]
+    for turns in (
+        [asked, made | {"tool_calls": json.dumps(made["tool_calls"])}],
+        [asked, made | {"tool_calls": None, "function_call": json.dumps(call)}],
+        [asked, {"role": "tool_call", "content": json.dumps(call)}],
+        older,
+    ):
+        assert to_conversations({"messages": turns}) == [[asked, made]], turns
+    assert to_conversations({"messages": [asked, said | {"tool_calls": []}]}) == [
+        [asked, said | {"tool_calls": []}]
+    ]
+    for nothing in (None, "", "null"):
+        empty = made | {"tool_calls": [{"function": {"name": "now", "arguments": nothing}}]}
+        (turns,) = to_conversations({"messages": [asked, empty]})
+        assert turns[1]["tool_calls"] == [{"function": {"name": "now", "arguments": "{}"}}]
+        assert empty["tool_calls"][0]["function"]["arguments"] is nothing
+    for role, name in (("role", "text"), ("from", "content"), ("speaker", "value")):
+        turns = [{role: " Human ", name: "q"}, {role: "ai", name: "a"}]
+        assert to_conversations({"messages": turns}) == [[asked, said]]
     described = [{"type": "function", "function": {"name": "look"}}]
     for tools in (described, json.dumps(described), np.array(described)):
         assert as_tools(tools) == described
@@ -492,6 +511,12 @@ def test_conversations_in_every_form() -> None:
         ({"messages": "hello"}, "a list of messages"),
         ({"messages": [{"role": "user"}]}, "message 1"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "'alien'"),
+        ({"messages": [{"role": "user", "parts": ["x"]}]}, "Call them role or from"),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q"]}}, "differ in length"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            "is a function call, but",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, "not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),

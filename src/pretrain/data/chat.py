@@ -4,7 +4,7 @@ A conversation is a list of ``{"role", "content"}`` messages. Read are ``message
 ``from`` and ``value``; ``turns`` of ``speaker`` and ``utterance``; prompt and completion; question and answer;
 instruction, input and output, also as ``instances`` (Self-Instruct). Further keys of a message (``tool_calls``,
 ``reasoning_content``, ``name``) are kept for the template; ``weight`` (OpenAI) and ``train`` (Axolotl) select the turns
-that are trained on.
+that are trained on. OpenAI's older ``function_call`` is read as a tool call.
 
 A template is the Jinja program that comes with a tokenizer (``chat_template.jinja``); it is untrusted and runs in
 ``template_sandbox``. A rendered text already contains the special tokens that the model expects, so it is encoded by
@@ -327,14 +327,19 @@ _SPEAKERS = {
     speaker: role
     for role, speakers in {
         "user": "human user prompter customer",
-        "assistant": "gpt assistant chatgpt bot model agent function_call",  # of LLaMA-Factory: a tool call
+        "assistant": "gpt assistant chatgpt ai bot model agent function_call tool_call",
         "system": "system",
         "developer": "developer",
-        "tool": "tool function observation",
+        "tool": "tool function observation ipython tool_response tool_result",
     }.items()
     for speaker in speakers.split()
 }
-_KEYS = (("role", "content"), ("from", "value"), ("speaker", "utterance"), ("speaker", "text"))
+_CALLS = (
+    "function_call",
+    "tool_call",
+)  # roles of LLaMA-Factory and ms-swift, whose text is a tool call as JSON
+_ROLE_KEYS = ("role", "from", "speaker")
+_TEXT_KEYS = ("content", "value", "utterance", "text")
 
 
 def to_conversations(
@@ -434,9 +439,10 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     place = f"{where}: " if where else ""
     value = _plain(value)  # some tables hold arrays instead of lists
     if isinstance(value, Mapping) and all(isinstance(v, list) for v in value.values()):
-        value = [
-            dict(zip(value, item, strict=False)) for item in zip(*value.values(), strict=False)
-        ]
+        sizes = {key: len(items) for key, items in value.items()}
+        if len(set(sizes.values())) > 1:
+            raise DataError(f"{place}the lists of a conversation differ in length: {sizes}.")
+        value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise DataError(
             f"{place}a conversation is a list of messages, or JSON of one; found {type(value).__name__} "
@@ -448,23 +454,33 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     for number, message in enumerate(value, start=1):
         at = f"{place}message {number}"
         given = message if isinstance(message, Mapping) else {}
-        keys = next((pair for pair in _KEYS if pair[0] in given and pair[1] in given), None)
-        if keys is None and "role" in given and given.get("tool_calls"):
-            keys = ("role", "content")
-        if keys is None:
-            raise DataError(f"{at} is {str(message)[:80]!r}; a message has a role and a content.")
-        name = str(message[keys[0]]).lower()
+        calls = given.get("tool_calls") or given.get(
+            "function_call"
+        )  # the latter is OpenAI's of 2023
+        speaker = next((k for k in _ROLE_KEYS if given.get(k) is not None), None)
+        text = next((k for k in _TEXT_KEYS if given.get(k) is not None), None)
+        if text is None and (calls or any(k in given for k in _TEXT_KEYS)):
+            text = next((k for k in _TEXT_KEYS if k in given), "content")
+        if speaker is None or text is None:
+            raise DataError(
+                f"{at} is {str(message)[:80]!r}; a message has a role and a content. Call them "
+                f"{' or '.join(_ROLE_KEYS)}, and {' or '.join(_TEXT_KEYS)}."
+            )
+        name = str(message[speaker]).strip().lower()
         role = _SPEAKERS.get(name)
-        if keys[0] == "speaker" and spoken == {"user", "system"} and name == "system":
+        if speaker == "speaker" and spoken == {"user", "system"} and name == "system":
             role = "assistant"  # in task-oriented dialogues, the "system" is the assistant
         if role is None:
             raise DataError(
-                f"{at} has the unknown role {message[keys[0]]!r}; known roles are {', '.join(_SPEAKERS)}."
+                f"{at} has the unknown role {message[speaker]!r}; known roles are {', '.join(_SPEAKERS)}."
             )
-        others = {k: v for k, v in message.items() if k not in keys and v is not None}
-        turn: Message = {"role": role, "content": message.get(keys[1]), **others}
-        if name == "function_call":
+        left = (speaker, text, *(("tool_calls", "function_call") if calls else ()))
+        others = {k: v for k, v in message.items() if k not in left and v is not None}
+        turn: Message = {"role": role, "content": message.get(text), **others}
+        if name in _CALLS:
             turn |= {"content": None, "tool_calls": [_call_in(turn["content"], at)]}
+        elif calls:
+            turn["tool_calls"] = _calls(calls, at)
         found.append(_checked(turn, at))
     # The datasets library and parquet files give every object all keys of its column, with nulls for absent ones.
     if any(message.get("tool_calls", ()) is None for message in value):
@@ -512,10 +528,32 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _calls(value: Any, at: str) -> list[Any]:
+    """Return the calls of tools of a message: a list of them, JSON text of one, or a single ``function_call``.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    calls = printed_messages(value) if isinstance(value, str) else value
+    if isinstance(calls, Mapping):
+        calls = [_call_in(calls, at)]
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(
+            f"{at} has the tool_calls {str(calls)[:60]!r}, which is not a list of objects."
+        )
+    made = []
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, Mapping) and function.get("arguments", ...) in (None, "", "null"):
+            function = {**function, "arguments": "{}"}  # a call without arguments
+        made.append({**call, "function": function} if "function" in call else function)
+    return made
+
+
 def _call_in(value: Any, at: str) -> dict[str, Any]:
-    """Parse a tool call that is given as JSON text."""
+    """Return a tool call that is given as ``{name, arguments}``, or as JSON text of that."""
     try:
-        call = json.loads(value)
+        call = value if isinstance(value, Mapping) else json.loads(value)
         return {
             "type": "function",
             "function": {"name": call["name"], "arguments": call["arguments"]},
@@ -527,16 +565,12 @@ def _call_in(value: Any, at: str) -> dict[str, Any]:
 
 
 def _checked(message: Message, at: str) -> Message:
-    """Check the keys ``tool_calls``, ``weight`` and ``train`` of a message, and return it with its content checked.
+    """Check the keys ``weight`` and ``train`` of a message, and return it with its content checked.
 
     Raises:
         DataError: a key has an invalid value, or the content is not text.
     """
     calls, weight, train = (message.get(key) for key in ("tool_calls", "weight", "train"))
-    if calls and not all(isinstance(call, Mapping) for call in calls):
-        raise DataError(
-            f"{at} has the tool_calls {str(calls)[:60]!r}, which is not a list of objects."
-        )
     if weight is not None and weight not in (0, 1):
         raise DataError(f"{at} has the weight {weight!r}; it must be 0 (not trained on) or 1.")
     if train is not None and not isinstance(train, bool):
