@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,12 @@ def test_a_long_conversation_keeps_its_last_turns_and_the_system_prompt() -> Non
     assert 226 < len(ids) < 256
     with pytest.raises(DataError, match=r"reads 256.*Shorten"):
         session.fit([*turns, {"role": "user", "content": "y" * 250}], 30)
+
+
+@pytest.mark.parametrize("given", [None, 3, {"role": "user", "content": "a"}])
+def test_what_is_no_conversation_is_refused(given: Any) -> None:
+    with pytest.raises(DataError, match="a conversation is a list of messages"):
+        chatty.talker().chat(given)
 
 
 def test_a_typed_special_token_is_refused() -> None:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
 
 __all__ = [
-    "CHAT_ROLES", "REASONING", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools", "content_text",
-    "default_template", "encode_rendered", "is_trained", "printed_messages", "to_conversations", "typed_specials",
+    "CHAT_ROLES", "REASONING", "ROLE_KEYS", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools",
+    "content_text", "default_template", "encode_rendered", "is_trained", "printed_messages", "to_conversations",
+    "typed_specials",
 ]  # fmt: skip
 
 Message = dict[str, Any]
@@ -338,7 +339,7 @@ _CALLS = (
     "function_call",
     "tool_call",
 )  # roles of LLaMA-Factory and ms-swift, whose text is a tool call as JSON
-_ROLE_KEYS = ("role", "from", "speaker")
+ROLE_KEYS = ("role", "from", "speaker")
 _TEXT_KEYS = ("content", "value", "utterance", "text")
 
 
@@ -457,14 +458,14 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
         calls = given.get("tool_calls") or given.get(
             "function_call"
         )  # the latter is OpenAI's of 2023
-        speaker = next((k for k in _ROLE_KEYS if given.get(k) is not None), None)
+        speaker = next((k for k in ROLE_KEYS if given.get(k) is not None), None)
         text = next((k for k in _TEXT_KEYS if given.get(k) is not None), None)
         if text is None and (calls or any(k in given for k in _TEXT_KEYS)):
             text = next((k for k in _TEXT_KEYS if k in given), "content")
         if speaker is None or text is None:
             raise DataError(
                 f"{at} is {str(message)[:80]!r}; a message has a role and a content. Call them "
-                f"{' or '.join(_ROLE_KEYS)}, and {' or '.join(_TEXT_KEYS)}."
+                f"{' or '.join(ROLE_KEYS)}, and {' or '.join(_TEXT_KEYS)}."
             )
         name = str(message[speaker]).strip().lower()
         role = _SPEAKERS.get(name)

@@ -10,12 +10,13 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.spelling import FINETUNE, using
+from pretrain.data.chat import ROLE_KEYS
 from pretrain.finetuning.job import Job
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import from_keywords
@@ -90,7 +91,12 @@ def look(
     if model is None and {"image", "audio"} & set(read.train.names):
         return Overview(**common)
     if model is None:
-        words = [_words(row.values()) for row in read.train.rows()]
+        # What only says what is right is not read by the model; the answers of a chat are.
+        targets = {r.name for r in cls.roles if r.target and cls.head_kind != "causal-lm"}
+        words = [
+            _words([v for name, v in row.items() if name not in targets])
+            for row in read.train.rows()
+        ]
         notes.append("lengths are in words: name a model to count its tokens and see its examples")
         return Overview(**common, lengths=words)
     task_of_model = Job(model, settings, read, cls, quiet=True).build(seed=0)
@@ -135,8 +141,14 @@ def _classes(cls: type[Task], table: Table, learned: Learned) -> dict[str, int]:
     return {label: counts[k] for k, label in enumerate(learned.labels or ())}
 
 
-def _words(values: Any) -> int:
-    return sum(len(value.split()) for value in values if isinstance(value, str))
+def _words(value: Any) -> int:
+    """Number of words in a text, or in all texts of a conversation or another nesting of them."""
+    if isinstance(value, str):
+        return len(value.split())
+    if isinstance(value, Mapping):
+        return sum(_words(item) for key, item in value.items() if key not in ROLE_KEYS)
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    return sum(map(_words, listed)) if isinstance(listed, list | tuple) else 0
 
 
 def _evenly_spaced(count: int) -> Sequence[int]:

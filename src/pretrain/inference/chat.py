@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.chat import Message, as_messages, as_tools, typed_specials
@@ -45,13 +45,14 @@ def chat(
         The answer, without blanks at its ends; with ``stream`` a ``pretrain.inference.generate.Stream`` of its pieces.
 
     Raises:
-        DataError: special tokens are typed into the text, or the template refuses the conversation.
+        DataError: special tokens are typed into the text, the template refuses the conversation, or it is none.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    listed = isinstance(messages, Iterable) and not isinstance(messages, Mapping)
     session = Chat(model)
     answer = session.answer(
-        session.prompt(as_messages(list(messages)), tools),
+        session.prompt(as_messages(list(messages) if listed else messages), tools),
         max_new_tokens=answer_length(model, max_new_tokens),
         **options,
     )
