@@ -460,3 +460,28 @@ def test_figures_of_answers_that_are_no_numbers_are_an_error(head: str, tmp_path
     rows: Any = write(tmp_path / "rows.jsonl", [{"text": t, "label": "a"} for t in tiny.TEXTS[:4]])
     with pytest.raises(ModelError, match="the loss is not a number"):
         pretrain.evaluate(tmp_path / "model", rows)
+
+
+def test_of_several_splits_that_of_the_test_is_measured(tmp_path: Path, capsys: Any) -> None:
+    """Or else that of validation, never the training rows, in a dict of splits, a JSON file and a folder of shards."""
+    datasets = pytest.importorskip("datasets")
+    model = model_of("bert", head="sequence-classification", labels=list(ANIMALS))
+    folder = model.save(tmp_path / "model")
+    parts = {"train": rows_of(20), "dev": rows_of(9), "test": rows_of(6)}
+    (tmp_path / "shards").mkdir()
+    for name in ("train", "test"):
+        made = datasets.Dataset.from_list(parts[name])
+        made.to_parquet(tmp_path / "shards" / f"{name}-00000-of-00001.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(parts))
+    data = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
+    for source in (parts, data, tmp_path / "rows.json", str(tmp_path / "shards")):
+        assert pretrain.evaluate(folder, source)["targets"] == 6
+        assert "the figures are those of the test split" in capsys.readouterr().err
+    del parts["test"]
+    (tmp_path / "rows.json").write_text(json.dumps(parts))
+    for source in (parts, tmp_path / "rows.json"):
+        assert pretrain.evaluate(folder, source)["targets"] == 9
+        assert "those of the validation split" in capsys.readouterr().err
+    for source in (parts["dev"], {"train": parts["dev"]}):
+        assert pretrain.evaluate(folder, source)["targets"] == 9
+        assert "split" not in capsys.readouterr().err

@@ -68,7 +68,8 @@ def evaluate(
     Args:
         checkpoint: a run, whose best model is used, a checkpoint, an adapter, any Hugging
             Face directory of a known family, or a model of the Hub (``"org/name"``).
-        data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``.
+        data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``;
+            of several splits the test rows are used, or else those of validation.
             For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
             used, documents that occur again too, in rows of the length that it was trained on. None uses the held-out
             rows of the run.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.data.encodings import check_encoding
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import needs_encoding
+from pretrain.data.tables import held_out_splits, parts_of_file
 from pretrain.errors import naming_memory
 from pretrain.finetuning.rows import encode
 from pretrain.inference.predict import (
@@ -67,6 +68,19 @@ def evaluation_rows(
     return max(1, min(_ROWS, tokens_at_once(device) // max(1, rows.longest)))
 
 
+def _to_measure(source: Any) -> tuple[Any, str]:
+    """Return what is measured of several splits, the test split or else that of validation, and a name for it."""
+    held = held_out_splits(source)
+    found = list(held) if held else parts_of_file(source)
+    use = next((use for use in ("test", "valid") if use in found), None)
+    if use is None or (not held and len(found) < 2):
+        return source, "data"
+    name = "validation" if use == "valid" else use
+    origin = source if isinstance(source, str | os.PathLike) else "the data"
+    note(f"{origin}: the figures are those of the {name} split")
+    return (held[use][1], "data") if held else (source, name)
+
+
 def labelled(
     source: Any,
     task: Task,
@@ -94,7 +108,8 @@ def labelled(
     elif (of_run := check_encoding(options.get("encoding"))) and os.path.isfile(source):
         # Nearly any bytes are text in an encoding of Windows, so UTF-8 would be misread without an error.
         options["encoding"] = of_run if needs_encoding(Path(source), of_run) else None
-    table = task.read(source, name="data", **options)
+    rows, name = _to_measure(source)
+    table = task.read(rows, name=name, **options)
     table = task.gathered(table, {**(section.columns if section is not None else {}), **named})
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}
