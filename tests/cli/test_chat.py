@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import pretrain
+import tiny
 from inference import chatty
 from pretrain.cli import main as cli
 from pretrain.errors import Interrupted
@@ -183,3 +185,14 @@ def test_a_terminal(folder: str) -> None:
     os.write(parent, b"\x04")
     assert process.wait(60) == 0
     os.close(parent)
+
+
+@pytest.mark.parametrize("option", [[], ["--raw"], ["--web", "--port", "0"]])
+def test_a_model_that_cannot_speak_is_not_sent_to_training_on_conversations(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    labels = {"head": "sequence-classification", "labels": ["a", "b"]}
+    model = pretrain.build("bert", "tiny", tokenizer=tiny.tokenizer(), **labels)
+    assert talk(monkeypatch, str(model.save(tmp_path / "model")), "a\n", *option) == 2
+    err = capsys.readouterr().err
+    assert "cannot continue text" in err and "finetune" not in err

@@ -47,6 +47,7 @@ def chat(args: Any) -> None:
     if args.raw and (args.web or args.system):
         raise ConfigError("--raw has no conversations, so it takes neither --web nor --system.")
     from pretrain.checkpoint import load
+    from pretrain.inference.generate import Stream
     from pretrain.inference.serve import listen, serve
     from pretrain.objectives.instruction import answer_length
     from pretrain.training.precision import choose_device
@@ -54,8 +55,9 @@ def chat(args: Any) -> None:
     listener = listen(args.port) if args.web else None  # fails early if the port is taken
     device = choose_device(args.device)
     model = load(args.checkpoint).to(device)
-    words = model.tokenizer
-    if not args.raw and (words is None or not (words.chat_template or words.named_templates)):
+    words, speaks = model.tokenizer, model.head_kind == "causal-lm"
+    templates = words is not None and (words.chat_template or words.named_templates)
+    if speaks and not args.raw and not templates:
         raise ModelError(
             f"{args.checkpoint} has no chat template: it was not trained on conversations. Train it on some: "
             f"pretrain finetune --model {args.checkpoint} --task chat --data chats.jsonl. To see how it continues "
@@ -64,6 +66,7 @@ def chat(args: Any) -> None:
     left_out = ("checkpoint", "system", "device", "raw", "web", "port")
     options = {k: v for k, v in vars(args).items() if k not in left_out and v is not None}
     options["max_new_tokens"] = answer_length(model, options.get("max_new_tokens"), _NEW_TOKENS)
+    Stream(model, [0], **options)  # checks the model and the options
     if listener is not None:
         serve(model, Path(args.checkpoint).resolve().name, listener, args.system, options)
     else:
@@ -88,11 +91,9 @@ class _Talk:
 
     def __init__(self, model: Model, system: str, raw: bool, options: dict[str, Any]) -> None:
         from pretrain.inference.chat import Chat
-        from pretrain.inference.generate import Stream
 
         self.model, self.system, self.options = model, system, options
         self.session = None if raw else Chat(model)
-        Stream(model, [0], **options)  # checks the options
         self.turns: list[dict[str, Any]] = []
         self.noted_cut, self.read = False, 0
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
