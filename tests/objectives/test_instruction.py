@@ -24,6 +24,7 @@ from pretrain.inference.chat import chat as answer
 from pretrain.inference.predict import rebuilt
 from pretrain.nn.loss import IGNORE
 from pretrain.objectives.instruction import Instruction
+from pretrain.objectives.preference import Preference
 from pretrain.printing import printable
 from pretrain.training.precision import Precision, choose_precision
 from pretrain.utils import files
@@ -393,6 +394,24 @@ def test_why_an_answer_is_missing_is_said(capsys: pytest.CaptureFixture[str]) ->
     refusing = Instruction(model(), chat_template="{{ raise_exception('only haiku') }}")
     predict_with(refusing, rows[:1])
     assert "the chat template refuses the conversation (1)" in capsys.readouterr().err
+
+
+def test_a_chat_template_may_be_the_path_of_a_file(tmp_path: Path) -> None:
+    """The run keeps its content, so that it goes on from anywhere, and notices a file that was changed."""
+    source = "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    file = tmp_path / "own.jinja"
+    file.write_text(source)
+    for task in (Instruction, Preference):
+        assert task.settled({"chat_template": str(file)}) == {"chat_template": source}
+        assert task.settled({"chat_template": source}) == {"chat_template": source}
+        assert task.settled({"long": "left"}) == {"long": "left"}
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    seen = pretrain.data(rows, "chat", model=model(), valid=0, chat_template=str(file))
+    assert "assistant> b<eos>" in repr(seen)
+    file.write_bytes(b"\xff{{")
+    for path, why in ((tmp_path / "none.jinja", "No such file"), (file, "not UTF-8")):
+        with pytest.raises(DataError, match=f"neither a Jinja template.*{why}"):
+            Instruction.settled({"chat_template": str(path)})
 
 
 def test_a_text_is_what_the_user_says() -> None:

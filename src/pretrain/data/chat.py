@@ -18,8 +18,10 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import option
 from pretrain.data.labelled import Role
 from pretrain.errors import DataError, TokenizerError
 from pretrain.utils.files import note
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAT_ROLES", "REASONING", "ROLE_KEYS", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools",
-    "content_text", "default_template", "encode_rendered", "is_trained", "printed_messages", "to_conversations",
-    "typed_specials",
+    "content_text", "default_template", "encode_rendered", "is_trained", "printed_messages", "template_of_file",
+    "to_conversations", "typed_specials",
 ]  # fmt: skip
 
 Message = dict[str, Any]
@@ -245,6 +247,25 @@ class ChatTemplate:
         if isinstance(content, str) and parts and not text:
             return message | {"content": [{"type": "text", "text": content}]}
         return message
+
+
+def template_of_file(given: str) -> str:
+    """Return a chat template as it is, and the content of a file whose path is given in place of one.
+
+    Raises:
+        DataError: it is neither a template nor a file of text.
+    """
+    if not given or "{" in given:  # a Jinja program, without which no message would be written
+        return given
+    try:
+        with open(Path(given).expanduser(), encoding="utf-8") as file:
+            return file.read(_SOURCE_LIMIT + 1)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise DataError(
+            f"{option('chat_template', given)} is neither a Jinja template, which has braces, nor a file that can be "
+            f"read ({why}). Check the path."
+        ) from error
 
 
 def content_text(content: Any) -> Any:

@@ -133,6 +133,7 @@ class Job:
         """Read the rows and set the output directory."""
         task = task_class(settings.task.name)
         check_options(task, settings.task.options, settings.spell)
+        settings.task.options = task.settled(settings.task.options)
         check_monitor(task, task.name, settings.train.monitor)
         choose_device(settings.parallel.device)
         check_loggers(settings.train.loggers)

@@ -76,6 +76,7 @@ def look(
     settings, objects = from_keywords(None, "none" if model is None else model, task, arguments)
     cls = task_class(settings.task.name)
     check_options(cls, settings.task.options, settings.spell)
+    settings.task.options = cls.settled(settings.task.options)
     read = open_data(settings, objects, cls, classes_of(model, cls))
     notes = list(read.notes)
     classes = {name: _classes(cls, getattr(read, name), read.learned) for name in read.counts}

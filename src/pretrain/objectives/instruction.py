@@ -26,6 +26,7 @@ from pretrain.data.chat import (
     encode_rendered,
     is_trained,
     printed_messages,
+    template_of_file,
     to_conversations,
     typed_specials,
 )
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Instruction", "answer_length", "chat_template_of", "encode_conversation", "last_turns", "note_unread",
-    "prompt_ids", "shifted_labels", "shown_shifted", "store_chat_template",
+    "prompt_ids", "settled_template", "shifted_labels", "shown_shifted", "store_chat_template",
 ]  # fmt: skip
 
 NEW_TOKENS = 128
@@ -133,6 +134,12 @@ def store_chat_template(model: Model, source: str | None = None) -> ChatTemplate
     elif pad is not None:
         model.generation_config.setdefault("pad_token_id", pad)
     return template
+
+
+def settled_template(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of a task with the chat template itself in place of the path of its file."""
+    given = options.get("chat_template")
+    return options if given is None else options | {"chat_template": template_of_file(given)}
 
 
 def answer_length(model: Model, given: int | None, default: int = NEW_TOKENS) -> int:
@@ -223,7 +230,7 @@ class Instruction(Task, TokenObjective):
 
     Args:
         model: a causal model with a language-model head. The chat template is stored in its tokenizer.
-        chat_template: Jinja template that replaces the tokenizer's own.
+        chat_template: Jinja template that replaces the tokenizer's own; of a run also the path of a file with one.
         drop_unanswered: drop conversations without a turn of the assistant, instead of raising an error.
         long: what happens to a conversation of more than ``max_length`` tokens. ``"right"`` keeps the turns from its
             start that fit, ``"left"`` those at its end (beginning with a user turn), ``"split"`` makes several
@@ -268,6 +275,10 @@ class Instruction(Task, TokenObjective):
     @property
     def shorten(self) -> str:
         return f"choose what becomes of them with {option('long', 'split')} (or left, drop)"
+
+    @classmethod
+    def settled(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return settled_template(options)
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:

@@ -30,6 +30,7 @@ from pretrain.objectives.instruction import (
     TYPED,
     encode_conversation,
     note_unread,
+    settled_template,
     shown_shifted,
     store_chat_template,
     token_batch,
@@ -53,7 +54,7 @@ class Preference(Task):
         model: a causal model with a language-model head. The chat template is stored in its tokenizer.
         beta: strength of the penalty on deviation from the reference model.
         label_smoothing: assumed share of wrong preferences.
-        chat_template: Jinja template that replaces the tokenizer's own.
+        chat_template: Jinja template that replaces the tokenizer's own; of a run also the path of a file with one.
         max_length: maximum tokens of a prompt with its answer; pairs with a longer one are dropped.
         pack: see ``Task``.
 
@@ -75,6 +76,10 @@ class Preference(Task):
     head_kind: ClassVar[str | None] = "causal-lm"
     figures: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "margin")
     recorded: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing")
+
+    @classmethod
+    def settled(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return settled_template(options)
 
     def __init__(
         self,

@@ -451,6 +451,11 @@ class Task(Objective):
         return option in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
     @classmethod
+    def settled(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options that a run keeps: those that name a file hold its content instead."""
+        return options
+
+    @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         """Derive from the training rows what must be known before the model is built.
 
