@@ -556,7 +556,7 @@ def test_a_missing_model_of_the_hub_is_said_before_the_rows_are_read(
 
 
 def test_the_lines_on_what_to_do_next_differ() -> None:
-    model, data = SimpleNamespace(head_kind="embedding"), None
+    model, data = SimpleNamespace(head_kind="embedding", adapter=None), None
     task = SimpleNamespace(name="embedding")
     result: Any = SimpleNamespace(path=Path("runs/x"), task=task, model=model, data=data)
     with patch("pretrain.finetuning.run.example_call", return_value="embed(TEXTS)"):
@@ -569,6 +569,23 @@ def test_the_lines_on_what_to_do_next_differ() -> None:
     assert on_the_command_line[1].strip() == "pretrain embed runs/x FILE --out vectors.npy"
     assert on_the_command_line[2].split()[:3] == ["pretrain", "evaluate", "runs/x"]
     assert lines[1:3] == ["pretrain chat runs/x", 'pretrain generate runs/x "Hello" --chat']
+
+
+def test_what_an_adapter_of_a_model_in_memory_needs_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lines that are printed work as they stand, and the command line names its own option."""
+    base = model_of()
+    result = tune(base, tmp_path / "run", rows_of(24), limit="1 steps", lora=2)
+    lines = [line.strip() for line in follow_up(result)]
+    names = {"model": base, "pretrain": pretrain, "DIR": tmp_path / "base", "ROWS": rows_of(9)}
+    for line in lines[1:]:
+        exec(line, names)
+    assert len(lines) == 4
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 2
+    assert "--base DIR --out NEW_DIR" in " ".join(capsys.readouterr().err.split())
+    base_option = ["--base", str(tmp_path / "base")]
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "m"), *base_option]) == 0
 
 
 def test_the_section_train_beside_the_rows_is_read(checkpoint: str, tmp_path: Path) -> None:

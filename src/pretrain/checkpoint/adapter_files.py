@@ -22,6 +22,7 @@ from pretrain.checkpoint.model_directory import (
     verify_rest,
 )
 from pretrain.checkpoint.resolve import enclosing_run, models_of_run, resolve_model_directory
+from pretrain.config.spelling import either
 from pretrain.errors import CheckpointError, ConfigError, ModelError, PretrainError
 from pretrain.lora.attach import base_sample, body_shapes, fingerprint
 from pretrain.lora.peft_format import (
@@ -96,7 +97,7 @@ def open_adapter(
             raise
         raise CheckpointError(
             f"{error} This model is the base of the adapter {path}; its directory can also be given: "
-            f"load({path.name!r}, base=...)."
+            f"{_with_base(path)}."
         ) from error
     kind = head
     if not facts:  # written by peft, without a model configuration: that of the base is used
@@ -129,8 +130,8 @@ def open_adapter(
             step = model.extra_config["pretrain"].get("parent_step")
             which = f" It was trained on step {step} of its base." * isinstance(step, int)
             raise CheckpointError(
-                f"{text}: it was changed, replaced or trained on since then.{which} Give the right base with base=, or "
-                "give this one with base= to use it anyway."
+                f"{text}: it was changed, replaced or trained on since then.{which} Give the right base, or this one "
+                f"to use it anyway: {_with_base(path)}."
             )
         note(f"{text}; the adapter is attached anyway, because base= names this base.")
     unused = attach_stored(model, settings, tensors, path / ADAPTER_WEIGHTS, strict=head is None)
@@ -206,6 +207,12 @@ class _Base:
         return tensors
 
 
+def _with_base(adapter: Path) -> str:
+    """Return how an adapter is opened on a base that it does not name."""
+    merge = f"pretrain merge {adapter} --base DIR --out NEW_DIR"
+    return either(merge, f"load({adapter.name!r}, base=DIR)")
+
+
 def _find(settings: PeftSettings, adapter: Path) -> str | Path:
     """Find the base named in adapter_config.json.
 
@@ -215,7 +222,8 @@ def _find(settings: PeftSettings, adapter: Path) -> str | Path:
     name = settings.base
     if not name:
         raise CheckpointError(
-            f"{adapter} does not name the base that it was trained on. Give it: load({adapter.name!r}, base=...)."
+            f"{adapter} does not name the base that it was trained on, which may have been a model in memory. Give its "
+            f"directory: {_with_base(adapter)}."
         )
     parts = Path(name).parts
     # If the adapter was moved together with its base, the base is found by the last components of its old path.
@@ -234,7 +242,7 @@ def _find(settings: PeftSettings, adapter: Path) -> str | Path:
         return str(replace(hub_base, revision=settings.revision or hub_base.revision))
     raise CheckpointError(
         f"{adapter} is an adapter for the base {name[:200]!r}, but that directory was not found. Download or move the "
-        f"base, and give its path: load({adapter.name!r}, base=...)."
+        f"base, and give its path: {_with_base(adapter)}."
     )
 
 

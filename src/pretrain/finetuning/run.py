@@ -204,9 +204,19 @@ def follow_up(result: Finetuned) -> list[str]:
         ways = [(f"pretrain {name} {shell_path} TEXT", call)]
     elif task == "embedding":
         ways = [(f"pretrain embed {shell_path} FILE --out vectors.npy", call)]
-    lines = [either(way, f"pretrain.load({path!r}).{call}" if call else "") for way, call in ways]
-    evaluate = (f"pretrain evaluate {shell_path} --data FILE", f"pretrain.evaluate({path!r}, ROWS)")
-    return ["next:", *(f"    {line}" for line in [*lines, either(*evaluate)] if line)]
+    adapter = result.model.adapter
+    in_memory = adapter is not None and adapter.base is None
+    opened = f"{path!r}{', base=DIR' * in_memory}"
+    lines = [either(way, f"pretrain.load({opened}).{call}" if call else "") for way, call in ways]
+    lines.append(
+        either(
+            f"pretrain evaluate {shell_path} --data FILE",
+            f"pretrain.evaluate({path!r}, ROWS{', base=DIR' * in_memory})",
+        )
+    )
+    if in_memory:
+        lines.insert(0, "model.save(DIR)  # what the adapter was trained on lies in no directory")
+    return ["next:", *(f"    {line}" for line in lines if line)]
 
 
 def report(run_dir: str | os.PathLike[str]) -> Path:
