@@ -68,11 +68,10 @@ def evaluate(
     Args:
         checkpoint: a run, whose best model is used, a checkpoint, an adapter, any Hugging
             Face directory of a known family, or a model of the Hub (``"org/name"``).
-        data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame or a ``datasets.Dataset``;
-            of several splits the test rows are used, or else those of validation.
-            For a language model a prepared directory, whose held-out rows are used, or sources, all text of which is
-            used, documents that occur again too, in rows of the length that it was trained on. None uses the held-out
-            rows of the run.
+        data: for a fine-tuned model labelled rows: a file, a list of dicts, a pandas frame, a ``datasets.Dataset``, or
+            splits of them (the test rows are used, or else those of validation). For a language model a prepared
+            directory, whose held-out rows are used, or sources, all text of which is used, documents that occur again
+            too, in rows of the length that it was trained on. None uses the held-out rows of the run.
         columns: role -> column of labelled rows; by default those of the training rows, if present.
         base: the model before training, if an adapter or the task ``preference`` needs it and it is not found.
         task: class of the fine-tuned model's task, or its import path, if it is your own; or what to measure of any
@@ -94,8 +93,7 @@ def evaluate(
         they are those of the run's summary. Those of ``sts``, ``retrieval`` and ``minimal-pairs`` are documented there.
 
     Raises:
-        PretrainError: no rows, rows that do not fit the model or have changed since the run, columns without rows, or a
-            loss that is no number.
+        PretrainError: no rows, rows that do not fit the model or have changed since, or a loss that is no number.
     """
     options = _counts(batch_rows, limit)
     path = _directory(checkpoint)
@@ -120,18 +118,16 @@ def evaluate(
         text = _text_column(path, columns or {}, named_task)
         options["reading"] = reading | ({} if text is None else {"text": text})
         with naming_memory("the evaluation", lambda: smaller_batch(batch_rows or 16)):
-            figures = language.evaluate(path, data, objective=objective, model=model, **options)
-        return _of_numbers(figures, path)
+            found = language.evaluate(path, data, objective=objective, model=model, **options)
+        return _of_numbers(found, path)
     trained = task_of(model)
     if named_task is not None and not isinstance(trained, named_task):
         raise ConfigError(
             f"{path} was fine-tuned for the task {trained.name}, by whose figures it is measured, and not for "
             f"{named_task.name}. Leave {option('task')} out."
         )
-    figures = _evaluate_task(
-        path, trained, data, columns or {}, base, precision, device, reading, options
-    )
-    return _of_numbers(figures, path)
+    how = (base, precision, device, reading, options)
+    return _of_numbers(_evaluate_task(path, trained, data, columns or {}, *how), path)
 
 
 def _of_numbers(figures: dict[str, float], path: Path) -> dict[str, float]:
