@@ -176,6 +176,14 @@ def ordinary_names(folder: Path) -> None:
     write(folder, tokenizer__json=content)
 
 
+def normalized(folder: Path) -> None:
+    """Let the special tokens of tokenizer.json be found in texts as the normalizer leaves them."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    write(folder, tokenizer__json=content)
+
+
 def spm_json(folder: Path, config: dict[str, Any], frame: Any = None) -> None:
     backend = tokenizers.Tokenizer.from_str(sentence_pieces())
     if frame is not None:
@@ -221,7 +229,7 @@ R = {"<s>": 0, "</s>": 2}
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 # name -> (family of the model, how its tokenizer files are written)
-DIRECTORIES: dict[str, tuple[str, Callable[[Path], None]]] = {
+DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "bert txt": ("bert", vocab_txt),
     "bert txt class": ("bert", lambda d: vocab_txt(d, {"tokenizer_class": "BertTokenizer"})),
     "bert txt cased": (
@@ -332,6 +340,12 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "bert json extra dict": (
         "bert",
         lambda d: bert_json(d, {**FAST, **BERT_NAMES, "extra_special_tokens": {"x_token": "<x>"}}),
+    ),
+    "bert json normalized names": (
+        "bert",
+        lambda d: (
+            bert_json(d, {**FAST, **BERT_NAMES}), normalized(d),
+        ),
     ),
     "bert json token objects": (
         "bert",
@@ -479,6 +493,13 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], None]]] = {
         "llama",
         lambda d: spm_json(
             d, {**FAST, **LLAMA}, template("<s> $A </s>", "<s> $A </s> $B:1 </s>:1", S)
+        ),
+    ),
+    "llama json normalized names": (
+        "llama",
+        lambda d: (
+            spm_json(d, {**FAST, **LLAMA}, template("<s> $A", "<s> $A <s> $B", S)),
+            normalized(d),
         ),
     ),
     "llama json class": (

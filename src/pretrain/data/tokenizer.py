@@ -235,8 +235,9 @@ class Tokenizer:
     @functools.cached_property
     def special_names(self) -> tuple[str, ...]:
         """The special tokens as they are spelt, in the order of their ids."""
-        found = (self.backend.id_to_token(index) for index in sorted(self.special_ids))
-        return tuple(name for name in found if name)
+        # `id_to_token` of the library gives them as its normalizer would change them.
+        found = ((index, name) for name, index in self.vocab.items() if index in self.special_ids)
+        return tuple(name for _, name in sorted(found))
 
     @property
     def typed_names(self) -> tuple[str, ...]:
@@ -477,8 +478,7 @@ class Tokenizer:
             if name not in self.vocab:
                 del config[key]
         named = {*_tokens_in(config).values(), *self._guessed.values()}
-        special = map(self.backend.id_to_token, sorted(self.special_ids))
-        others = [name for name in special if name not in named]
+        others = [name for name in self.special_names if name not in named]
         if others:  # transformers 5 and 4 use different keys
             config["extra_special_tokens"] = config["additional_special_tokens"] = others
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
