@@ -341,6 +341,13 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "bert",
         lambda d: bert_json(d, {**FAST, **BERT_NAMES, "extra_special_tokens": {"x_token": "<x>"}}),
     ),
+    "bert txt null names": ("bert", lambda d: vocab_txt(d, {"mask_token": None, "pad_token": None})),
+    "bert txt null in the map": (
+        "bert",
+        lambda d: vocab_txt(
+            d, {"mask_token": "[MASK]"}, special_tokens_map__json={"mask_token": None}
+        ),
+    ),
     "bert json normalized names": (
         "bert",
         lambda d: (
@@ -424,6 +431,22 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
             d, ("<|endoftext|>",), {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
         ),
     ),
+    "gpt2 files new names": (
+        "gpt2",
+        lambda d: vocab_merges(
+            d, ("<|endoftext|>",),
+            {
+                "additional_special_tokens": ["<x>"], "cls_token": "<c>", "mask_token": "<m>",
+                "pad_token": "<p>", "sep_token": _listed("<s>", lstrip=True),
+            },
+        ),
+    ),
+    "gpt2 files names twice": (
+        "gpt2",
+        lambda d: vocab_merges(
+            d, ("<|endoftext|>",), {"bos_token": _listed("<|endoftext|>", lstrip=True)}
+        ),
+    ),
     "gpt2 files bos": (
         "gpt2", lambda d: vocab_merges(d, ("<|endoftext|>",), {"add_bos_token": True}),
     ),
@@ -439,6 +462,16 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda d: bpe_json(
             d, ("<|endoftext|>",), {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True},
             change=_setting(normalizer=normalizers.Lowercase()),
+        ),
+    ),
+    "gpt2 json other flags": (
+        "gpt2",
+        lambda d: bpe_json(
+            d, ("<|endoftext|>",),
+            {
+                **FAST, "eos_token": _listed("<|endoftext|>", lstrip=True),
+                "added_tokens_decoder": {"440": _token("goodbook", special=False)},
+            },
         ),
     ),
     "gpt2 json ends": (
@@ -471,6 +504,16 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
                     str(i): _token(name, special=True) for i, name in enumerate(QWEN)
                 },
                 "additional_special_tokens": list(QWEN[1:]),
+            },
+        ),
+    ),
+    "qwen2 files blanks": (
+        "qwen2",
+        lambda d: vocab_merges(
+            d, QWEN,
+            {
+                "eos_token": _listed("<|im_end|>", lstrip=True),
+                "additional_special_tokens": [_listed("<x>", lstrip=True, rstrip=True)],
             },
         ),
     ),

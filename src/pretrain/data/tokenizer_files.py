@@ -142,6 +142,7 @@ class _Rules:
         model: parameters of the model besides the vocabulary.
         frame: builds the post-processor from the named tokens and their ids; None keeps that of the file.
         defaults: default named tokens of the class.
+        bare: blanks beside special tokens are kept, whatever the companion files say of these tokens.
     """
 
     model: dict[str, Any]
@@ -150,6 +151,7 @@ class _Rules:
     decoder: Any = None
     frame: Callable[[dict[str, tuple[str, int]]], Any] | None = None
     defaults: dict[str, str] = field(default_factory=dict)
+    bare: bool = False
 
 
 def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -251,6 +253,7 @@ def _qwen(config: Mapping[str, Any], letters: str, others: str) -> _Rules:
         normalizer=normalizers.NFC(),
         pre_tokenizer=pre_tokenizers.Sequence(steps),
         defaults=dict.fromkeys(("unk", "eos", "pad"), "<|endoftext|>"),
+        bare="M" not in letters,
     )
 
 
@@ -350,7 +353,7 @@ class _CompanionFiles:
 
     config: dict[str, Any]
     named: dict[str, AddedToken | str]
-    extra: list[AddedToken]
+    extra: list[AddedToken | str]
     added: dict[int, AddedToken]
 
     @classmethod
@@ -358,7 +361,6 @@ class _CompanionFiles:
         """Read the companion files of a directory; ``stored`` is the content of its ``tokenizer.json``, or empty."""
         config = _object(folder / "tokenizer_config.json")
         decoder = config.pop("added_tokens_decoder", None)
-        found = {k: v for k, v in config.items() if k.endswith("_token") and _content(v)}
         listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
         added: dict[int, AddedToken] = {}
         if isinstance(decoder, dict):
@@ -367,15 +369,16 @@ class _CompanionFiles:
         else:
             # These files predate added_tokens_decoder, so transformers only reads them in its absence.
             special = _object(folder / "special_tokens_map.json")
-            found |= {k: v for k, v in special.items() if k.endswith("_token") and _content(v)}
+            config |= {k: v for k, v in special.items() if k.endswith("_token")}
             listed = listed or special.get("additional_special_tokens")
-            names = {_content(v) for v in [*found.values(), *_values(listed)]}
+            names = {_content(v) for v in [*_named(config).values(), *_values(listed)]}
             for text, index in _object(folder / "added_tokens.json").items():
                 known = text in names
                 _place(added, index, _added(text, normalized=not known, special=known))
             for value in _values(stored.get("added_tokens")):
                 if isinstance(value, dict):
                     _place(added, value.get("id"), _added(value))
+        found = _named(config)
         if isinstance(listed, dict):
             found |= {k: v for k, v in listed.items() if _content(v)}
         tokens = {token.content: token for token in added.values()}
@@ -384,9 +387,9 @@ class _CompanionFiles:
             text = _content(value) or ""
             whole = _added(value, special=True) if isinstance(value, dict) else text
             named[key] = tokens.get(text) or whole or text
-        extra = [_added(v, special=True) for v in _values(listed)] if listed else []
+        extra = [v if isinstance(v, str) else _added(v, special=True) for v in _values(listed)]
         texts = {key: _content(value) for key, value in found.items()}
-        return cls({**config, **texts}, named, [t for t in extra if t is not None], added)
+        return cls({**config, **texts}, named, [token for token in extra if token], added)
 
     def roles(self, defaults: Mapping[str, str]) -> dict[str, str]:
         """Return role -> token with the role names of this package.
@@ -400,27 +403,36 @@ class _CompanionFiles:
         found = {role: [texts[k] for k in keys if texts.get(k)] for role, keys in ROLE_KEYS.items()}
         return {role: named[-1] for role, named in found.items() if named}
 
-    def tokens(self, defaults: Mapping[str, str], vocab: Mapping[str, int]) -> list[AddedToken]:
+    def tokens(
+        self, defaults: Mapping[str, str], vocab: Mapping[str, int], held: set[str]
+    ) -> list[AddedToken]:
         """Return the tokens that transformers adds to a tokenizer on opening it, in the same order.
 
         Args:
             defaults: named tokens of the class; those missing from the vocabulary are not added, since no model was
                 trained on them.
             vocab: the vocabulary.
+            held: tokens that it has, and that keep their flags.
         """
         tokens = [token for _, token in sorted(self.added.items())]
-        known = {token.content for token in tokens}
-        named = dict(self.named)
+        held = held | {token.content for token in tokens}
+        named = dict.fromkeys(f"{role}_token" for role in _NAMED) | self.named
         for role, text in defaults.items():
             if text in vocab:
-                named.setdefault(f"{role}_token", text)
-        for value in [*named.values(), *self.extra]:
+                named[f"{role}_token"] = named[f"{role}_token"] or text
+        seen = set()
+        for value in [*filter(None, named.values()), *self.extra]:
             token = AddedToken(value, special=True) if isinstance(value, str) else value
-            if token.content not in known:
-                token.special = True
-                known.add(token.content)
+            # A token that two names give with other flags is added twice, so that the later flags count.
+            if token.content not in held and repr(value) not in seen:
+                seen.add(repr(value))
                 tokens.append(token)
         return tokens
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the named tokens in the content of a companion file, as they stand there."""
+    return {k: v for k, v in config.items() if k.endswith("_token") and _content(v)}
 
 
 def _values(listed: Any) -> list[Any]:
@@ -497,6 +509,9 @@ def open_directory(
             f"holds its rules. Use a model with a tokenizer.json.{keep}"
         )
     rules = _BUILT[name](config) if name in _BUILT else None
+    if rules is not None:  # null takes a named token away, except those of frames
+        absent = {r for r in rules.defaults if config.get(f"{r}_token", r) is None} - {"cls", "sep"}
+        rules.defaults = {r: text for r, text in rules.defaults.items() if r not in absent}
     if stored and model.get("model_type") in _MISNAMED and _made_here(stored):
         rules = None
     if not stored:
@@ -674,11 +689,18 @@ def _add(
     room = (
         rows - (max(vocab.values(), default=-1) + 1) if isinstance(rows, int) else len(vocab) + 1024
     )
-    for token in companions.tokens({} if rules is None else rules.defaults, vocab):
+    special = {*map(str, companions.named.values()), *map(str, companions.extra)}
+    # A file that is used as it is decides on the flags of its tokens.
+    given = backend.get_added_tokens_decoder().values() if rules is None else []
+    held = {token.content for token in given}
+    for token in companions.tokens({} if rules is None else rules.defaults, vocab, held):
         if token.content not in vocab:
             room -= 1
             if room < 0:
                 continue
+            vocab[token.content] = -1
+        if rules is not None and rules.bare and token.content in special:
+            token = AddedToken(token.content, special=True)
         backend.add_tokens([token])
 
 
