@@ -254,6 +254,13 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
             special_tokens_map__json={"additional_special_tokens": ["<x>"], **BERT_NAMES},
         ),
     ),
+    "bert txt special in the map": (
+        "bert",
+        lambda d: vocab_txt(
+            d, added_tokens__json={"<x>": len(wordpiece())},
+            special_tokens_map__json={"additional_special_tokens": ["<x>", _listed("<y>")]},
+        ),
+    ),
     "bert txt decoder": (
         "bert",
         lambda d: vocab_txt(

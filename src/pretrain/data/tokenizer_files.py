@@ -370,8 +370,13 @@ class _CompanionFiles:
             # These files predate added_tokens_decoder, so transformers only reads them in its absence.
             special = _object(folder / "special_tokens_map.json")
             config |= {k: v for k, v in special.items() if k.endswith("_token")}
+            more = [v for v in _values(special.get("extra_special_tokens")) if _content(v)]
+            listed = [*_values(listed), *more] if more else listed
+            # Of added_tokens.json those are special that are named as strings, or as objects in the other file.
+            given = [*config.items(), *((key, _content(v)) for key, v in special.items())]
+            names = {v for k, v in given if k.endswith("_token") and isinstance(v, str)}
+            names |= {v for v in _values(listed) if isinstance(v, str)}
             listed = listed or special.get("additional_special_tokens")
-            names = {_content(v) for v in [*_named(config).values(), *_values(listed)]}
             for text, index in _object(folder / "added_tokens.json").items():
                 known = text in names
                 _place(added, index, _added(text, normalized=not known, special=known))
@@ -387,7 +392,8 @@ class _CompanionFiles:
             text = _content(value) or ""
             whole = _added(value, special=True) if isinstance(value, dict) else text
             named[key] = tokens.get(text) or whole or text
-        extra = [v if isinstance(v, str) else _added(v, special=True) for v in _values(listed)]
+        # Those given as objects are special only if the object says so.
+        extra = [v if isinstance(v, str) else _added(v) for v in _values(listed)]
         texts = {key: _content(value) for key, value in found.items()}
         return cls({**config, **texts}, named, [token for token in extra if token], added)
 
