@@ -247,6 +247,18 @@ def test_texts_that_are_not_read_cost_their_captions_alone(
     assert "1 of 12 rows have no caption" in capsys.readouterr().err
 
 
+def test_only_ends_of_lines_divide_captions(tmp_path: Path) -> None:
+    odd = "a\u2028red\u2029ball\x85on\x0ba\x0ctable\x1c"
+    folder = texts_beside(tmp_path / "a")
+    folder.joinpath("0.txt").write_text(f"{odd}b\r\n\rsecond\n", encoding="utf-8", newline="")
+    lines = [f"{odd}b", "", "second"]
+    assert read_images(folder).columns["caption"][:2] == [lines, [TEXTS[1]]]
+    archive = shard(
+        tmp_path / "a.tar", [], **{"0.png": png(0), "0.txt": "\r\n".join(lines).encode()}
+    )
+    assert read_images(str(archive)).columns["caption"] == [lines]
+
+
 def test_several_captions_of_an_image_stand_in_one_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import io
 import math
 import os
 import re
@@ -709,12 +710,17 @@ def _captions(path: Path, texts: list[Path | None]) -> list[list[str] | None]:
                 unread.append(text.name)
             else:
                 cut += [text.name] * (len(content) > _MOST_CAPTION)
-        found.append(None if content is None else content[:_MOST_CAPTION].splitlines())
+        found.append(None if content is None else _lines(content[:_MOST_CAPTION]))
     because = "cannot be read as UTF-8, so these files have no caption"
     note_names(path, unread, f"texts beside a file {because}")
     long = f"are longer than {_MOST_CAPTION:,} characters, and are cut"
     note_names(path, cut, f"texts beside a file {long}")
     return found
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a text; `splitlines` would also divide it at eight other characters, such as U+2028."""
+    return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
 
 
 def _natural(name: str) -> list[Any]:
@@ -972,7 +978,7 @@ def _add(
         passed[f"{ending} not in UTF-8"] += 1
         return
     if ending == "txt" and text:
-        sample["caption"] = text.splitlines()
+        sample["caption"] = _lines(text)
     elif ending == "cls" and text:
         sample["label"] = int(text) if re.fullmatch(r"\d{1,9}", text) else text
     elif ending == "json" and (found := _mapping(content)) is not None:
