@@ -135,6 +135,10 @@ class JsonFiles(Protocol):
         ...
 
 
+# The names that sentence-transformers gives to every model; the prompts are empty where a directory has none.
+_NO_PROMPTS = {"query": "", "document": ""}
+
+
 @dataclass(frozen=True)
 class SentenceSettings:
     """Settings in modules.json and the files that it refers to.
@@ -176,10 +180,10 @@ class SentenceSettings:
         """
         if prompt is not None:
             return prompt
-        prompts = self.prompts
+        prompts = {**_NO_PROMPTS, **self.prompts}
         if name is not None and name not in prompts:
             raise ConfigError(
-                f"There is no prompt {name!r}; the prompts of this model: {', '.join(prompts) or 'none'}."
+                f"There is no prompt {name!r}; the prompts of this model: {', '.join(prompts)}."
             )
         default = self.config.get("default_prompt_name")
         name = default if name is None and isinstance(default, str) else name
