@@ -482,3 +482,31 @@ def test_everything_public_resolves_and_costs_little_more_than_torch():
     assert (
         int(lines[1].split()[1]) < 30
     )  # small ones of the standard library; a new dependency has more
+
+
+RUN = """
+import sys
+import numpy as np
+from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
+from pretrain.models import build
+from pretrain.objectives import build_objective
+from pretrain.training.trainer import Trainer
+
+shape = {"vocab_size": 32, "num_layers": 2, "hidden_size": 16, "num_heads": 2, "max_positions": 16}
+for name in ("adamw", "muon"):
+    train = TrainConfig(out=f"{sys.argv[1]}/{name}", limit="2 steps", batch_rows=4, precision="bf16")
+    Trainer(
+        build_objective("NextToken", {}, build("gpt2", None, **shape)),
+        [{"input_ids": np.arange(16)} for _ in range(8)],
+        quiet=True,
+        optim=OptimConfig(name=name),
+        train=train,
+        parallel=ParallelConfig(device="cpu"),
+    ).fit()
+print([module for module in ("torch._dynamo", "sympy") if module in sys.modules])
+"""
+
+
+def test_a_run_of_eager_blocks_does_not_import_the_compiler(tmp_path: Path):
+    """It takes a second, which is most of the time up to the first step of a small model."""
+    assert python(RUN, str(tmp_path)).splitlines()[-1] == "[]"

@@ -12,7 +12,7 @@ from pretrain.models import build, family_class
 from pretrain.objectives import Objective
 from pretrain.training import optim, update_rules
 from pretrain.training.optim import build_optimizers, resolve_lr
-from pretrain.training.update_rules import Muon, orthogonalize
+from pretrain.training.update_rules import EagerAdamW, Muon, orthogonalize
 
 CPU = torch.device("cpu")
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al., 2024, and of torch.optim.Muon
@@ -138,6 +138,29 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
     assert {id(p) for p in mine} == {id(net.block[0].weight), id(net.block[2].weight)}
     both = len(mine) + sum(len(g["params"]) for g in adamw.param_groups)
     assert both == len(list(net.parameters()))
+
+
+def test_adamw_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    groups = [EagerAdamW, torch.optim.AdamW]
+    optimizers = [
+        made(
+            [{"params": [net.weight], "weight_decay": 0.1}, {"params": [net.bias]}],
+            lr=0.01,
+            fused=True,
+        )
+        for made, net in zip(groups, (ours, theirs), strict=True)
+    ]
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        for net, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+    assert optimizers[0].state_dict().keys() == optimizers[1].state_dict().keys()
 
 
 def test_muon_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,11 @@ class Model(ModelMethods, nn.Module):
 
     def materialize(self, seed: int = 0, device: str | torch.device = "cpu") -> Model:
         """Allocate memory for the parameters, initialise them and return the model."""
-        self.to_empty(device=device)
+
+        def allocate(old: Tensor) -> Tensor:
+            return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+
+        self._apply(allocate)  # type: ignore[no-untyped-call]  # `to_empty` does the same, and imports sympy
         self.init_weights(seed)
         return self
 

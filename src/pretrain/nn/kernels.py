@@ -86,9 +86,7 @@ def multiplies_rows(device: torch.device, dtype: torch.dtype, keys: int) -> bool
     )
 
 
-# One operation to torch, so that activation checkpointing keeps or repeats it whole and a compiled graph contains it.
-@torch.library.custom_op("pretrain::attend_by_products", mutates_args=())
-def _products(
+def _attend_by_products(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,8 +108,7 @@ def _products(
     return mixed.view(q.shape), weights
 
 
-@_products.register_fake
-def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_results(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(_weights_shape(q, k))
 
 
@@ -135,7 +132,15 @@ def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape), *[None] * 4
 
 
-_products.register_autograd(_gradients, setup_context=_keep)
+# One operation to torch, so that activation checkpointing keeps or repeats it whole and a compiled graph contains it.
+# The decorator custom_op does the same, and imports torch's compiler at the first call, which takes a second.
+_OP = "pretrain::attend_by_products"
+_SCHEMA = torch.library.infer_schema(_attend_by_products, mutates_args=())
+torch.library.define(_OP, _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
+torch.library.impl(_OP, "cpu", _attend_by_products)
+torch.library.register_fake(_OP, _fake_results)
+torch.library.register_autograd(_OP, _gradients, setup_context=_keep)
+_products = torch.ops.pretrain.attend_by_products
 
 
 def _weights_shape(q: Tensor, k: Tensor) -> tuple[int, int, int]:

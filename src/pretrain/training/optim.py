@@ -25,7 +25,7 @@ from pretrain.config import OptimConfig
 from pretrain.errors import CheckpointError, ConfigError, did_you_mean
 from pretrain.nn.device import local
 from pretrain.objectives.base import Objective
-from pretrain.training.update_rules import CautiousAdamW, Muon
+from pretrain.training.update_rules import CautiousAdamW, EagerAdamW, Muon
 
 if TYPE_CHECKING:
     from pretrain.distributed.whole_parameters import MatrixCollectives
@@ -271,7 +271,7 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if others:
         fused = device.type in ("cpu", "cuda", "mps")
-        adamw = CautiousAdamW if settings.cautious else torch.optim.AdamW
+        adamw = CautiousAdamW if settings.cautious else EagerAdamW
         optimizers.append(
             adamw(
                 groups(others, float(settings.lr)),

@@ -278,8 +278,6 @@ class Trainer:
                 loss_unit=self.objective.loss_unit,
             )
             stack.callback(end_float8, self.objective)
-            # From here on, as importing the compiler of torch, which its optimizers do, would collect garbage twice.
-            stack.enter_context(garbage_collection_paused())
             with contextlib.closing(self.journal), self._memory():
                 with self._stopped_at_once():
                     resumed = self._set_up()

@@ -1,4 +1,4 @@
-"""Update rules that torch lacks: Muon, and weight decay that spares what the update would not shrink.
+"""Update rules: AdamW of torch, and what torch lacks: Muon, and decay that spares what the update would not shrink.
 
 Muon (momentum, orthogonalised by a Newton-Schulz iteration): Jordan et al., 2024, with the coefficients of Polar
 Express (arXiv 2505.16932).
@@ -6,6 +6,7 @@ Express (arXiv 2505.16932).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from pretrain.nn.device import local, multiplies_bf16_fast
 if TYPE_CHECKING:
     from pretrain.distributed.whole_parameters import MatrixCollectives
 
-__all__ = ["CautiousAdamW", "Muon", "orthogonalize"]
+__all__ = ["CautiousAdamW", "EagerAdamW", "Muon", "orthogonalize"]
 
 # Polar Express (arXiv 2505.16932): the odd polynomials of degree 5 that bring singular values from 1e-3 to 1 nearest to
 # 1 after these five steps together; fewer of them end far from 1. The norm is divided out with a margin of 2 %.
@@ -51,7 +52,23 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class _EagerOptimizer(torch.optim.Optimizer):
+    """An optimizer without the decorators that keep torch's compiler out of it.
+
+    They import the compiler, which takes a second, and nothing here compiles an optimizer.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class EagerAdamW(_EagerOptimizer, torch.optim.AdamW):
+    """AdamW of torch (arXiv 1711.05101)."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(_EagerOptimizer):
     """Momentum with orthogonalised updates for 2-D weights; matrices of equal shape are updated in one batch.
 
     Args:
@@ -133,7 +150,7 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-class CautiousAdamW(torch.optim.AdamW):
+class CautiousAdamW(EagerAdamW):
     """AdamW whose weights decay only where the update has their sign."""
 
     @torch.no_grad()
