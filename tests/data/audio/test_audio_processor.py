@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import ASTFeatureExtractor
 
 from pretrain.data.audio import AudioProcessor, Clip
 from pretrain.data.audio.decode import resampled
+from pretrain.data.audio.processor import RATE_NAMES
 from pretrain.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -55,8 +57,12 @@ def test_every_form_of_a_recording_has_one_spectrogram() -> None:
         {"raw": NOISE} | rate,
     ):
         assert np.array_equal(processor(form)["input_values"], wanted)
-    other = processor({"array": NOISE, "sampling_rate": 22050})["input_values"]
-    assert np.array_equal(other, processor(resampled(NOISE, 22050, 16000))["input_values"])
+    other = processor(resampled(NOISE, 22050, 16000))["input_values"]
+    for name in (*RATE_NAMES, "rate"):  # of datasets, torchaudio, soundfile, librosa, and of archives
+        assert np.array_equal(processor({"array": NOISE, name: 22050})["input_values"], other)
+    for one in (22050.0, np.int64(22050), np.array(22050), torch.tensor(22050)):
+        found = processor({"array": NOISE, "sampling_rate": one})["input_values"]
+        assert np.array_equal(found, other)
     with pytest.raises(DataError, match="sampling rate is fast"):
         processor({"array": NOISE, "sampling_rate": "fast"})
     assert processor.seconds == pytest.approx(0.515)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["AudioProcessor", "clip_of", "whole_rate"]
+__all__ = ["RATE_NAMES", "AudioProcessor", "clip_of", "whole_rate"]
 
+# Names of the rate of an array, in a mapping and as columns.
+RATE_NAMES = ("sampling_rate", "sample_rate", "samplerate", "sr")
 _KIND = "ASTFeatureExtractor"
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples, whatever the rate
 _LOWEST, _FLOOR, _EMPHASIS = 20.0, 1.192092955078125e-07, 0.97
@@ -212,7 +214,7 @@ def clip_of(value: Any, name: str) -> Clip:
         array = value["array"] if value.get("array") is not None else value.get("raw")
         if array is None:
             return clip_of(value.get("bytes") or value.get("path"), name)
-        rate = value.get("sampling_rate")
+        rate = next((value[n] for n in (*RATE_NAMES, "rate") if value.get(n) is not None), None)
         if isinstance(array, Sequence):
             array = np.asarray(array)
         return Clip(_plain(array), name, whole_rate(rate))
@@ -223,8 +225,9 @@ def clip_of(value: Any, name: str) -> Clip:
 
 def whole_rate(rate: Any) -> Any:
     """Return a sampling rate as a whole number where it is one in another type; others are refused when it is read."""
-    real = isinstance(rate, float | np.floating)
-    return int(rate) if real and float(rate).is_integer() else rate
+    if getattr(rate, "ndim", None) == 0:  # a number of numpy, or an array or tensor of one
+        rate = rate.item()
+    return int(rate) if isinstance(rate, float) and rate.is_integer() else rate
 
 
 def _plain(value: Any) -> Any:

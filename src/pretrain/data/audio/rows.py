@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.data.audio.augment import StoredClip
 from pretrain.data.audio.decode import RATES, SUFFIXES, Clip, Sound, is_rate
-from pretrain.data.audio.processor import AudioProcessor, clip_of, whole_rate
+from pretrain.data.audio.processor import RATE_NAMES, AudioProcessor, clip_of, whole_rate
 from pretrain.data.images.decode import FileItem
 from pretrain.data.images.rows import Medium, read_all
 from pretrain.data.images.source import rows_by_class
@@ -41,7 +41,7 @@ CLIP = Role(
 )
 _RATE = Role(
     "sampling_rate",
-    ("sampling_rate", "sample_rate"),
+    RATE_NAMES,
     False,
     "samples per second of an array; files say it themselves",
 )
