@@ -572,6 +572,20 @@ def test_images_of_0_and_1_in_memory_are_black_and_white_as_in_files(
         assert np.array_equal(table.columns["mask"][0].numbers(), images[0])
 
 
+def test_an_undecoded_entry_is_one_image_and_its_bytes_are_read(tmp_path: Path) -> None:
+    """The path of an entry is where the bytes came from: a file of that name here is another one."""
+    data = png(tmp_path / "a.png", value=7).read_bytes()
+    other = str(png(tmp_path / "b.png", value=9))
+    entries = [{"bytes": data, "path": other}, {"bytes": data, "path": None}, {"bytes": data}]
+    entries += [{"bytes": None, "path": str(tmp_path / "a.png")}]
+    for given, one in (*((entry, True) for entry in entries), (entries, False)):
+        found = given_images(given, 3)
+        assert found is not None and found[1] is one
+        assert {int(value[0, 0, 0]) for value in values(found[0])} == {7}
+    for rows in ({"image": other, "path": "x"}, {"bytes": [data], "path": [other]}):
+        assert given_images(rows, 3) is None
+
+
 def test_whole_numbers_of_other_types_are_read_and_the_advice_for_others_holds() -> None:
     image = np.arange(0, 256, 4).reshape(8, 8)
     for dtype in (np.int64, np.int32, np.int16, np.uint32):

@@ -21,6 +21,7 @@ from pretrain.errors import DataError
 __all__ = ["given_images", "given_table", "is_one"]
 
 _CHANNELS = 4  # of one input, at most
+_ENTRY = {"bytes", "path", "mode"}  # keys of an undecoded entry of the datasets library, and of how it is read
 
 
 def given_images(
@@ -29,9 +30,10 @@ def given_images(
     """Return images as a table with the column ``image``, and whether they are one; None for rows and tables.
 
     Args:
-        inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow) or recording
-            (a path, bytes, an array (samples,) or (samples, channels), a mapping with ``array`` and
-            ``sampling_rate``), several in a list or an array, or the path of a folder or an archive.
+        inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow, a mapping
+            with ``bytes`` and ``path``) or recording (a path, bytes, an array (samples,) or (samples, channels), a
+            mapping with ``array`` and ``sampling_rate`` or with ``bytes`` and ``path``), several in a list or an array,
+            or the path of a folder or an archive.
         channels: channels of the model, by which an array (3, H, W) is told from three images.
         medium: what the files hold.
         read: reads a folder or file; called with its path and the name of the rows.
@@ -48,7 +50,7 @@ def given_images(
     if isinstance(inputs, str | Path):
         return _of_path(Path(inputs), medium, read)
     colours = array == 3 and (inputs.shape[0] == channels == 3 or inputs.shape[-1] in (1, 3, 4))
-    of_medium = isinstance(inputs, Mapping) and medium.holds(inputs)
+    of_medium = isinstance(inputs, Mapping) and _is_cell(inputs, medium)
     # The last dimension of audio is that of a few channels, or of samples.
     joint = array == least + 1 and inputs.shape[-1] <= _CHANNELS < inputs.shape[0]
     one = array == least or (colours if medium is IMAGES else joint) or of_medium
@@ -57,9 +59,15 @@ def given_images(
     if array in (least + 1, least + 2):
         return given_table(list(inputs), medium), False
     listed = isinstance(inputs, list | tuple) and inputs
-    if listed and (not isinstance(inputs[0], Mapping) or medium.holds(inputs[0])):
+    if listed and (not isinstance(inputs[0], Mapping) or _is_cell(inputs[0], medium)):
         return given_table(list(inputs), medium), False
     return None
+
+
+def _is_cell(value: Mapping[str, Any], medium: Medium) -> bool:
+    """Whether a mapping is one input, such as an undecoded entry of the ``datasets`` library, and no row of columns."""
+    entry = "bytes" in value and value.keys() <= _ENTRY
+    return medium.holds(value) or (entry and isinstance(value["bytes"], bytes | None))
 
 
 def is_one(value: Any, medium: Medium) -> bool:
