@@ -134,6 +134,7 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
         {"bytes": None, "path": str(file)},
         rows,
         torch.tensor(samples),
+        torch.tensor(samples / 32768).requires_grad_(),
         stereo,
         torch.tensor(stereo),
     ):

@@ -57,6 +57,8 @@ def test_every_form_of_a_recording_has_one_spectrogram() -> None:
         {"raw": NOISE} | rate,
     ):
         assert np.array_equal(processor(form)["input_values"], wanted)
+    short = torch.from_numpy(NOISE).bfloat16()  # NumPy has no such type
+    assert torch.equal(processor(short)["input_values"], processor(short.float())["input_values"])
     other = processor(resampled(NOISE, 22050, 16000))["input_values"]
     for name in (*RATE_NAMES, "rate"):  # of datasets, torchaudio, soundfile, librosa, and of archives
         assert np.array_equal(processor({"array": NOISE, name: 22050})["input_values"], other)

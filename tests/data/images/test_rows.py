@@ -586,6 +586,16 @@ def test_an_undecoded_entry_is_one_image_and_its_bytes_are_read(tmp_path: Path) 
         assert given_images(rows, 3) is None
 
 
+def test_tensors_of_any_type_and_history_are_told_what_is_wrong_with_their_values() -> None:
+    torch = pytest.importorskip("torch")
+    made = torch.linspace(0.1, 0.9, 32).reshape(4, 8)
+    for given in (made.bfloat16(), made.half(), made.clone().requires_grad_()):
+        for rows in (given_images(given, 1), (read_images([{"image": given}]), True)):
+            assert rows is not None
+            ((_, image, why),) = decoded(rows[0], required=True)
+            assert image is None and "values from 0 to 1" in str(why)
+
+
 def test_whole_numbers_of_other_types_are_read_and_the_advice_for_others_holds() -> None:
     image = np.arange(0, 256, 4).reshape(8, 8)
     for dtype in (np.int64, np.int32, np.int16, np.uint32):

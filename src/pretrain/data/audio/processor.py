@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from pretrain.data.audio.decode import Clip, Sound, resampled
+from pretrain.data.images.decode import in_numpy
 from pretrain.data.images.processor import FILE, NESTED, SavedProcessor
 from pretrain.errors import ConfigError
 from pretrain.utils.files import note, read_bytes
@@ -217,10 +218,10 @@ def clip_of(value: Any, name: str) -> Clip:
         rate = next((value[n] for n in (*RATE_NAMES, "rate") if value.get(n) is not None), None)
         if isinstance(array, Sequence):
             array = np.asarray(array)
-        return Clip(_plain(array), name, whole_rate(rate))
+        return Clip(in_numpy(array), name, whole_rate(rate))
     if isinstance(value, str | Path):
         return Clip(value, str(value))
-    return Clip(_plain(value), name)
+    return Clip(in_numpy(value), name)
 
 
 def whole_rate(rate: Any) -> Any:
@@ -228,10 +229,6 @@ def whole_rate(rate: Any) -> Any:
     if getattr(rate, "ndim", None) == 0:  # a number of numpy, or an array or tensor of one
         rate = rate.item()
     return int(rate) if isinstance(rate, float) and rate.is_integer() else rate
-
-
-def _plain(value: Any) -> Any:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 
 @lru_cache(maxsize=8)

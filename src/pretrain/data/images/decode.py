@@ -37,6 +37,7 @@ __all__ = [
     "Slice",
     "Stored",
     "flat",
+    "in_numpy",
     "in_threads",
     "pillow",
     "to_channels",
@@ -503,6 +504,15 @@ def _upper_bits(image: Image) -> str | None:
         return _BLACK
     # 12 bits are below 16 of 255; those of PPM files are rounded instead of cut off.
     return _DARK if high < 16 + (image.format == "PPM") else None
+
+
+def in_numpy(value: Any) -> Any:
+    """Return a tensor of any device, type and history as an array, and other values as they are."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if value.is_floating_point() and value.element_size() < 4:  # NumPy has no bfloat16
+            value = value.float()
+    return value.numpy() if hasattr(value, "numpy") else value
 
 
 def flat(image: Image, name: str = "the image") -> tuple[Image, str | None]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from pretrain.data.images.decode import Picture, to_channels
+from pretrain.data.images.decode import Picture, in_numpy, to_channels
 from pretrain.errors import ConfigError, DataError, did_you_mean
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import parse_json, to_json
@@ -376,9 +376,7 @@ def image_of(value: Any, name: str) -> Picture:
         return value
     if isinstance(value, str | Path):
         return Picture(value, str(value))
-    if hasattr(value, "numpy"):  # a tensor
-        value = value.numpy()
-    return Picture(value, name)
+    return Picture(in_numpy(value), name)
 
 
 def _listed(images: Any) -> Sequence[Any]:

@@ -31,6 +31,7 @@ from pretrain.data.images.decode import (
     Picture,
     Slice,
     Stored,
+    in_numpy,
     in_threads,
 )
 from pretrain.data.images.stored import Pixels, PreparedImages
@@ -144,7 +145,7 @@ class Medium:
 
     def make(self, value: Any, name: str) -> FileItem:
         """Return a value in memory, a path or the bytes of a file as an item."""
-        return self.item(value.numpy() if hasattr(value, "numpy") else value, name)
+        return self.item(in_numpy(value), name)
 
     def from_mapping(self, value: Mapping[str, Any], name: str) -> FileItem | str | None:
         """Return an entry of the ``datasets`` library as an item, or the path that it names."""
