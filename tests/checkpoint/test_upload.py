@@ -80,9 +80,20 @@ def test_an_adapter_is_pushed_if_its_base_is_on_the_hub(hub, tmp_path):
 
 
 def test_what_cannot_be_pushed_is_one_sentence(hub, monkeypatch):
-    for name in ("bert base", "org/name@main", "../x"):
-        with pytest.raises(CheckpointError, match="is no name of a repository"):
+    for name in ("bert base", "org/name@main", "../x", "bert", "hub:bert"):
+        with pytest.raises(
+            CheckpointError, match=r"is no name of a repository.*or your own account"
+        ):
             model_of().push_to_hub(name)
+    assert (
+        not hub.repositories and not hub.requests
+    )  # an account without a name in it is found by the Hub too late
+    hub.status = 503
+    with pytest.raises(
+        CheckpointError, match=r"^hub:org/bert is not written.*Run the same command"
+    ):
+        model_of().push_to_hub("org/bert")
+    hub.status = 0
     monkeypatch.setenv("HF_TOKEN", TOKEN[:-1])
     with pytest.raises(
         CheckpointError, match=r"^hub:org/bert: the Hub denies access \(401\).*hf auth login"

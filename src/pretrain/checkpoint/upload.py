@@ -72,9 +72,10 @@ def push(
 
 def _target(name: str) -> HubName:
     repository = hub_name(f"hub:{name.removeprefix('hub:')}")
-    if repository is None or repository.revision is not None:
+    if repository is None or repository.revision is not None or "/" not in repository.repository:
         raise CheckpointError(
-            f"{name!r} is no name of a repository on the Hub, which is org/name, without a revision."
+            f"{name!r} is no name of a repository on the Hub that can be written, which is org/name, without a "
+            "revision; org is an organisation, or your own account."
         )
     return repository
 
@@ -95,7 +96,7 @@ def _upload(files: Path, target: HubName, private: bool | None, message: str) ->
 
     paths = sorted(path for path in files.rglob("*") if path.is_file())
     new = {path.relative_to(files).as_posix(): path for path in paths}
-    with hub_errors(target):
+    with hub_errors(target, writing=True):
         api = HfApi()
         api.create_repo(target.repository, private=private, exist_ok=True)
         old = api.list_repo_files(target.repository)

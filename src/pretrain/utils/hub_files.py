@@ -75,17 +75,22 @@ def _silent_bar() -> Any:
 
 
 @contextlib.contextmanager
-def hub_errors(name: HubName) -> Iterator[None]:
-    """Turn every error of the Hub's library inside the block into a CheckpointError of one sentence with the remedy."""
+def hub_errors(name: HubName, *, writing: bool = False) -> Iterator[None]:
+    """Turn every error of the Hub's library inside the block into a CheckpointError of one sentence with the remedy.
+
+    Args:
+        name: the repository.
+        writing: the block writes to it, and does not read from it.
+    """
     try:
         yield
     except PretrainError:
         raise
     except Exception as error:  # many types, of the library and of those below it
-        raise CheckpointError(_explained(name, error)) from error
+        raise CheckpointError(_explained(name, error, writing)) from error
 
 
-def _explained(name: HubName, error: Exception) -> str:
+def _explained(name: HubName, error: Exception, writing: bool) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -115,6 +120,11 @@ def _explained(name: HubName, error: Exception) -> str:
         )
     if chain & _UNREACHED or status == _BUSY or status >= 500:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _short(error)
+        if writing:
+            return (
+                f"{name} is not written, because the Hub cannot be reached ({offline}). Run the same command again "
+                "where it can."
+            )
         revision = f" --revision {name.revision}" if name.revision else ""
         return (
             f"{name} is not in {constants.HF_HUB_CACHE}, and the Hub cannot be reached ({offline}).{here} On a machine "

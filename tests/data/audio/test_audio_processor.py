@@ -60,7 +60,10 @@ def test_every_form_of_a_recording_has_one_spectrogram() -> None:
     short = torch.from_numpy(NOISE).bfloat16()  # NumPy has no such type
     assert torch.equal(processor(short)["input_values"], processor(short.float())["input_values"])
     other = processor(resampled(NOISE, 22050, 16000))["input_values"]
-    for name in (*RATE_NAMES, "rate"):  # of datasets, torchaudio, soundfile, librosa, and of archives
+    for name in (
+        *RATE_NAMES,
+        "rate",
+    ):  # of datasets, torchaudio, soundfile, librosa, and of archives
         assert np.array_equal(processor({"array": NOISE, name: 22050})["input_values"], other)
     for one in (22050.0, np.int64(22050), np.array(22050), torch.tensor(22050)):
         found = processor({"array": NOISE, "sampling_rate": one})["input_values"]
