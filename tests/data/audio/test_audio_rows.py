@@ -100,6 +100,10 @@ def test_arrays_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_broken_recordings_are_told_and_missing_ones_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "song.mp3").write_bytes(b"ID3")
+    with pytest.raises(DataError, match=r"no known suffix.*recordings the endings \.wav, \.wave"):
+        read_images(tmp_path / "song.mp3", medium=AUDIO)
+    (tmp_path / "song.mp3").unlink()
     (tmp_path / "a.wav").write_bytes(b"")
     found = list(decoded(read_images(tmp_path, medium=AUDIO), required=True, medium=AUDIO))
     assert found == [(0, None, "broken audio (the file is empty)")]

@@ -37,6 +37,7 @@ from pretrain.data.images.decode import (
 from pretrain.data.images.stored import Pixels, PreparedImages
 from pretrain.data.json_shapes import HELD_OUT
 from pretrain.data.paths import hidden, tar_files, walk
+from pretrain.data.readers import table_kind
 from pretrain.data.shard_folders import parts_of_shards, shards_of
 from pretrain.data.tables import Table, read_table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
@@ -137,6 +138,12 @@ class Medium:
     cell: str
     beside: tuple[Role, ...] = ()
 
+    @property
+    def endings(self) -> str:
+        """Some of the endings of file names, for messages."""
+        found = sorted(self.suffixes)
+        return ", ".join(found[:6]) + ", ..." * (len(found) > 6)
+
     def holds(self, value: Any) -> bool:
         """Whether a value in memory is one item."""
         return isinstance(value, FileItem) or (
@@ -217,11 +224,17 @@ def read_images(
             raise DataError(f"{source} does not exist.")
         table = _table(path, part_for(path, name, medium), medium)
         if not len(table):
-            endings = sorted(medium.suffixes)
-            known = ", ".join(endings[:6]) + ", ..." * (len(endings) > 6)
-            raise DataError(f"{source} holds no {medium.many} ({known}).")
+            raise DataError(f"{source} holds no {medium.many} ({medium.endings}).")
         return table
-    table = read_table(_wrapped(source, medium), name=name, **options)
+    try:
+        table = read_table(_wrapped(source, medium), name=name, **options)
+    except DataError as error:
+        named = isinstance(source, str | Path) and os.path.isfile(os.path.expanduser(source))
+        if not named or options.get("format") or table_kind(Path(source)):
+            raise
+        raise DataError(
+            f"{error} Of {medium.many} the endings {medium.endings} are read: convert others to one of them."
+        ) from error
     named = medium.column in table.columns and table.origin.lower().endswith(".json")
     return in_usual_folder(table, medium.column) if named else table
 
