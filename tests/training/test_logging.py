@@ -129,6 +129,23 @@ def test_tracked_loggers_get_training_and_evaluation(
     assert [step for step, _ in calls[1:-1]] == [1, 2, 2]
 
 
+def test_tensorboard_hides_the_steps_that_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events of a run that was killed after its checkpoint, beside which the same steps are drawn again."""
+    opened: list[Any] = []
+    writer = types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+    fake = types.SimpleNamespace(
+        SummaryWriter=lambda path, purge_step: opened.append((path, purge_step)) or writer
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorboard", fake)  # type: ignore[arg-type]
+    events = str(tmp_path / "tensorboard")
+    for limit in ("2 steps", "3 steps"):
+        trainer(tmp_path, objective(), Rows(8), limit=limit, loggers=["tensorboard"]).fit()
+    assert opened == [(events, 1), (events, 3)]
+
+
 def test_every_line_has_what_the_report_reads(tmp_path: Path) -> None:
     trainer(tmp_path, objective(), Rows(8), eval_rows=Rows(2, seed=1), limit="3 steps").fit()
     lines = read_log(tmp_path / "log.jsonl")

@@ -238,10 +238,11 @@ class Silence(Progress):
 
 
 class _TensorBoard:
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"))
+        # TensorBoard hides what a run that was killed wrote of the steps that are made again.
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.close = self._writer.close
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -280,9 +281,9 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def make_loggers(
-    names: Sequence[str], out: Path, config: Mapping[str, Any]
+    names: Sequence[str], out: Path, config: Mapping[str, Any], step: int = 0
 ) -> list[_TensorBoard | _Tracked]:
-    """Start the named loggers.
+    """Start the named loggers, for the steps after ``step``.
 
     Raises:
         ConfigError: a logger is unknown, or its package is not installed.
@@ -292,7 +293,7 @@ def make_loggers(
     for name in names:
         try:
             tracked = name != "tensorboard"
-            loggers.append(_Tracked(name, out, config) if tracked else _TensorBoard(out))
+            loggers.append(_Tracked(name, out, config) if tracked else _TensorBoard(out, step))
         except ImportError as error:
             raise ConfigError(
                 f"train.loggers names {name!r}, whose package cannot be imported ({error}). "
@@ -335,7 +336,8 @@ class Journal:
         # What the log of nearly every run would say is left out of it.
         self._units = {} if unit == "tokens" else {"unit": unit}
         self._units |= {} if loss_unit == NATS else {"loss_unit": loss_unit}
-        self._loggers = make_loggers(loggers if is_rank_zero else (), out, about)
+        self._names, self._about = loggers, about
+        self._loggers: list[_TensorBoard | _Tracked] = []
         self._screen = Silence() if quiet or not is_rank_zero else open_screen()
         self._log: RunLog | None = None
         self.epoch_rows = 0
@@ -355,10 +357,11 @@ class Journal:
         self._screen.starting("", self._start_up_seconds)
 
     def open_log(self, keep_until: int | None, last: str = "") -> None:
-        """Start ``log.jsonl``, or continue it after step ``keep_until``; arguments as in ``RunLog``."""
+        """Start ``log.jsonl`` and the loggers, or continue them after ``keep_until``; arguments as in ``RunLog``."""
         if not self._is_rank_zero:
             return
         self._log = RunLog(self._out / "log.jsonl", keep_until, last)
+        self._loggers = make_loggers(self._names, self._out, self._about, keep_until or 0)
         self._screen.restore(self._log.records)
 
     @property
