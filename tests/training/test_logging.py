@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import threading
@@ -127,6 +128,35 @@ def test_tracked_loggers_get_training_and_evaluation(
     keys = {key for step, figures in calls[1:-1] for key in figures}
     assert {"train/loss", "train/lr", "train/tokens_per_second", "eval/loss"} <= keys
     assert [step for step, _ in calls[1:-1]] == [1, 2, 2]
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    calls: list[Any] = []
+    fake = types.SimpleNamespace(
+        init=lambda **kw: calls.append((kw.get("id"), kw.get("resume"))),
+        log=lambda *_, **__: None,
+        finish=list,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    for out, limit in (
+        ("a", "2 steps"),
+        ("a", "3 steps"),
+        ("a", "4 steps"),
+        ("b", "2 steps"),
+        ("c", "5 steps"),
+    ):
+        if out == "c":
+            shutil.copytree(tmp_path / "a", tmp_path / "c")
+        made = trainer(tmp_path / out, objective(), Rows(8), limit=limit, loggers=["wandb"])
+        assert made.fit().step == int(limit[0])
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    trainer(tmp_path / "d", objective(), Rows(8), limit="2 steps", loggers=["wandb"]).fit()
+    assert calls.pop() == (None, None)
+    ids, ways = zip(*calls, strict=True)
+    assert set(ways) == {"allow"} and ids[0] == ids[1] == ids[2] and len(set(ids[2:])) == 3
 
 
 def test_tensorboard_hides_the_steps_that_are_made_again(

@@ -6,11 +6,13 @@ Nothing is sent anywhere unless a logger is named.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import secrets
 import stat
 import sys
 import time
@@ -251,11 +253,15 @@ class _TensorBoard:
 
 
 class _Tracked:
-    """Weights & Biases and trackio, which share one interface."""
+    """Weights & Biases and trackio, which share one interface but for runs that go on: those of trackio have no id."""
 
-    def __init__(self, module: str, out: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, module: str, out: Path, config: Mapping[str, Any], run: str) -> None:
         self._library: Any = importlib.import_module(module)
-        self._library.init(project="pretrain", name=out.name, config=dict(config))
+        chosen = (
+            module != "wandb" or "WANDB_RUN_ID" in os.environ
+        )  # by a user or the agent of a sweep
+        again = {} if chosen else {"id": run, "resume": "allow"}
+        self._library.init(project="pretrain", name=out.name, config=dict(config), **again)
         self.close = self._library.finish
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -281,9 +287,9 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def make_loggers(
-    names: Sequence[str], out: Path, config: Mapping[str, Any], step: int = 0
+    names: Sequence[str], out: Path, config: Mapping[str, Any], step: int = 0, run: str = "run"
 ) -> list[_TensorBoard | _Tracked]:
-    """Start the named loggers, for the steps after ``step``.
+    """Start the named loggers, for the steps after ``step``; ``run`` is an id that is the same when a run goes on.
 
     Raises:
         ConfigError: a logger is unknown, or its package is not installed.
@@ -293,7 +299,7 @@ def make_loggers(
     for name in names:
         try:
             tracked = name != "tensorboard"
-            loggers.append(_Tracked(name, out, config) if tracked else _TensorBoard(out, step))
+            loggers.append(_Tracked(name, out, config, run) if tracked else _TensorBoard(out, step))
         except ImportError as error:
             raise ConfigError(
                 f"train.loggers names {name!r}, whose package cannot be imported ({error}). "
@@ -361,7 +367,14 @@ class Journal:
         if not self._is_rank_zero:
             return
         self._log = RunLog(self._out / "log.jsonl", keep_until, last)
-        self._loggers = make_loggers(self._names, self._out, self._about, keep_until or 0)
+        known = next((r["run"] for r in self.records if r.get("event") == "loggers"), "")
+        run, step = known or secrets.token_hex(8), keep_until or 0
+        place = hashlib.sha256(os.fsencode(self._out.absolute())).hexdigest()[
+            :8
+        ]  # a copy is another run
+        self._loggers = make_loggers(self._names, self._out, self._about, step, f"{run}-{place}")
+        if "wandb" in self._names and not known:
+            self._log.write({"event": "loggers", "step": step, "run": run})
         self._screen.restore(self._log.records)
 
     @property
