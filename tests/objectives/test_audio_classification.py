@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -126,12 +128,15 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
     stereo = np.repeat(samples[:, None], 2, axis=1)  # as soundfile reads it
     for form in (
         str(file),
+        np.array([str(file)])[0],
         samples,
         samples / 32768,
         file.read_bytes(),
         {"bytes": file.read_bytes(), "path": str(place / "folder" / "high" / "1.wav")},
         {"bytes": file.read_bytes(), "path": None},
         {"bytes": None, "path": str(file)},
+        bytearray(file.read_bytes()),
+        io.BytesIO(file.read_bytes()),
         rows,
         torch.tensor(samples),
         torch.tensor(samples / 32768).requires_grad_(),
@@ -150,6 +155,9 @@ def test_every_form_of_input_has_one_answer(tuned: Any, place: Path) -> None:
         [{"audio": str(file)}],
         [stereo],
         [{"audio": rows}],
+        pd.Series([str(file)], index=[7]),
+        np.array([str(file)]),
+        np.array([str(file), str(file)], dtype=object),
     ):
         assert tuned.predict(many)[0]["score"] == pytest.approx(answer["score"], abs=1e-6)
     assert len(tuned.predict(place / "folder")) == 60

@@ -34,10 +34,10 @@ def given_images(
     """Return images as a table with the column ``image``, and whether they are one; None for rows and tables.
 
     Args:
-        inputs: one image (a path, bytes, an array or nested lists (H, W) or (H, W, C), an image of Pillow, a mapping
-            with ``bytes`` and ``path``) or recording (a path, bytes, an array (samples,) or (samples, channels), a
-            mapping with ``array`` and ``sampling_rate`` or with ``bytes`` and ``path``), several in a list or an array,
-            or the path of a folder or an archive.
+        inputs: one image (a path, bytes, an open file, an array or nested lists (H, W) or (H, W, C), an image of
+            Pillow, a mapping with ``bytes`` and ``path``) or recording (a path, bytes, an open file, an array
+            (samples,) or (samples, channels), a mapping with ``array`` and ``sampling_rate`` or with ``bytes`` and
+            ``path``), several in a list or an array, or the path of a folder or an archive.
         channels: channels of the model, by which an array (3, H, W) is told from three images.
         medium: what the files hold.
         read: reads a folder or file; called with its path and the name of the rows.
@@ -45,6 +45,12 @@ def given_images(
     Raises:
         DataError: a path that does not exist, or an address.
     """
+    if hasattr(inputs, "read") and not hasattr(inputs, "encoding"):
+        inputs = inputs.read()  # an open file of bytes
+    if getattr(getattr(inputs, "dtype", None), "kind", "b") in "OUST" and inputs.ndim == 1:
+        inputs = list(inputs)  # a column of pandas
+        if inputs and not isinstance(inputs[0], Mapping):
+            return None
     if isinstance(inputs, list) and is_one(inputs, medium):
         return given_table([from_list(inputs)], medium), True
     array = getattr(inputs, "ndim", 0) if hasattr(inputs, "dtype") else 0
@@ -58,7 +64,7 @@ def given_images(
     # The last dimension of audio is that of a few channels, or of samples.
     joint = array == least + 1 and inputs.shape[-1] <= _CHANNELS < inputs.shape[0]
     one = array == least or (colours if medium is IMAGES else joint) or of_medium
-    if one or hasattr(inputs, "getbands") or isinstance(inputs, bytes):
+    if one or hasattr(inputs, "getbands") or isinstance(inputs, bytes | bytearray | memoryview):
         return given_table([inputs], medium), True
     if array in (least + 1, least + 2):
         return given_table(list(inputs), medium), False
