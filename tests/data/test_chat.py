@@ -514,8 +514,8 @@ def test_conversations_in_every_form() -> None:
         ({"messages": [{"role": "user", "parts": ["x"]}]}, "Call them role or from"),
         ({"messages": {"role": ["user", "assistant"], "content": ["q"]}}, "differ in length"),
         (
-            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
-            "is a function call, but",
+            {"messages": [{"role": "assistant", "content": None, "function_call": "auto"}]},
+            "has the content 'None'",
         ),
         ({"messages": [{"role": "user", "content": None}]}, "not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'"),
@@ -599,3 +599,37 @@ def test_keys_that_arrow_fills_in_are_no_arguments(tmp_path: Path) -> None:
     assert to_conversations(given) == [given["messages"]]
     optional = [{"name": "look", "parameters": {"properties": {"city": {"default": None}}}}]
     assert as_tools(optional) == optional
+
+
+@pytest.mark.parametrize("speaker", ["user", "assistant"])
+def test_placeholders_and_modes_are_no_calls(speaker: str) -> None:
+    """A column of objects has nulls or empty texts where there is no call, and some rows the mode of the request."""
+    turn = {"role": speaker, "content": "a"}
+    empty = [{"name": nothing, "arguments": nothing} for nothing in (None, "")]
+    for mode in ("none", "None", "null", "auto", *empty):
+        given = turn | {"function_call": mode}
+        assert as_messages([given]) == [given]
+    wrapped = [{"id": None, "type": "function", "function": one} for one in empty]
+    for calls in (empty, wrapped, [{"id": None, "function": None}], json.dumps(wrapped), empty[0]):
+        assert as_messages([turn | {"tool_calls": calls}]) == [turn]
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert as_messages([turn | {"tool_calls": [*wrapped, call]}]) == [turn | {"tool_calls": [call]}]
+    own = {"type": "custom", "custom": {"name": "f", "input": "x"}}  # no function, but a call
+    assert as_messages([turn | {"tool_calls": [own]}]) == [turn | {"tool_calls": [own]}]
+
+
+def test_a_function_call_may_have_no_arguments() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    made = {"role": "assistant", "content": None, "tool_calls": [call]}
+    for older in (
+        {"name": "f"},
+        {"name": "f", "arguments": None},
+        '{"name": "f", "arguments": ""}',
+    ):
+        said = {"role": "assistant", "content": None, "function_call": older}
+        assert as_messages([said]) == [made]
+        placed = [{"function": {"name": None}}]
+        assert as_messages([said | {"tool_calls": placed}]) == [made]
+        asked = {"role": "user", "content": "q", "function_call": older}
+        assert as_messages([asked]) == [asked]
+    assert as_messages([{"from": "function_call", "value": '{"name": "f"}'}]) == [made]

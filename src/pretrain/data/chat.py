@@ -476,10 +476,8 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     for number, message in enumerate(value, start=1):
         at = f"{place}message {number}"
         given = message if isinstance(message, Mapping) else {}
-        calls = given.get("tool_calls") or given.get(
-            "function_call"
-        )  # the latter is OpenAI's of 2023
         speaker = next((k for k in ROLE_KEYS if given.get(k) is not None), None)
+        calls = _calls(given, str(given.get(speaker)).strip().lower(), at)
         text = next((k for k in _TEXT_KEYS if given.get(k) is not None), None)
         if text is None and (calls or any(k in given for k in _TEXT_KEYS)):
             text = next((k for k in _TEXT_KEYS if k in given), "content")
@@ -496,13 +494,14 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
             raise DataError(
                 f"{at} has the unknown role {message[speaker]!r}; known roles are {', '.join(_SPEAKERS)}."
             )
-        left = (speaker, text, *(("tool_calls", "function_call") if calls else ()))
+        called = [k for k in ("tool_calls",) if given.get(k)]  # an empty list stays as it is given
+        left = (speaker, text, *(("tool_calls", "function_call") if calls else called))
         others = {k: v for k, v in message.items() if k not in left and v is not None}
         turn: Message = {"role": role, "content": message.get(text), **others}
         if name in _CALLS:
             turn |= {"content": None, "tool_calls": [_call_in(turn["content"], at)]}
         elif calls:
-            turn["tool_calls"] = _calls(calls, at)
+            turn["tool_calls"] = calls
         found.append(_checked(turn, at))
     # The datasets library and parquet files give every object all keys of its column, with nulls for absent ones.
     if any(message.get("tool_calls", ()) is None for message in value):
@@ -550,40 +549,58 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _calls(value: Any, at: str) -> list[Any]:
-    """Return the calls of tools of a message: a list of them, JSON text of one, or a single ``function_call``.
+def _calls(message: Mapping[str, Any], speaker: str, at: str) -> list[Any]:
+    """Return the calls of tools of a message: its ``tool_calls``, also as JSON text, or else its ``function_call``.
+
+    The latter, OpenAI's of 2023, is read where the assistant speaks, as an object or the text of one with a name.
+    Anything else there is no call, such as the mode of a request (``"auto"``).
 
     Raises:
-        DataError: it is none of these.
+        DataError: ``tool_calls`` are no list of objects.
     """
-    calls = printed_messages(value) if isinstance(value, str) else value
+    value, older = message.get("tool_calls"), message.get("function_call")
+    calls = printed_messages(value) if value and isinstance(value, str) else value or []
     if isinstance(calls, Mapping):
-        calls = [_call_in(calls, at)]
+        calls = [{"type": "function", "function": calls}] if "name" in calls else [calls]
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(
             f"{at} has the tool_calls {str(calls)[:60]!r}, which is not a list of objects."
         )
     made = []
-    for call in calls:
+    for call in filter(_is_call, calls):
         function = call.get("function", call)
-        if isinstance(function, Mapping) and function.get("arguments", ...) in (None, "", "null"):
-            function = {**function, "arguments": "{}"}  # a call without arguments
+        if isinstance(function, Mapping) and "arguments" in function:
+            function = {**function, "arguments": _arguments(function)}
         made.append({**call, "function": function} if "function" in call else function)
+    older = printed_messages(older) if isinstance(older, str) else older
+    if not made and _SPEAKERS.get(speaker) == "assistant" and isinstance(older, Mapping):
+        return [_call_in(older, at)] if older.get("name") else []
     return made
+
+
+def _is_call(call: Mapping[str, Any]) -> bool:
+    """Whether an entry of ``tool_calls`` is a call and no placeholder, as a column of objects has for absent ones."""
+    function = call.get("function", call)
+    named = not isinstance(function, Mapping) or bool(function.get("name", True))
+    return named and any(call.values())
+
+
+def _arguments(function: Mapping[str, Any]) -> Any:
+    """Return the arguments of a call; JSON text of an empty object stands for absent ones."""
+    given = function.get("arguments")
+    return "{}" if given in (None, "", "null") else given
 
 
 def _call_in(value: Any, at: str) -> dict[str, Any]:
     """Return a tool call that is given as ``{name, arguments}``, or as JSON text of that."""
     try:
         call = value if isinstance(value, Mapping) else json.loads(value)
-        return {
-            "type": "function",
-            "function": {"name": call["name"], "arguments": call["arguments"]},
-        }
-    except (TypeError, ValueError, KeyError):
+        function = {"name": call["name"], "arguments": _arguments(call)}
+    except (AttributeError, TypeError, ValueError, KeyError):
         raise DataError(
-            f"{at} is a function call, but {str(value)[:60]!r} is not a JSON object with name and arguments."
+            f"{at} is a function call, but {str(value)[:60]!r} is not a JSON object with a name (and arguments)."
         ) from None
+    return {"type": "function", "function": function}
 
 
 def _checked(message: Message, at: str) -> Message:
