@@ -477,6 +477,19 @@ def test_of_several_splits_that_of_the_test_is_measured(tmp_path: Path, capsys: 
     for source in (parts, data, tmp_path / "rows.json", str(tmp_path / "shards")):
         assert pretrain.evaluate(folder, source)["targets"] == 6
         assert "the figures are those of the test split" in capsys.readouterr().err
+    held_back: list[Any] = [
+        [row | {"label": -1} for row in parts["test"]],
+        [row | {"label": None} for row in parts["test"]],
+        [{"text": row["text"]} for row in parts["test"]],
+    ]
+    for rows in held_back:  # as public data sets have them
+        (tmp_path / "rows.json").write_text(json.dumps(parts | {"test": rows}))
+        for source in (parts | {"test": rows}, tmp_path / "rows.json"):
+            assert pretrain.evaluate(folder, source)["targets"] == 9
+            said = capsys.readouterr().err
+            assert "the test split is not used" in said and "those of the validation split" in said
+    with pytest.raises(DataError, match="label"):
+        pretrain.evaluate(folder, {"train": parts["train"], "test": held_back[2]})
     del parts["test"]
     (tmp_path / "rows.json").write_text(json.dumps(parts))
     for source in (parts, tmp_path / "rows.json"):

@@ -11,8 +11,8 @@ from pretrain.data.encodings import check_encoding
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import needs_encoding
 from pretrain.data.tables import held_out_splits, parts_of_file
-from pretrain.errors import naming_memory
-from pretrain.finetuning.rows import encode
+from pretrain.errors import DataError, naming_memory
+from pretrain.finetuning.rows import check_labelled, encode
 from pretrain.inference.predict import (
     columns_of,
     has_columns,
@@ -68,17 +68,20 @@ def evaluation_rows(
     return max(1, min(_ROWS, tokens_at_once(device) // max(1, rows.longest)))
 
 
-def _to_measure(source: Any) -> tuple[Any, str]:
-    """Return what is measured of several splits, the test split or else that of validation, and a name for it."""
+def _to_measure(source: Any) -> list[tuple[Any, str, str]]:
+    """Return what may be measured, the best first: of several splits, that of test and that of validation.
+
+    Each is a source, a name for its rows, and the name of the split, which is empty if there are no splits.
+    """
     held = held_out_splits(source)
     found = list(held) if held else parts_of_file(source)
-    use = next((use for use in ("test", "valid") if use in found), None)
-    if use is None or (not held and len(found) < 2):
-        return source, "data"
-    name = "validation" if use == "valid" else use
-    origin = source if isinstance(source, str | os.PathLike) else "the data"
-    note(f"{origin}: the figures are those of the {name} split")
-    return (held[use][1], "data") if held else (source, name)
+    splits = (("test", "test"), ("valid", "validation"))
+    parts = [
+        (held[use][1], "data", name) if held else (source, name, name)
+        for use, name in splits
+        if use in found and (held or len(found) > 1)
+    ]
+    return parts or [(source, "data", "")]
 
 
 def labelled(
@@ -98,18 +101,40 @@ def labelled(
         section: settings of the run, which may define how its files are read.
         encoding: encoding of the source; None is that of the settings, unless the file is UTF-8.
 
+    Of several splits, that of test is read, or that of validation if there is no other or its answers are held back.
+
     Raises:
         DataError: as for ``read_table``, or a column that the task needs is missing.
     """
-    named = dict(columns)
     options = {} if section is None else section.reading(source)
     if encoding is not None:
         options["encoding"] = encoding
     elif (of_run := check_encoding(options.get("encoding"))) and os.path.isfile(source):
         # Nearly any bytes are text in an encoding of Windows, so UTF-8 would be misread without an error.
         options["encoding"] = of_run if needs_encoding(Path(source), of_run) else None
-    rows, name = _to_measure(source)
-    table = task.read(rows, name=name, **options)
+    (rows, name, split), *others = _to_measure(source)
+    read = task.read(rows, name=name, **options)
+    try:
+        table = _by_role(read, task, columns, section)
+        if others:
+            check_labelled(table, None, type(task))
+    except DataError as error:
+        if not others:
+            raise
+        note(f"the test split is not used: {error}")
+        ((rows, name, split),) = others
+        table = _by_role(task.read(rows, name=name, **options), task, columns, section)
+    if split:
+        origin = source if isinstance(source, str | os.PathLike) else "the data"
+        note(f"{origin}: the figures are those of the {split} split")
+    return table
+
+
+def _by_role(
+    table: Table, task: Task, columns: Mapping[str, Any], section: TuneData | None
+) -> Table:
+    """Return the rows of a table with columns named by role, for an evaluation; see `labelled`."""
+    named = dict(columns)
     table = task.gathered(table, {**(section.columns if section is not None else {}), **named})
     if section is not None:
         known = {role: c for role, c in section.columns.items() if has_columns(table, c)}

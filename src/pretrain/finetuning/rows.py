@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pretrain.finetuning.settings import TuneConfig
     from pretrain.objectives.tasks import Learned, Task
 
-__all__ = ["Data", "encode", "open_data"]
+__all__ = ["Data", "check_labelled", "encode", "open_data"]
 
 _TEXTS = {"question", "text", "caption"}  # of which one image may have several
 
@@ -130,7 +130,7 @@ def open_data(
         test = held_out(test_source, "test")
     elif spare is not None:
         try:  # the test split of a public data set often has no labels
-            test = _labelled(held_out(spare, "test"), tidied, task)
+            test = check_labelled(held_out(spare, "test"), tidied, task)
         except DataError as error:
             notes.append(f"the test split is not used: {error}")
     if test is not None:
@@ -210,19 +210,25 @@ def _without_recurring(
     return train, recurring
 
 
-def _labelled(test: Table, train: Table, task: type[Task]) -> Table:
+def check_labelled(test: Table, train: Table | None, task: type[Task]) -> Table:
     """Return the rows of a test split.
+
+    Without training rows (None), these are taken to have targets other than -1 and -100.
 
     Raises:
         DataError: a column of targets is empty in all rows, or holds only the -1 or -100 that marks hidden labels, as
             no training row does.
     """
     for role in task.roles:
-        if not role.target or role.name not in set(test.names) & set(train.names):
+        names = set(test.names) if train is None else set(test.names) & set(train.names)
+        if not role.target or role.name not in names:
             continue
         cells, known = (
-            [cell for cell in table.columns[role.name] if not _holds_only(is_missing, cell)]
-            for table in (test, train)
+            [cell for cell in column if not _holds_only(is_missing, cell)]
+            for column in (
+                test.columns[role.name],
+                ["a target"] if train is None else train.columns[role.name],
+            )
         )
         hidden, meant = ([_holds_only(_is_hidden, c) for c in found] for found in (cells, known))
         empty = role.required and not cells and bool(known)
