@@ -601,6 +601,20 @@ def test_keys_that_arrow_fills_in_are_no_arguments(tmp_path: Path) -> None:
     assert as_tools(optional) == optional
 
 
+def test_nulls_within_the_values_of_a_schema_are_kept() -> None:
+    """A default, a constant, and the entries of enum and examples are values, in which a null says something."""
+    value = {"x": None, "y": [{"z": None}]}
+    schema = {"default": value, "const": value, "enum": ["a", None, value], "examples": [value]}
+    tools: Any = [{"name": "look", "parameters": {"properties": {"city": schema}}}]
+    assert as_tools(json.dumps(tools)) == tools
+    absent = {"title": None, "enum": None, "examples": None}
+    tools[0] |= {"description": None}
+    tools[0]["parameters"]["properties"] |= {"zone": absent, "of": None}
+    assert as_tools(tools) == [
+        {"name": "look", "parameters": {"properties": {"city": schema, "zone": {}}}}
+    ]
+
+
 @pytest.mark.parametrize("speaker", ["user", "assistant"])
 def test_placeholders_and_modes_are_no_calls(speaker: str) -> None:
     """A column of objects has nulls or empty texts where there is no call, and some rows the mode of the request."""

@@ -525,19 +525,22 @@ def as_tools(value: Any, where: str = "") -> list[Any] | None:
         raise DataError(
             f"{place}tools are {str(value)[:60]!r}, but must be a list of function descriptions, or its JSON text."
         )
-    # No schema has nulls but these two, so others stand for absent keys; see ``as_messages``.
-    return _absent_left_out(given, kept=("default", "const")) or None
+    # No key of a schema is null but the values "default" and "const", so others are absent ones; see ``as_messages``.
+    kept = ("default", "const")
+    return _absent_left_out(given, kept, values=(*kept, "enum", "examples")) or None
 
 
-def _absent_left_out(value: Any, kept: Sequence[str] = ()) -> Any:
-    """Return nested objects without the keys whose value is null, except those of the names ``kept``."""
+def _absent_left_out(value: Any, kept: Sequence[str] = (), values: Sequence[str] = ()) -> Any:
+    """Return nested objects without the keys that are null, unless ``kept``; those in ``values`` stay as they are."""
     if isinstance(value, Mapping):
         return {
-            key: _absent_left_out(item, kept)
+            key: item if key in values else _absent_left_out(item, kept, values)
             for key, item in value.items()
             if item is not None or key in kept
         }
-    return [_absent_left_out(item, kept) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_absent_left_out(item, kept, values) for item in value]
+    return value
 
 
 def _plain(value: Any) -> Any:
