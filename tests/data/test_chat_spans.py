@@ -609,3 +609,16 @@ def test_what_a_template_does_not_read_is_named() -> None:
     ]
     whole = "{{ messages | tojson }}{{ tools | tojson }}"
     assert unread_keys(template(whole), json.loads(json.dumps(messages)), [{}]) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "so"])
+@pytest.mark.parametrize("asked", ["<|im_start|>assistant:", "<|im_start|>", ""])
+def test_the_prompt_behind_last_calls_is_not_trained_on(asked: str, content: str | None) -> None:
+    """Some templates always end with a generation prompt."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"city": "Paris"}}}
+    messages = [ask("weather?"), answer(content, tool_calls=[call, call])]
+    source = TWO_ENDS.removesuffix("<|im_start|>assistant:") + asked
+    text, spans = assistant_spans(template(source), messages)
+    written = '[TOOL_CALLS]look {"city": "Paris"}'
+    assert [text[first:end] for first, end, _ in spans][-1].endswith(written * 2 + EOS)
+    assert text.endswith(written * 2 + EOS + asked) and len(text) - spans[-1].end == len(asked)

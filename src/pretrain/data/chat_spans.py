@@ -407,6 +407,14 @@ class _Reading:
             # Some templates close an answer twice: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>.
             twice = eos is not None and eos != end and tail.startswith(eos, behind)
             return start + behind + (len(eos) if eos and twice else 0)
+        if (
+            eos
+            and eos in tail
+            and i + 1 == len(self.messages)
+            and self.messages[i].get("tool_calls")
+        ):
+            # Behind the last turn, some templates always write a generation prompt, which is no end of its calls.
+            return start + tail.rindex(eos) + len(eos)
         specials = "|".join(map(re.escape, self.template.specials))
         found = [match.end() for match in re.finditer(specials, tail)] if specials else []
         if not found:
