@@ -437,6 +437,7 @@ def test_conversations_in_every_form() -> None:
         },
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, said]},
         {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+        {"messages": {"role": ["user", "assistant"], "content": ["q", "a"], "tool_calls": []}},
         {"prompt": "q", "answer": "a"},
         {"prompt": [asked], "answer": [said]},
         {"prompt": "q", "context": "", "answer": "a"},

@@ -461,6 +461,7 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     place = f"{where}: " if where else ""
     value = _plain(value)  # some tables hold arrays instead of lists
     if isinstance(value, Mapping) and all(isinstance(v, list) for v in value.values()):
+        value = {key: items for key, items in value.items() if items}  # a key that no message has
         sizes = {key: len(items) for key, items in value.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(f"{place}the lists of a conversation differ in length: {sizes}.")
