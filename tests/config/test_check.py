@@ -45,3 +45,16 @@ def test_a_count_has_a_least_value_and_may_be_of_numpy() -> None:
         with pytest.raises(ConfigError, match=f"n is .*a whole number of at least {least}"):
             check_count("n", bad, least)
     check_count("n", -5, None)
+
+
+def test_scalars_of_numpy_are_numbers_in_settings() -> None:
+    given = {
+        "optim": {"lr": np.float32(0.5)},
+        "train": {"batch_rows": np.int64(8), "limit": np.int64(3), "best": np.bool_(False)},
+        "model": {"overrides": {"num_layers": np.int64(1)}},
+    }
+    found = pretrain.RunConfig.load(given)
+    assert (found.optim.lr, found.train.batch_rows, found.train.limit) == (0.5, 8, "3 steps")
+    assert found.train.best is False and type(found.model.overrides["num_layers"]) is int
+    with pytest.raises(ConfigError, match=r"train\.seed must be a whole number, found 1\.5"):
+        pretrain.RunConfig.load({"train": {"seed": np.float64(1.5)}})

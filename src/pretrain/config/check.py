@@ -15,7 +15,7 @@ import stat
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pretrain.config.aliases import (
     NAMES,
@@ -31,6 +31,7 @@ from pretrain.utils.files import note, replace_file
 
 __all__ = [
     "check_count",
+    "check_section",
     "check_value",
     "name_change",
     "place_in",
@@ -44,6 +45,8 @@ __all__ = [
     "with_place",
     "write_text",
 ]
+
+T = TypeVar("T")
 
 _OPEN = {
     "model": "Fields of the family's own config belong under model.overrides.",
@@ -326,7 +329,7 @@ class _Checker:
         checked = {}
         for name, value in values.items():
             key = f"{section}.{name}"
-            spec = self.fields[section][name]
+            spec, value = self.fields[section][name], _of_python(value)
             if isinstance(value, bool):  # choices that used to be true or false
                 value = spec.metadata.get("flag", {}).get(value, value)
             elif spec.metadata.get("unit") and _is_number(value):  # a number alone is one of steps
@@ -386,6 +389,7 @@ class _Checker:
         return self.scalar(key, value, hint)
 
     def scalar(self, key: str, value: Any, hint: Any) -> Any:
+        value = _of_python(value)
         if hint is bool and isinstance(value, str) and self.sections:  # no JSON of others
             value = {"yes": True, "no": False}.get(value, value)
         if isinstance(value, bool | None) and type(value) is hint:
@@ -412,6 +416,7 @@ class _Checker:
         """Return a value of an open mapping, which may be any plain data."""
         if depth > 16:
             raise self.fail(key, f"{key} is nested too deeply.")
+        value = _of_python(value)
         if value is None or isinstance(value, bool | str):
             return value
         if isinstance(value, int | float):
@@ -493,6 +498,16 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     return _Checker({}).value(key, value, hint)
 
 
+def check_section(name: str, section: T) -> T:
+    """Return a section that was built in Python, with every setting checked as `Sections.load` checks it.
+
+    Raises:
+        ConfigError: a setting is of another type, or out of range.
+    """
+    checked: T = _Checker({name: type(section)}).section(name, vars(section))
+    return checked
+
+
 def check_count(name: str, value: Any, least: int | None = 1) -> int:
     """Return a value that is a whole number of at least ``least`` (None: any); one of numpy becomes one of Python.
 
@@ -504,6 +519,12 @@ def check_count(name: str, value: Any, least: int | None = 1) -> int:
         bound = "" if least is None else f" of at least {least}"
         raise ConfigError(f"{name} is {value!r}; it must be a whole number{bound}.")
     return int(value)
+
+
+def _of_python(value: Any) -> Any:
+    """Return a scalar of numpy as the number or truth value of Python that it holds, and anything else as it is."""
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if is_scalar else value
 
 
 def _is_number(value: Any) -> bool:
