@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.training.preflight import suggest
+import pretrain
+from pretrain.training.preflight import most_repeated, remarks, suggest
 from tiny import TEXTS, objective, prepared_rows
 
 
@@ -37,3 +38,25 @@ def test_small_text_is_given_the_recipe_of_its_epochs(
         {"train_data": [{}]},
     ):
         assert suggest(SimpleNamespace(**vars(trainer) | other), epochs) is None  # type: ignore[arg-type]
+
+
+def test_the_source_of_a_mixture_that_is_read_most_is_named(tmp_path: Path) -> None:
+    """An epoch has as many rows as all sources, so the share of a small one is many readings of it."""
+    (tmp_path / "large.txt").write_text(" ".join(f"word{i}" for i in range(2000)))
+    (tmp_path / "small.txt").write_text(" ".join(f"term{i}" for i in range(100)))
+    sources = {str(tmp_path / "large.txt"): 1, str(tmp_path / "small.txt"): 1}
+    found = pretrain.prepare(sources, tmp_path / "data", vocab_size=300, row_length=32, valid=0.0)
+    name, repeats = most_repeated(found.train)
+    large, small = found.train.source_rows
+    assert name.endswith("small.txt") and repeats == pytest.approx((large + small) / 2 / small, 0.1)
+    trainer: Any = SimpleNamespace(
+        train=SimpleNamespace(batch_rows=large + small),
+        train_data=found.train,
+        eval_data=None,
+        plan=SimpleNamespace(epoch_rows=large + small),
+        about={"parent": "base"},
+        objective=objective(),
+    )
+    line = remarks(trainer, 4)[1]  # of four epochs
+    assert f"small.txt is read {4 * repeats:.0f} times" in line and "a smaller share of it" in line
+    assert most_repeated(prepared_rows(tmp_path, TEXTS, 16)) == ("every text", 1.0)

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pretrain.checkpoint.result import check_result
 from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.config import OptimConfig
 from pretrain.data.loader import Examples
+from pretrain.data.order import MixtureOrder
 from pretrain.data.shards import Rows
 from pretrain.errors import ConfigError, DataError, TrainingError, out_of_memory
 from pretrain.nn.buffers import stored_tensors
@@ -297,7 +298,8 @@ def describe(
         lines.append(f"mixture {shares}{' and others' * (len(sources) > 8)}")
     if any((left_out := trainer.about.get("left_out", {})).values()):
         lines.append("left out " + ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n))
-    if checkpoint is None and (suggestion := suggest(trainer, epochs)):
+    seen = epochs * most_repeated(data)[1]
+    if checkpoint is None and (suggestion := suggest(trainer, seen)):
         lines.append(suggestion)
     if trainer.eval_data is None:
         lines.append("no held-out rows: nothing will be evaluated")
@@ -374,10 +376,11 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
     if not documents:  # of prepared text only
         return lines
     epochs = steps * train.batch_rows / trainer.plan.epoch_rows
-    if epochs > _MANY_EPOCHS:
+    which, repeats = most_repeated(data)
+    if (readings := epochs * repeats) > _MANY_EPOCHS:
         lines.append(
-            f"every text is read {epochs:.0f} times: beyond {_MANY_EPOCHS} or so a model learns it by heart; more text "
-            "(data.train), or fewer steps (train.limit)"
+            f"{which} is read {readings:.0f} times: beyond {_MANY_EPOCHS} or so a model learns it by heart; more text "
+            f"(data.train), {'a smaller share of it, ' * (repeats != 1)}or fewer steps (train.limit)"
         )
     if documents > 1 and getattr(held_out, "num_documents", 0) == 1:
         lines.append(
@@ -396,6 +399,16 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
                 f"times on average, too few to learn it; about data.vocab_size {smaller} fits, or more text"
             )
     return lines
+
+
+def most_repeated(data: Any) -> tuple[str, float]:
+    """Return the text that is read most often, in words, and how often in one epoch; a mixture repeats some of it."""
+    order = data.order() if isinstance(data, Rows) else None
+    if not isinstance(order, MixtureOrder):
+        return "every text", 1.0
+    visited = zip(order.counts, data.stats["sources"], strict=True)
+    repeats, name = max((count / s["rows"], str(s["name"])) for count, s in visited if count)
+    return f"the text of {name}", repeats
 
 
 def suggest(trainer: Trainer, epochs: float) -> str | None:
