@@ -6,6 +6,7 @@ import ast
 import contextlib
 import inspect
 import json
+import math
 import os
 import signal
 import textwrap
@@ -126,6 +127,23 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         task.fit()
     kept = pretrain.load(tmp_path, quiet=True)
     assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_a_run_that_diverges_is_told_the_learning_rate_after_an_evaluation_too(
+    tmp_path: Path,
+) -> None:
+    """Samples of text from its scores ended the run, with the advice to copy the weights again."""
+    goal = objective()
+
+    def diverge(record: Any) -> None:
+        with torch.no_grad():
+            next(goal.model.parameters()).fill_(math.nan)
+
+    task = trainer(
+        tmp_path, goal, Rows(8), eval_rows=Rows(2, seed=1), eval_every="1 steps", hooks=[diverge]
+    )
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*optim\.lr"):
+        task.fit()
 
 
 def test_hooks_see_a_read_only_record(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
         return None
     samples: list[str] = []
     trainer.world.mark("evaluate", state.step)
-    if strategy.generates_samples:
+    # The scores of a run that diverged give no text; its next steps are skipped, and say what to change.
+    if strategy.generates_samples and math.isfinite(figures.get("loss", 0.0)):
         plain = trainer.objective.model.backbone.uncompiled()
         with trainer.average.applied(), strategy.whole(), plain:
             samples = trainer.objective.preview(
