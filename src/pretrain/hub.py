@@ -8,6 +8,7 @@ is called: a model that is only trained imports none of them. ``pretrain.data(..
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,7 +76,7 @@ class ModelMethods:
     def save(self, directory: str | Path) -> Path:
         """Write a directory that transformers can load; see ``pretrain.checkpoint.save_model``."""
         function("save_model")(self, directory)
-        return Path(directory)
+        return Path(os.path.expanduser(directory))
 
     save_pretrained = save
 

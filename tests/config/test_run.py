@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pretrain
 from pretrain.config import (
     Limit,
     OptimConfig,
@@ -24,6 +25,7 @@ from pretrain.config import (
     strict_yaml,
 )
 from pretrain.errors import ConfigError
+from pretrain.training.early import prepared_in
 
 SRC = Path(__file__).parents[2] / "src" / "pretrain"
 
@@ -423,3 +425,29 @@ def test_intervals() -> None:
 
 def test_the_dataclasses_are_plain() -> None:
     assert dataclasses.asdict(TrainConfig())["limit"] == "auto"
+
+
+def test_a_tilde_is_the_home_directory_wherever_something_is_written_or_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was to lie in the home directory lay in a folder called ``~``, which one deletes at one's peril."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    given = {"train": {"out": "~/run"}, "model": {"checkpoint": "~/base"}}
+    found = pretrain.RunConfig.load(given)
+    assert found.train.out == str(home / "run") and found.model.checkpoint == str(home / "base")
+    assert found.save("~/run.yaml") == home / "run.yaml"
+    assert pretrain.RunConfig.load("~/run.yaml") == found
+    model = pretrain.build("gpt2", "tiny", num_layers=1, hidden_size=16, num_heads=2, vocab_size=40)
+    assert model.save("~/saved") == home / "saved"
+    assert pretrain.load("~/saved", quiet=True).num_parameters() == model.num_parameters()
+    assert pretrain.inspect("~/saved")["family"] == "gpt2"
+    (home / "text.txt").write_text("one two three four five " * 40)
+    pretrain.prepare("~/text.txt", "~/data", vocab_size=270, row_length=16)
+    found_again = prepared_in("~/data")
+    assert found_again is not None
+    assert len(pretrain.Prepared.open("~/data").train) == len(found_again.train)
+    assert not any(here.iterdir())

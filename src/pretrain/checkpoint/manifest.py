@@ -314,7 +314,7 @@ def _refuse_prepared(path: str | Path, file: Path) -> None:
 
 def _real(path: str | Path) -> Path:
     try:
-        return Path(os.path.realpath(path))
+        return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError:  # a null byte in the path
         raise CheckpointError(f"{str(path)!r} cannot be the name of a directory.") from None
 

@@ -102,7 +102,7 @@ def save_model(
     Raises:
         CheckpointError: the directory cannot be written or contains other files, or a weight is not finite.
     """
-    target = Path(os.path.abspath(directory))
+    target = Path(os.path.abspath(os.path.expanduser(directory)))
     with errors_on_all_ranks(peers):
         if peers.rank == 0:
             _refuse_target(target, model)

@@ -145,7 +145,7 @@ def _opened(layer: Any, sections: Mapping[str, type]) -> tuple[Mapping[str, Any]
     if isinstance(layer, Mapping):
         return layer, {}
     if isinstance(layer, str | os.PathLike):
-        return read_file(Path(os.fspath(layer)))
+        return read_file(Path(os.path.expanduser(layer)))
     raise ConfigError(f"A config is a YAML file or a dict of sections, not {_show(layer)}.")
 
 
@@ -335,6 +335,8 @@ class _Checker:
             elif spec.metadata.get("unit") and _is_number(value):  # a number alone is one of steps
                 value = f"{value} {spec.metadata['unit']}"
             value = self.value(key, value, self.hints[section][name])
+            if value is not None and spec.metadata.get("path"):
+                value = os.path.expanduser(value)
             low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not low <= number <= high:

@@ -46,6 +46,7 @@ def setting(
     *,
     resumable: bool = False,
     unit: str = "",
+    path: bool = False,
 ) -> Any:
     """Return the dataclass field of a setting.
 
@@ -56,8 +57,9 @@ def setting(
         resumable: it may change when a run is resumed, because it affects only where and how long the run trains and
             what it reports and saves.
         unit: unit of a number alone, in a setting that is an amount with a unit.
+        path: it is a path, in which ``~`` is the home directory.
     """
-    limits = {"low": low, "high": high, "resumable": resumable}
+    limits = {"low": low, "high": high, "resumable": resumable, "path": path}
     return field(default=default, metadata=limits | ({"unit": unit} if unit else {}))
 
 
@@ -107,7 +109,7 @@ class ModelConfig:
     """Model size: tiny, mini, small, medium, base, large, xl; "?" shows parameters, memory, time and loss of each. auto
     goes by the training text: tiny below 5 million tokens, mini below 50, small below 1,000, medium below 5,000, base
     from there on; small for rows that are no text."""
-    checkpoint: str | None = None
+    checkpoint: str | None = setting(None, path=True)
     """Checkpoint to start from, a directory or a model of the Hub (org/name); family and size are taken from it."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's own config, e.g. {num_layers: 6}."""
@@ -166,7 +168,7 @@ class OptimConfig:
 class TrainConfig:
     """Length of the run, batches, evaluation, checkpoints and logging."""
 
-    out: str = setting("", resumable=True)
+    out: str = setting("", resumable=True, path=True)
     """Directory of the run; repeating the command resumes it. By default runs/FAMILY-SIZE-FINGERPRINT."""
     limit: str = setting("auto", resumable=True, unit="steps")
     """When to stop: "500 steps" or 500, "1e9 tokens", "3 epochs" or "10 minutes"; auto is one epoch, or as many as give
@@ -430,7 +432,8 @@ class Sections:
         Raises:
             ConfigError: the file cannot be written.
         """
-        return write_text(Path(path), with_digest(with_place(self.to_yaml())))
+        target = Path(os.path.expanduser(path))
+        return write_text(target, with_digest(with_place(self.to_yaml())))
 
     @classmethod
     def of_run(cls, run_dir: Path) -> Self:

@@ -7,6 +7,7 @@ row order) and ``rows`` (int64 offsets into the segments).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,7 +252,7 @@ class Prepared:
         Raises:
             DataError: there are no prepared data, or a file is missing, truncated or changed.
         """
-        folder = Path(path)
+        folder = Path(os.path.expanduser(path))
         manifest = read_manifest(folder)
         if manifest is None:
             raise DataError(

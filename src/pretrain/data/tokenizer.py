@@ -463,7 +463,7 @@ class Tokenizer:
             directory: created if missing.
             max_length: number of positions of the model, written as ``model_max_length``.
         """
-        folder = Path(directory)
+        folder = Path(os.path.expanduser(directory))
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(self.config)
         for key, name in self.named_tokens.items():

@@ -188,7 +188,7 @@ def _directory(checkpoint: Any) -> Path:
             f"evaluate opens a directory, and was given a {type(checkpoint).__name__}. Give the path of its run, or "
             "save it first: model.save(DIRECTORY)."
         )
-    return Path(checkpoint)
+    return Path(os.path.expanduser(checkpoint))
 
 
 def _text_column(path: Path, columns: Mapping[str, str], task: type[Task] | None) -> str | None:

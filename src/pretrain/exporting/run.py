@@ -77,7 +77,7 @@ def _target(source: object, to: str, out: str | os.PathLike[str] | None) -> Path
         if not isinstance(source, str | os.PathLike):
             raise ConfigError(f"Name the directory to write: export({to!r}, out=DIR).")
         out = f"{os.path.normpath(os.fspath(source))}-{to}"
-    target = Path(os.path.abspath(out))
+    target = Path(os.path.abspath(os.path.expanduser(out)))
     if os.path.islink(target) or (os.path.exists(target) and not target.is_dir()):
         raise CheckpointError(f"{target} exists and is not a directory. Choose another name.")
     if os.path.exists(target) and os.listdir(target):

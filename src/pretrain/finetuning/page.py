@@ -56,7 +56,7 @@ def write_report(result: Finetuned, out: str | os.PathLike[str] | None = None) -
     Raises:
         DataError: a file cannot be written.
     """
-    page = Path(out) if out is not None else result.run.path / PAGE
+    page = Path(os.path.expanduser(out)) if out is not None else result.run.path / PAGE
     if not current_world().is_rank_zero:
         return page
     text = render(result)

@@ -151,7 +151,7 @@ def rate_of_muon(rates: Mapping[str, float]) -> str:
 class TuneTrain(TrainConfig):
     """Length of the run, batches, evaluation and logging."""
 
-    out: str = setting("", resumable=True)
+    out: str = setting("", resumable=True, path=True)
     """Directory of the run; repeating the command resumes it. By default runs/TASK-FINGERPRINT."""
     epochs: float = setting(0.0, 0.0, 1e6, resumable=True)
     """Passes over the training rows; 0 is three, or more if that is fewer than 500 steps (at most twenty

@@ -662,7 +662,7 @@ def _target(source: Path, out: str | os.PathLike[str] | None) -> Path:
             f"{stem}.predicted.{ending if ending in ('csv', 'tsv') else 'jsonl'}"
         )
     else:
-        target = Path(out)
+        target = Path(os.path.expanduser(out))
     check_target(source, target, WRITABLE)
     return target
 

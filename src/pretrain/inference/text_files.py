@@ -146,7 +146,7 @@ def embed_file(
         ModelError: as ``embed`` does.
         TrainingError: too little memory.
     """
-    source, target = Path(file), Path(out)
+    source, target = Path(os.path.expanduser(file)), Path(os.path.expanduser(out))
     check_target(source, target, tuple(_WRITERS))
     reading = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
     parts = texts_of_file(source, text, quiet=not progress, **reading)

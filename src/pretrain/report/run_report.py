@@ -67,7 +67,8 @@ def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
         DataError: ``run_dir`` is not a run directory, or one of fine-tuning without a page, or the file cannot be
             written.
     """
-    path = Path(out) if out is not None else Path(run_dir) / PAGE
+    run_dir = Path(os.path.expanduser(run_dir))
+    path = Path(os.path.expanduser(out)) if out is not None else run_dir / PAGE
     if out is not None or not fine_tuned(run_dir):
         return write_page(path, render(run_dir))
     if path.is_file():

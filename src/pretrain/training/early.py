@@ -146,7 +146,9 @@ def tokens_per_row(data: DataConfig) -> int:
 
 def prepared_in(data: Any) -> Prepared | None:
     """Open the directory of prepared text that data are; None if they are something else."""
-    if isinstance(data, str | os.PathLike) and os.path.isfile(Path(data, MANIFEST)):
+    if isinstance(data, str | os.PathLike) and os.path.isfile(
+        Path(os.path.expanduser(data), MANIFEST)
+    ):
         return Prepared.open(Path(data))
     return None
 
