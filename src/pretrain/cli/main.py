@@ -96,7 +96,11 @@ def _signals_raise() -> Iterator[None]:
             signal.raise_signal(number)
         raise Interrupted(128 + number)
 
-    if not launched() and threading.current_thread() is threading.main_thread():
+    try:
+        alone = not launched()
+    except ConfigError:  # a command that reads it raises that again
+        alone = False
+    if alone and threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             usual = (signal.SIG_DFL, signal.default_int_handler)
