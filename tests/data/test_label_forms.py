@@ -691,3 +691,7 @@ def test_any_column_is_read_or_refused(values: list[Any]) -> None:
     except DataError:
         return
     assert found.rows is None or len(found.rows) == len(values)
+
+
+def test_marks_that_only_very_long_labels_have_do_not_part_them() -> None:
+    assert read_several(["cat", "dog", "x\n" + "y" * 1000], where).rows is None

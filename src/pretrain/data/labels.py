@@ -1531,6 +1531,8 @@ def _rarer_separator(cells: Collection[str], always: bool) -> tuple[str, list[st
             continue
         split = _split_at(mark, cells)
         several = [cell for cell, found in split.items() if len(found) > 1]
+        if not several:  # only very long texts have the mark
+            continue
         distinct, share = _recurring(split, several)
         if share >= _RECURRING and len(several) > len(distinct):
             notes.append(
