@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +187,13 @@ def test_named_tuples_are_read_by_their_names() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(rows_of(12))[["label", "text"]]
     found = opened(list(frame.itertuples(index=False)))
+    assert found.learned.labels == opened(rows_of(12)).learned.labels
+
+
+@pytest.mark.parametrize("fields", ["a b", "q topic", "sentence cls", "_0 _1"])
+def test_named_tuples_without_known_names_are_read_by_position(fields: str) -> None:
+    named = collections.namedtuple("named", fields, rename=True)  # type: ignore[misc]
+    found = opened([named(row["text"], row["label"]) for row in rows_of(12)])
     assert found.learned.labels == opened(rows_of(12)).learned.labels
 
 

@@ -197,6 +197,8 @@ def test_pairs(model: Model) -> None:
     assert same(predict(model, [list(pair), pair])[0], one)
     named = collections.namedtuple("named", "hypothesis premise")(pair[1], pair[0])
     assert same(predict(model, named), one) and same(predict(model, [named])[0], one)
+    unknown = collections.namedtuple("unknown", "first second")(*pair)
+    assert same(predict(model, unknown), one) and same(predict(model, [unknown])[0], one)
     assert not np.isclose(one["score"], predict(model, pair[0])["score"], atol=1e-4)
     with pytest.raises(DataError, match="Input 2 is no pair"):
         predict(model, [pair, "the fox"])
@@ -206,7 +208,12 @@ def test_words_and_questions() -> None:
     tagger = small("tokens")
     one = tagger.predict("the red cat sat")
     assert len(one["tags"]) == 4 and set(one["tags"]) <= {"O", "B-A", "I-A"}
-    assert tagger.predict(("the", "red", "cat", "sat")) == one
+    words = ("the", "red", "cat", "sat")
+    assert (
+        tagger.predict(words)
+        == tagger.predict(collections.namedtuple("said", "a b c d")(*words))
+        == one
+    )
     assert tagger.predict({"tokens": ["the", "red", "cat", "sat"]}) == one
     assert tagger.predict([["the", "red", "cat", "sat"], "the dog"])[0]["tags"] == one["tags"]
     assert len(tagger.predict({"tokens": [["the"], ["red", "cat"]]})) == 2

@@ -29,8 +29,8 @@ from pretrain.errors import ConfigError, DataError, did_you_mean, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "Role", "choose_columns", "column_names", "drop_duplicates", "is_missing", "label_strata", "make_tag_map",
-    "normalised", "roles_table", "split", "text_id",
+    "Role", "choose_columns", "column_names", "drop_duplicates", "has_names", "is_missing", "label_strata",
+    "make_tag_map", "normalised", "roles_table", "split", "text_id",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target
@@ -144,6 +144,19 @@ def choose_columns(
         )
         note(f"{table.name}: used {used}; columns not used: {column_names(unused)}")
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
+
+
+def has_names(row: Any, roles: Sequence[Role], given: Mapping[str, Any]) -> bool:
+    """Return whether a row is a named tuple whose fields are columns for all required roles; see `choose_columns`."""
+    if not hasattr(row, "_asdict"):
+        return False
+    try:
+        choose_columns(
+            Table("a row", {n: [v] for n, v in row._asdict().items()}), roles, given, quiet=True
+        )
+    except DataError:
+        return False
+    return True
 
 
 def _listed(column: Any) -> Sequence[str]:

@@ -19,6 +19,7 @@ from pretrain.data.labelled import (
     choose_columns,
     column_names,
     drop_duplicates,
+    has_names,
     is_missing,
     roles_table,
     split,
@@ -342,17 +343,13 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
     options = section.reading(source)
     rows = splits(source).get("train", source)
     if isinstance(rows, list | tuple) and rows and isinstance(rows[0], list | tuple):
-        options["columns"] = section.names or _tuple_names(rows[0], task)
+        named = has_names(rows[0], task.roles, section.columns)
+        options["columns"] = section.names or (None if named else _tuple_names(rows[0], task))
     return task.gathered(task.read(source, name=name, **options), section.columns)
 
 
 def _tuple_names(row: Sequence[Any], task: type[Task]) -> list[str] | None:
-    """Names for rows that are tuples: the required roles of the task, or all of them, whichever number matches.
-
-    None for a named tuple, which names its columns itself.
-    """
-    if hasattr(row, "_asdict"):
-        return None
+    """Names for rows that are tuples: the required roles of the task, or all of them, whichever number matches."""
     every = [role.name for role in task.roles if role.name in role.known]
     needed = [role.name for role in task.roles if role.required and role.name in role.known]
     return next((names for names in (needed, every) if len(names) == len(row)), None)

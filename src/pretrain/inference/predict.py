@@ -18,7 +18,7 @@ import numpy as np
 from pretrain.checkpoint import load
 from pretrain.config.check import check_count
 from pretrain.config.spelling import PREDICT, either, option, using
-from pretrain.data.labelled import Role, choose_columns, roles_table
+from pretrain.data.labelled import Role, choose_columns, has_names, roles_table
 from pretrain.data.paths import path_from, tar_files
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
@@ -331,11 +331,14 @@ def columns_read(
 ) -> dict[str, Any]:
     """Return the columns of a table that the task reads: those of ``columns_of``, then those recognised by name."""
     roles = roles_known(task, given)
-    known = {role.name for role in roles}
-    wanted = columns_of(task.model, table, given)
-    wanted = {role: c for role, c in wanted.items() if role in known or role in given}
     say_unread(task, table, roles)
-    return choose_columns(table, roles, wanted, quiet=quiet)
+    return choose_columns(table, roles, _wanted(task, table, given), quiet=quiet)
+
+
+def _wanted(task: Task, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = {role.name for role in roles_known(task, given)}
+    wanted = columns_of(task.model, table, given)
+    return {role: c for role, c in wanted.items() if role in known or role in given}
 
 
 def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
@@ -383,7 +386,7 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         inputs = inputs.tolist()
     elif isinstance(inputs, Iterator):
         inputs = list(inputs)
-    if hasattr(inputs, "_asdict"):  # a named tuple is a row with names
+    if _is_named(task, inputs, columns):
         inputs = inputs._asdict()
     single = False
     items: list[Any] | None = None
@@ -402,12 +405,20 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         if not len(inputs):
             return None, False
         inputs = list(inputs)
-        named = isinstance(inputs[0], Mapping) or hasattr(inputs[0], "_asdict")
+        named = isinstance(inputs[0], Mapping) or _is_named(task, inputs[0], columns)
         items = None if named else inputs
     if items is not None:
         return _table_of(task, items), single
     table = task.gathered(task.read(inputs, name="inputs"), columns)
     return roles_table(table, columns_read(task, table, columns, quiet=True)), single
+
+
+def _is_named(task: Task, row: Any, columns: Mapping[str, str]) -> bool:
+    """Return whether a value is a named tuple with fields for what the task reads; any other is a plain tuple."""
+    if not hasattr(row, "_asdict"):
+        return False
+    fields = Table("inputs", {name: [] for name in row._fields})
+    return has_names(row, roles_known(task, columns), _wanted(task, fields, columns))
 
 
 def _say_file_name(text: str) -> None:
