@@ -533,6 +533,26 @@ def test_words_in_lists_without_quotes_or_with_another_mark_between_are_refused(
         assert read_words(rows)[0] == read
 
 
+@pytest.mark.parametrize("text", ['( " the cat " )', '[ " the cat " ]', "( ' cat ' )", '("cat")'])
+def test_words_of_a_text_in_brackets_are_no_list(text: str) -> None:
+    words = text.split()
+    assert read_words(Table("inputs", {"tokens": [text]})) == [words]
+    assert read_words(table([{"tokens": text, "label": " ".join("O" for _ in words)}])) == [words]
+
+
+@pytest.mark.parametrize(
+    ("words", "tags"),
+    [
+        ("[ sic ]", "[ UH ]"), ("{ cat }", "{ NN }"), ("[ the cat ]", "[ NN UH ]"), ("[the cat]", "[NN UH]"),
+        ("{ cat , the }", "{ NN , UH }"), ("( sic )", "( UH )"),
+    ],
+)  # fmt: skip
+def test_tags_of_brackets_may_be_brackets(words: str, tags: str) -> None:
+    rows = table([{"tokens": words, "label": tags}, {"tokens": "Oslo", "label": "B-CITY"}])
+    labels = TokenClassification.learn(rows, {}).labels
+    assert labels is not None and {*labels} == {*tags.split(), "B-CITY"}
+
+
 def test_tags_of_a_checkpoint_are_kept() -> None:
     row = {"tokens": "Anna in Oslo", "label": [1, 0, 3]}
     known = ("O", "B-PER", "I-PER", "B-CITY", "I-CITY")

@@ -119,7 +119,7 @@ def read_tags(table: Table, sentences: Sequence[Sequence[str]]) -> list[list[Any
     """
     found, wrong = [], []
     for i, words in enumerate(sentences):
-        tags = _listed(table, i, "label", "tags")
+        tags = _listed(table, i, "label", "tags", len(words))
         if len(tags) != len(words):
             wrong.append(f"{table.where(i)}: {len(words)} words, {len(tags)} tags")
         found.append(tags)
@@ -167,20 +167,35 @@ def _joined(mark: str, words: Sequence[str], tags: Sequence[Any]) -> bool | None
     return len(several) > 1 if len(several) == len(theirs) and all([*several, *theirs]) else None
 
 
-def _listed(table: Table, i: int, role: str, what: str) -> list[Any]:
+def _listed(table: Table, i: int, role: str, what: str, words: int | None = None) -> list[Any]:
     value = table.columns[role][i]
     if isinstance(value, str):
-        text = value.strip()
-        quoted = re.match(r"""(array\()?[\[(]\s*['"]""", text)
-        listed = quoted or (role == "label" and text.startswith(("[", "{", "array(")))
-        parsed = printed_list(text, lone=role == "label") if listed else None
-        return value.split() if parsed is None else parsed
+        plain = value.split()
+        parsed = _parsed(table, i, role, plain)
+        # Tags of words that are brackets may be these brackets.
+        apart = plain and plain[0] + plain[-1] in ("[]", "()", "{}") and len(plain) == words
+        return plain if parsed is None or (apart and len(parsed) != words) else parsed
     if not isinstance(value, list | tuple):
         raise DataError(
             f"{table.where(i)}: the {what} are {type(value).__name__} {shortened(value)}, not a list. Give a list "
             "with one item for each word."
         )
     return list(value)
+
+
+def _parsed(table: Table, i: int, role: str, plain: Sequence[str]) -> list[Any] | None:
+    """Return the words or tags that a cell prints as a list, or None.
+
+    In parentheses stand words of a text too, so that they are a list only beside a printed list of tags.
+    """
+    text = table.columns[role][i].strip()
+    tags = table.columns["label"][i] if "label" in table.columns else None
+    if role == "label":
+        listed = text.startswith(("[", "{", "array(", "('", '("'))
+    else:
+        beside = isinstance(tags, str) and printed_list(tags, lone=True) is not None
+        listed = re.match(r"""(array\()?[\[(]['"]""" if beside else r"""\[['"]""", text) is not None
+    return printed_list(text, lone=role == "label" and len(plain) == 1) if listed else None
 
 
 @dataclass
