@@ -960,12 +960,14 @@ def _read(
             hot := _written_vectors(texts, vectors, separator, always=always, single=single)
         ):
             return hot
-        chosen = [_choices(text) for text in texts]
-        if separator is None and any(found is not None for found in chosen):
-            pairs = zip(texts, chosen, strict=True)  # a lone choice is written as its name
-            rows = [[text] * bool(text) if found is None else found for text, found in pairs]
-            return _from_lists(rows, vectors)
         if separator is None and not single:
+            cells = {text.strip() for text in texts if text.strip()}
+            chosen = [_choices(text) for text in texts]
+            known = vectors.known is not None and cells <= {*vectors.known}
+            if not known and any(found is not None for found in chosen):
+                pairs = zip(texts, chosen, strict=True)  # a lone choice is written as its name
+                rows = [[text] * bool(text) if found is None else found for text, found in pairs]
+                return _from_lists(rows, vectors)
             mapped = [printed_mapping(text) for text in texts]
             if all(isinstance(found, dict) for found in mapped):
                 return _from_mappings(mapped, where)
