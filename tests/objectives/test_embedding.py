@@ -252,7 +252,10 @@ def test_lists_of_texts_as_published() -> None:
         [{k: c.replace("'", '"') for k, c in r.items()} for r in cells],
     ):
         source = read_table(given)
-        made.append(task.encode(roles_table(source, choose_columns(source, Embedding.roles, {}))))
+        source = roles_table(source, choose_columns(source, Embedding.roles, {}))
+        options = Embedding.learn(source, {}).options
+        assert options == ({} if given in (listed, single) else {"printed_lists": True})
+        made.append(Embedding(task.model, **options).encode(source))
     for others in made[1:]:
         for one, other in zip(made[0], others, strict=True):
             assert one.keys() == other.keys()
@@ -260,6 +263,10 @@ def test_lists_of_texts_as_published() -> None:
     assert made[2].owners == made[0].owners
     assert made[0].owners == [0, 0, 0, 1, 1] and made[0].dropped == {"empty text": [2]}
     assert [*made[0].remarks.values()] == [[0, 1]]
+    begun = {"begun_objective": {}, "begun_columns": {}}  # of a run of an earlier version
+    assert Embedding.learn(source, begun).options == {} and len(task.encode(source)) == 3
+    begun["begun_objective"] = {"printed_lists": True}
+    assert Embedding.learn(source, begun).options == {"printed_lists": True}
     short = Embedding(model(), max_length=3)
     source = read_table([{"anchor": "red cat", "positive": ["old dog", "big fox"]}])
     assert short.encode(source).cut == [0]

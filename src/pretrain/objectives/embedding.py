@@ -65,6 +65,8 @@ class Embedding(Task):
         symmetric: also train to find the anchor of every positive.
         min_score: if rows have similarity scores, rows below this one are not pairs, and their texts are only
             negatives of others. Set by ``learn``.
+        printed_lists: read a column of which every cell is a printed list, as in a CSV file, as lists. Set by
+            ``learn``; a run that an earlier version began reads texts.
         max_length, pack: see ``Task``.
 
     Raises:
@@ -108,6 +110,7 @@ class Embedding(Task):
         scale: float = 20.0,
         symmetric: bool = False,
         min_score: float | None = None,
+        printed_lists: bool = False,
         max_length: int | None = None,
         pack: bool = True,
     ) -> None:
@@ -138,7 +141,7 @@ class Embedding(Task):
             missing=(),
         )
         self.scale, self.symmetric = scale, symmetric
-        self.min_score = min_score
+        self.min_score, self.printed_lists = min_score, printed_lists
         if model.head is not None:
             for parameter in model.head.parameters():
                 parameter.requires_grad_(False)
@@ -159,9 +162,16 @@ class Embedding(Task):
 
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
-        """If rows have scores, determine the score from which two texts count as a pair."""
+        """Find printed lists, and, if rows have scores, the score from which two texts count as a pair."""
+        found: dict[str, Any] = {}
+        # Only a run that has begun knows its columns; another one may begin with the checkpoint of an earlier version.
+        begun = (
+            options["begun_objective"] if "begun_columns" in options else {"printed_lists": True}
+        )
+        if begun.get("printed_lists") and cls.takes("printed_lists") and _prints_lists(table):
+            found["printed_lists"] = True
         if "label" not in table.names:
-            return Learned()
+            return Learned(options=found)
         top = max(_scores(table), default=0.0)
         least = options.get("min_score")
         least = _LIKE * top if least is None else float(least)
@@ -172,12 +182,12 @@ class Embedding(Task):
                 "Set a lower min_score."
             )
         note = f"{pairs:,} of {len(table):,} rows have a score of {least:g} or more and are pairs"
-        return Learned(options={"min_score": least}, notes=[note])
+        return Learned(options={"min_score": least, **found}, notes=[note])
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows = TaskRows()
         parts = [p for p in _PARTS if p in table.names] if targets else ["anchor"]
-        table, owners = _one_text_each(table, parts)
+        table, owners = _one_text_each(table, parts, printed=self.printed_lists)
         kept = read_texts(table, parts, rows, self.tokenizer)
         texts = {p: [self.sentences.cased(table.columns[p][i]) for i in kept] for p in parts}
         encoded = {part: self.encoder.texts(texts[part]) if kept else [] for part in parts}
@@ -293,17 +303,20 @@ class Embedding(Task):
         return super().describe() | {
             "pooling": modes[0] if len(modes) == 1 else list(modes),
             "normalize": self.sentences.normalize,
+            **({"printed_lists": True} if self.printed_lists else {}),
         }
 
 
-def _one_text_each(table: Table, parts: Sequence[str]) -> tuple[Table, list[int] | None]:
+def _one_text_each(
+    table: Table, parts: Sequence[str], *, printed: bool
+) -> tuple[Table, list[int] | None]:
     """Return a table with one text in each cell, and the row that each of its rows is of; None if they are the same.
 
     A row with lists of texts stands once for each text of the longest of them, and the shorter ones begin again, as
     triplets of sentence-transformers do. A blank text in a list is left out. Where every cell of a column, as in a CSV
-    file, is a printed list, it is read as that.
+    file, is a printed list, it is read as that if ``printed``.
     """
-    columns = {p: _unprinted(table.columns[p]) for p in parts[1:]}
+    columns = {p: _unprinted(table.columns[p]) if printed else table.columns[p] for p in parts[1:]}
     lists = {p: cells for p, cells in columns.items() if any(isinstance(c, list) for c in cells)}
     if not lists:
         return table, None
@@ -322,6 +335,12 @@ def _one_text_each(table: Table, parts: Sequence[str]) -> tuple[Table, list[int]
     single = {p: [cells[i][k % len(cells[i])] for i, k in places] for p, cells in texts.items()}
     every = table.take(owners)
     return every.with_columns({**every.columns, **single}, every.label_names), owners
+
+
+def _prints_lists(table: Table) -> bool:
+    columns = [table.columns[part] for part in _PARTS[1:] if part in table.names]
+    pairs = (pair for cells in columns for pair in zip(cells, _unprinted(cells), strict=True))
+    return any(isinstance(cell, str) and isinstance(read, list) for cell, read in pairs)
 
 
 def _unprinted(cells: Sequence[Any]) -> Sequence[Any]:
