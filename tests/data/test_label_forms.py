@@ -246,6 +246,13 @@ def test_vectors_in_a_column_that_is_declared_to_hold_class_numbers() -> None:
         wanted = [{labels[0]}, {labels[1], labels[2]}]
         assert learned(of(hot, names), label_form="vectors")[:2] == (labels, wanted)
     assert learned(of(hot, ["no", "yes"]), label_form="vectors", labels=[*"abc"])[0] == tuple("abc")
+    repeated = [{"a", "b"}, {"a", "b"}]  # as an earlier version began a run
+    assert learned(of(hot, [*"abc"]), begun_labels=tuple("abc"))[:2] == (tuple("abc"), repeated)
+    for form in (None, "numbers"):
+        assert read_several([[[0]], [[1]]], where, names=["a", "b"], form=form).rows == [
+            [[0]],
+            [[1]],
+        ]
     for rows in ([[0, 1], [1]], [[0, 1], [1, 0]], [[2, 2], [1]], [[], [1]]):
         sets = [{"abc"[k] for k in row} for row in rows]
         assert learned(of(rows, [*"abc"]))[:2] == (tuple("abc"), sets)

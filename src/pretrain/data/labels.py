@@ -1119,9 +1119,11 @@ class _Vectors:
         Raises:
             DataError: they look like vectors, in which a number can recur, and the caller has not said what they are.
         """
-        twice = [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
-        alike = len({len(row) for row in rows}) == 1 and all(item in (0, 1) for item in items)
-        if self.form is None and twice and alike:
+        # Known labels are those of a run that has begun, perhaps with repeated numbers.
+        asked = self.form is None and self.labels is None
+        alike = asked and len({len(row) for row in rows}) == 1 and all(x in (0, 1) for x in items)
+        twice = [i for i, row in enumerate(rows) if alike and len(set(row)) < len(row)]
+        if twice:
             raise DataError(
                 f"{self.where(twice[0])}: label is {shortened(self.values[twice[0]])}, which looks like a vector of "
                 f"zeros and ones, but the column is declared to hold the numbers of {shown(list(self.names or ()))}, "

@@ -169,11 +169,14 @@ class Classification(ClassTask):
         texts = [value.strip() for value in values if isinstance(value, str)]
         if begun is not None and len(texts) == len(values) and {*texts} <= {*begun}:
             separator = ""  # the run has begun with a class for each text, which an earlier version may have chosen
+        known_labels = checkpoint if given is None else list(given)
+        if known_labels is None and names is not None:
+            known_labels = begun
         form = read_several(
             values,
             table.where,
             names=names,
-            labels=checkpoint if given is None else list(given),
+            labels=known_labels,
             separator=separator,
             always=problem == _MULTI,
             single=problem == _SINGLE,
