@@ -362,7 +362,7 @@ def test_combinations_without_lone_parts_are_classes_with_a_line() -> None:
         ("New York", "York", "Leeds"), ("science fiction", "science", "fiction", "young adult"),
         ("TCP/IP", "TCP", "UDP"),
         ("C", "C#", "C++"), ("1 0", "0 1", "1 1"), ("0/1", "1/1", "0/0"), ("B-PER", "I-PER", "O"),
-        ("PG", "PG-13", "13"),
+        ("PG", "PG-13", "13"), ("0", "1", "1/2", "2"), ("12", "12:30", "30"), ("+", "+/-", "-"),
         ("News", "News/Sports", "News/World"), ("class 1", "class 2", "1", "2"),
     ],
 )  # fmt: skip

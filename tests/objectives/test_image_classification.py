@@ -153,6 +153,14 @@ def test_an_adapter_carries_the_processor(place: Path, tmp_path: Path) -> None:
     assert merged["score"] == pytest.approx(wanted["score"], abs=1e-5)
 
 
+def test_blanks_in_names_of_folders_part_no_labels(tmp_path: Path) -> None:
+    for name in ("green", "red", "red green"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    rows = ImageClassification.read(tmp_path, name="data")
+    assert ImageClassification.learn(rows, {}).labels == ("green", "red", "red green")
+
+
 def test_the_preview_counts_classes(place: Path) -> None:
     for model in (None, place / "model"):
         shown = str(pretrain.data(place / "folder", "image-classification", model))

@@ -84,6 +84,7 @@ _RARER = (
     ":",
     " ",
 )  # that names have in them more often
+_IN_SIGNS = "#/+&:"  # those that stand within times, fractions and signs: 12:30, 1/2, +/-
 _GIVEN = "the labels given"
 _PAIRS = {"0,0", "0,1", "1,0", "1,1"}
 _MANY_CELLS = 10_000  # different labels, more of which are not searched for parts that only recur
@@ -1520,7 +1521,7 @@ def _rarer_separator(cells: Collection[str], always: bool) -> tuple[str, list[st
         marked = sorted(cell for cell in cells if mark in cell)
         parts = (part for cell in marked for part in _parts(cell, mark))
         joined = next((cell for cell in marked if len(_parts(cell, mark)) > 1), None)
-        if joined is None:
+        if joined is None or (mark in _IN_SIGNS and not any(c.isalpha() for c in "".join(marked))):
             continue
         lone = all(part in every for part in parts)  # which ends at the first part that is no label
         if lone or (any(map(str.isdecimal, cells)) and _all_numbers(cells, mark)):

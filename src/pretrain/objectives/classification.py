@@ -6,6 +6,8 @@ Letters: N examples, C classes.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -169,6 +171,12 @@ class Classification(ClassTask):
         texts = [value.strip() for value in values if isinstance(value, str)]
         if begun is not None and len(texts) == len(values) and {*texts} <= {*begun}:
             separator = ""  # the run has begun with a class for each text, which an earlier version may have chosen
+        if (
+            separator is None
+            and os.path.isdir(table.origin)
+            and not re.search(r"[|;,<{[]", "".join(texts))
+        ):
+            separator = ""  # a file lies in one folder, so the blanks in the names of folders part no labels
         known_labels = checkpoint if given is None else list(given)
         if known_labels is None and names is not None:
             known_labels = begun
