@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import pretrain
 from pretrain.config.spelling import Interface, using
-from pretrain.data.labels import is_missing
+from pretrain.data.labels import is_missing, spelled
 from pretrain.data.readers import Reading
 from pretrain.data.table_readers import delimited_texts
 from pretrain.data.tables import Table, parts_of_file, read_table, splits, stream_chunks
@@ -200,9 +200,11 @@ def test_named_tuples_name_their_columns() -> None:
     assert named.columns == {"of": ["a", "b"], "in": ["x", "y"]}
 
 
-def test_members_of_an_enum_of_texts_are_their_texts() -> None:
+def test_members_of_an_enum_of_texts_are_kept_as_runs_have_begun_with_them() -> None:
+    """Their classes are named as ``str`` prints a member."""
     tone = enum.Enum("tone", {"GOOD": "good", "BAD": "bad"}, type=str)
-    assert read_table([{"label": tone["GOOD"]}]).columns == {"label": ["good"]}
+    cells = read_table([{"label": tone["GOOD"]}]).columns["label"]
+    assert cells == ["good"] and spelled(cells[0]) == "tone.GOOD"
 
 
 def test_names_of_classes_are_kept(tmp_path: Path) -> None:

@@ -397,8 +397,6 @@ def plain_value(value: Any) -> Any:
         return value
     if kind.__name__ in ("NAType", "NaTType"):
         return None
-    if isinstance(value, str):  # a member of an Enum of texts is its text, not its name
-        return plain_value(str.__str__(value))
     if kind is list or kind is tuple:
         return [plain_value(item) for item in value]
     if isinstance(value, Mapping):
