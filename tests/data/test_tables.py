@@ -465,7 +465,7 @@ def test_conll(tmp_path: Path) -> None:
     assert tabs.columns["tokens"] == [["a b", "#x"], ["c"]]
     refused(write(tmp_path, "c.conll", "a\tO\nb\n"), "c.conll:2", "no tag")
     refused(write(tmp_path, "d.conll", "a\tO\nb\tX\tO\n"), "d.conll:2", "3 columns")
-    refused(write(tmp_path, "e.conll", "a\tO\nb\t \n"), "e.conll:2", "empty tag")
+    refused(write(tmp_path, "e.conll", "a\tO\nb\t \n"), "e.conll:2", "empty tag", r"'b\t '")
     refused(write(tmp_path, "f.conllu", "1\ta\tb\n"), "f.conllu:1", "has 10")
 
 

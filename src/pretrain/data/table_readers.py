@@ -571,10 +571,26 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
     Raises:
         DataError: a line has another number of columns than the first one, or an empty word or tag; names the line.
     """
+    blocks = [*_without_comments(path, [*_blocks(path, encoding)])]
+    word, tag = _word_and_tag(path, _in_cells(path, blocks))
+    for start, rows in _in_cells(path, blocks):
+        for number, line, cells in rows:
+            if not cells[word].strip() or not cells[tag].strip():
+                raise DataError(
+                    f"{path}:{number} has an empty {'tag' if cells[word].strip() else 'word'}: {line[:60]!r}. Correct "
+                    "this line, or leave it blank to end the sentence."
+                )
+        yield start, [cells[word] for *_, cells in rows], [cells[tag].strip() for *_, cells in rows]
+
+
+_Cells = tuple[int, list[tuple[int, str, list[str]]]]
+
+
+def _in_cells(path: Path, blocks: Iterable[tuple[int, list[tuple[int, str]]]]) -> Iterator[_Cells]:
+    """Yield the first line of each sentence, and its lines with their numbers and cells."""
     width, tabs = 0, True
-    sentences: list[tuple[int, list[tuple[int, list[str]]]]] = []
-    for start, rows in _without_comments(path, [*_blocks(path, encoding)]):
-        read: list[tuple[int, list[str]]] = []
+    for start, rows in blocks:
+        read = []
         for number, line in rows:
             if not width:
                 tabs = "\t" in line
@@ -592,55 +608,46 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
                     f"{path}:{number} has {len(cells)} columns, but the lines before it have {width}: {line[:60]!r}. "
                     "Write the word first and its tag last, with a tab between."
                 )
-            read.append((number, cells))
+            read.append((number, line, cells))
         if read:
-            sentences.append((start, read))
-    word, tag = _word_and_tag(path, [[cells for _, cells in read] for _, read in sentences])
-    for start, read in sentences:
-        for number, cells in read:
-            if not cells[word].strip() or not cells[tag].strip():
-                raise DataError(
-                    f"{path}:{number} has an empty {'tag' if cells[word].strip() else 'word'}: "
-                    f"{' '.join(cells)[:60]!r}. Correct this line, or leave it blank to end the sentence."
-                )
-        yield start, [cells[word] for _, cells in read], [cells[tag].strip() for _, cells in read]
+            yield start, read
 
 
-_TAG = re.compile(r"[BIESLU]-\S+")
+_TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
-def _word_and_tag(path: Path, sentences: Sequence[Sequence[Sequence[str]]]) -> tuple[int, int]:
-    """Return the indices of the columns of words and tags; what is unusual is told in a line."""
-    firsts = [[cells[0].strip() for cells in rows] for rows in sentences]
-    counted = all(
-        row in ([str(k + first) for k in range(len(row))] for first in (0, 1)) for row in firsts
-    )
-    if counted and any(len(row) > 1 for row in firsts) and len(sentences[0][0]) > 2:
+def _word_and_tag(path: Path, sentences: Iterable[_Cells]) -> tuple[int, int]:
+    """Return the indices of the columns of words and tags; what is unusual is told in a line.
+
+    Most files are known to be usual from their first sentence, and are read no further.
+    """
+    counted, several, width = True, False, 0
+    marks, lasts = set[str](), set[str]()
+    for _, rows in sentences:
+        width, firsts = len(rows[0][-1]), [cells[0].strip() for *_, cells in rows]
+        counted = width > 2 and counted and firsts in _counts(len(rows))
+        if not counted and (width > 2 or not all(map(_TAG.fullmatch, firsts))):
+            return 0, -1
+        several |= len(rows) > 1
+        marks.update(firsts if width == 2 else ())
+        lasts.update(cells[-1].strip() for *_, cells in rows if width == 2)
+    if counted and several:
         note(
             f"{path}: the first column counts the words of each sentence, so the words are those of the second, "
             "and the tags those of the last"
         )
         return 1, -1
-    marks, lasts = (
-        {*chain.from_iterable(firsts)},
-        {c[-1].strip() for rows in sentences for c in rows},
-    )
-
-    def tags(cells: set[str]) -> bool:
-        return all(cell == "O" or _TAG.fullmatch(cell) for cell in cells) and cells != {"O"}
-
-    if (
-        sentences
-        and len(sentences[0][0]) == 2
-        and tags(marks)
-        and not tags(lasts)
-        and len(lasts) > 1
-    ):
+    usual = lasts != {"O"} and all(map(_TAG.fullmatch, lasts))
+    if marks - {"O"} and not usual and len(lasts) > 1:
         note(
             f"{path}: the first column has tags such as {max(marks - {'O'})!r}, so the words are the second"
         )
         return 1, 0
     return 0, -1
+
+
+def _counts(count: int) -> list[list[str]]:
+    return [[str(k + first) for k in range(count)] for first in (0, 1)]
 
 
 def _without_comments(
