@@ -648,3 +648,14 @@ def test_a_function_call_may_have_no_arguments() -> None:
         asked = {"role": "user", "content": "q", "function_call": older}
         assert as_messages([asked]) == [asked]
     assert as_messages([{"from": "function_call", "value": '{"name": "f"}'}]) == [made]
+
+
+def test_keys_that_belong_together_go_before_others() -> None:
+    """Messages have further keys for other things, as a persona under ``role``."""
+    for message in (
+        {"speaker": "user", "role": "customer-id-7", "utterance": "hi"},
+        {"speaker": "USER", "utterance": "hi", "from": "x"},
+        {"role": "user", "from": "Ann", "content": "hi", "value": 3},
+    ):
+        (turn,) = as_messages([message])
+        assert (turn["role"], turn["content"]) == ("user", "hi")

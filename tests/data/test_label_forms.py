@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pretrain.config.spelling import FINETUNE, using
 from pretrain.data.labelled import choose_columns, roles_table
-from pretrain.data.labels import printed_list, printed_mapping, read_several
+from pretrain.data.labels import finite_numbers, printed_list, printed_mapping, read_several
 from pretrain.data.tables import Table, read_table
 from pretrain.errors import DataError
 from pretrain.objectives.classification import Classification
@@ -704,3 +704,12 @@ def test_any_column_is_read_or_refused(values: list[Any]) -> None:
 
 def test_marks_that_only_very_long_labels_have_do_not_part_them() -> None:
     assert read_several(["cat", "dog", "x\n" + "y" * 1000], where).rows is None
+
+
+@pytest.mark.parametrize("values", [["1,5", "", "2,5"], ["1,5", "1e300"]])
+def test_commas_are_blamed_only_where_the_value_at_fault_has_one(values: list[str]) -> None:
+    with pytest.raises(DataError) as told:
+        finite_numbers(values, where, what="targets", cure="Correct it.")
+    assert "comma" not in str(told.value)
+    with pytest.raises(DataError, match="A comma is a decimal one only"):
+        finite_numbers(["1,5", "2.5"], where, what="targets", cure="Correct it.")

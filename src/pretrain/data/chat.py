@@ -361,6 +361,7 @@ _CALLS = (
     "tool_call",
 )  # roles of LLaMA-Factory and ms-swift, whose text is a tool call as JSON
 ROLE_KEYS = ("role", "from", "speaker")
+_PAIRS = (("role", "content"), ("from", "value"), ("speaker", "utterance"), ("speaker", "text"))
 _TEXT_KEYS = ("content", "value", "utterance", "text")
 
 
@@ -477,9 +478,11 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
     for number, message in enumerate(value, start=1):
         at = f"{place}message {number}"
         given = message if isinstance(message, Mapping) else {}
+        pairs = [p for p in _PAIRS if given.get(p[0]) is not None and given.get(p[1]) is not None]
         speaker = next((k for k in ROLE_KEYS if given.get(k) is not None), None)
-        calls = _calls(given, str(given.get(speaker)).strip().lower(), at)
         text = next((k for k in _TEXT_KEYS if given.get(k) is not None), None)
+        speaker, text = pairs[0] if pairs else (speaker, text)
+        calls = _calls(given, str(given.get(speaker)).strip().lower(), at)
         if text is None and (calls or any(k in given for k in _TEXT_KEYS)):
             text = next((k for k in _TEXT_KEYS if k in given), "content")
         if speaker is None or text is None:
@@ -496,7 +499,7 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
                 f"{at} has the unknown role {message[speaker]!r}; known roles are {', '.join(_SPEAKERS)}."
             )
         called = [k for k in ("tool_calls",) if given.get(k)]  # an empty list stays as it is given
-        left = (speaker, text, *(("tool_calls", "function_call") if calls else called))
+        left = ("role", speaker, text, *(("tool_calls", "function_call") if calls else called))
         others = {k: v for k, v in message.items() if k not in left and v is not None}
         turn: Message = {"role": role, "content": message.get(text), **others}
         if name in _CALLS:

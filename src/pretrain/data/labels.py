@@ -598,7 +598,7 @@ def finite_numbers(
     Raises:
         DataError: a value is not a finite number, or exceeds ``LARGEST``; names the first such rows.
     """
-    found, wrong, large = [], [], []
+    found, wrong, large, at_fault = [], [], [], []
     for i, value in enumerate(_decimal_points(values, where, what)):
         try:
             number = math.nan if isinstance(value, bool) and not bools else float(value)
@@ -607,6 +607,7 @@ def finite_numbers(
         found.append(number)
         if not math.isfinite(number):
             wrong.append(f"{where(i)}: {shortened(values[i])}")
+            at_fault.append(values[i])
         elif abs(number) > LARGEST:
             large.append(f"{where(i)}: {number:g}")
     for places, fault in (
@@ -616,7 +617,7 @@ def finite_numbers(
         if places:
             shown = "; ".join(places[:_SHOWN]) + "; ..." * (len(places) > _SHOWN)
             comma = any(
-                isinstance(v, str) and "," in v and _COMMA.fullmatch(v.strip()) for v in values
+                isinstance(v, str) and "," in v and _COMMA.fullmatch(v.strip()) for v in at_fault
             )
             mixed = "A comma is a decimal one only where all numbers could have it: write points. "
             raise DataError(f"{len(places):,} {what} {fault}: {shown}. {mixed * comma}{cure}")
