@@ -659,3 +659,22 @@ def test_keys_that_belong_together_go_before_others() -> None:
     ):
         (turn,) = as_messages([message])
         assert (turn["role"], turn["content"]) == ("user", "hi")
+
+
+def test_nulls_in_calls_are_arguments_unless_all_objects_have_the_same_keys() -> None:
+    def turns(*arguments: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+        calls = [{"function": {"name": "look", "arguments": given}} for given in arguments]
+        called = {"role": "assistant", "content": "", "tool_calls": calls}
+        return [
+            {"role": "user", "content": "q"} | more,
+            called,
+            {"role": "assistant", "content": "a", "tool_calls": None},  # as model_dump of OpenAI
+        ]
+
+    def read(messages: list[dict[str, Any]]) -> list[Any]:
+        return [call["function"]["arguments"] for call in as_messages(messages)[1]["tool_calls"]]
+
+    nulls = {"a": None, "b": 1}
+    assert read(turns(nulls)) == [nulls]
+    assert read(turns(nulls, {"b": 2}, tool_calls=None)) == [nulls, {"b": 2}]
+    assert read(turns(nulls, {"a": 3, "b": None}, tool_calls=None)) == [{"b": 1}, {"a": 3}]

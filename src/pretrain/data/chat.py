@@ -508,9 +508,22 @@ def as_messages(value: Any, where: str = "") -> list[Message]:
             turn["tool_calls"] = calls
         found.append(_checked(turn, at))
     # The datasets library and parquet files give every object all keys of its column, with nulls for absent ones.
-    if any(message.get("tool_calls", ()) is None for message in value):
+    if _filled_in(value, found):
         found = [m | {k: _absent_left_out(m[k]) for k in ("tool_calls",) if k in m} for m in found]
     return found
+
+
+def _filled_in(given: Sequence[Mapping[str, Any]], read: Sequence[Message]) -> bool:
+    """Return whether all messages have the same keys, some without calls, and so have the arguments of all calls."""
+    calls = [call for message in read for call in message.get("tool_calls") or ()]
+    arguments = [
+        function.get("arguments")
+        for c in calls
+        if isinstance(function := c.get("function", c), Mapping)
+    ]
+    alike = (given, [each for each in arguments if isinstance(each, Mapping)])
+    empty = any(message.get("tool_calls", ()) is None for message in given)
+    return empty and all(len({frozenset(each) for each in objects}) < 2 for objects in alike)
 
 
 def as_tools(value: Any, where: str = "") -> list[Any] | None:
