@@ -261,6 +261,13 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
             special_tokens_map__json={"additional_special_tokens": ["<x>", _listed("<y>")]},
         ),
     ),
+    "bert txt named by objects": (
+        "bert",
+        lambda d: vocab_txt(
+            d, {"pad_token": _listed("<x>"), "eos_token": _listed("<y>")},
+            added_tokens__json={"<x>": len(wordpiece()), "<y>": len(wordpiece()) + 1},
+        ),
+    ),
     "bert txt decoder": (
         "bert",
         lambda d: vocab_txt(

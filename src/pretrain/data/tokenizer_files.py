@@ -377,9 +377,12 @@ class _CompanionFiles:
             names = {v for k, v in given if k.endswith("_token") and isinstance(v, str)}
             names |= {v for v in _values(listed) if isinstance(v, str)}
             listed = listed or special.get("additional_special_tokens")
+            # One that is named as an object only is found in normalized text, but it is special as well.
+            objects = {_content(value) for value in _named(config).values()}
             for text, index in _object(folder / "added_tokens.json").items():
                 known = text in names
-                _place(added, index, _added(text, normalized=not known, special=known))
+                token = _added(text, normalized=not known, special=known or text in objects)
+                _place(added, index, token)
             for value in _values(stored.get("added_tokens")):
                 if isinstance(value, dict):
                     _place(added, value.get("id"), _added(value))
