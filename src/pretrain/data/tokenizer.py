@@ -73,8 +73,8 @@ class Tokenizer:
 
     Args:
         backend: the wrapped tokenizer of the ``tokenizers`` library.
-        roles: the tokens that are ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent.
-            A guess at an ordinary token of another library's vocabulary is not saved.
+        roles: the tokens that are ``pad``, ``bos``, ``eos``, ``mask`` and ``unk``; guessed from spelling if absent,
+            and none if None. A guess at an ordinary token of another library's vocabulary is not saved.
         config: further keys of ``tokenizer_config.json`` to keep.
         class_tokens: named tokens, as in ``config``, that its ``tokenizer_class`` has without being told.
 
@@ -89,7 +89,7 @@ class Tokenizer:
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        roles: Mapping[str, str] | None = None,
+        roles: Mapping[str, str | None] | None = None,
         config: Mapping[str, Any] | None = None,
         class_tokens: Mapping[str, str] | None = None,
     ) -> None:
@@ -112,14 +112,16 @@ class Tokenizer:
                 f"the tokenizer gives {name!r} the id {self.vocab_size - 1}, but has only {len(self.vocab)} tokens; "
                 "its file is damaged. Token ids must have no large gaps."
             )
-        self.roles = {role: name for role, name in (roles or {}).items() if name in self.vocab}
+        given = dict(roles or {})
+        self.roles = {role: name for role, name in given.items() if name in self.vocab}
+        none = {role for role, name in given.items() if name is None}
         added = backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
         # Role -> token that transformers would not take for it.
         self._guessed: dict[str, str] = {}
         for role, names in KNOWN.items():
             found = next((name for name in names if name in self.vocab), None)
-            if role not in self.roles and found and found not in self.roles.values():
+            if role not in self.roles.keys() | none and found and found not in self.roles.values():
                 self.roles[role] = found
                 ordinary = found not in special or role in ("bos", "eos")
                 if ordinary and not self.trained_here:

@@ -494,12 +494,12 @@ def _from_content(file: Path, content: Mapping[str, Any]) -> tokenizers.Tokenize
 
 def open_directory(
     folder: Path,
-) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, Any], dict[str, str]]:
+) -> tuple[tokenizers.Tokenizer, dict[str, str | None], dict[str, Any], dict[str, str]]:
     """Open the tokenizer of a directory as ``AutoTokenizer`` of transformers 5 does.
 
     Returns:
-        The tokenizer; role -> token, as far as the files define them; tokenizer_config.json with tokens as strings and
-        the class, if any file names it; the named tokens of the class that no file names.
+        The tokenizer; role -> token, as far as the files define them, None if they take it away; tokenizer_config.json
+        with tokens as strings and the class, if any file names it; the named tokens of the class that no file names.
 
     Raises:
         TokenizerError: there is no tokenizer, it is damaged, or its class cannot be built here.
@@ -518,9 +518,12 @@ def open_directory(
             f"holds its rules. Use a model with a tokenizer.json.{keep}"
         )
     rules = _BUILT[name](config) if name in _BUILT else None
-    if rules is not None:  # null takes a named token away, except those of frames
-        absent = {r for r in rules.defaults if config.get(f"{r}_token", r) is None} - {"cls", "sep"}
-        rules.defaults = {r: text for r, text in rules.defaults.items() if r not in absent}
+    whole = {} if rules is None else rules.defaults
+    absent: set[str] = set()
+    if rules is not None:  # null takes a named token away, except those the class needs
+        needed = {"cls", "sep"} | ({"unk"} if rules.model["type"] == "WordPiece" else set())
+        absent = {r for r in whole if config.get(f"{r}_token", r) is None} - needed
+        rules.defaults = {r: text for r, text in whole.items() if r not in absent}
     if stored and model.get("model_type") in _MISNAMED and _made_here(stored):
         rules = None
     if not stored:
@@ -542,7 +545,11 @@ def open_directory(
         config.setdefault("tokenizer_class", name)
     named = {f"{r}_token": t for r, t in defaults.items() if backend.token_to_id(t) is not None}
     own = {key: text for key, text in named.items() if key not in config}
-    return backend, companions.roles(defaults), config, own
+    # A token that null takes away keeps its role where it is special all the same: runs were begun with it.
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    roles: dict[str, str | None] = dict(companions.roles(whole))
+    roles |= {r: None for r, text in roles.items() if r in absent and text not in special}
+    return backend, roles, config, own
 
 
 def _guess(folder: Path) -> str:
