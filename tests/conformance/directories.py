@@ -355,6 +355,13 @@ DIRECTORIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "bert",
         lambda d: bert_json(d, {**FAST, **BERT_NAMES, "extra_special_tokens": {"x_token": "<x>"}}),
     ),
+    "bert txt extra dict and list": (
+        "bert",
+        lambda d: vocab_txt(
+            d, {"extra_special_tokens": {"x_token": "<x>"}},
+            special_tokens_map__json={"extra_special_tokens": ["<y>"]},
+        ),
+    ),
     "bert txt null names": ("bert", lambda d: vocab_txt(d, {"mask_token": None, "pad_token": None})),
     "bert txt null in the map": (
         "bert",

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conformance.directories import BERT_NAMES, bpe_json, vocab_txt
+import pytest
+import transformers
+
+from conformance.directories import (
+    BERT_NAMES,
+    FAST,
+    _token,
+    bert_json,
+    bpe_json,
+    vocab_txt,
+    wordpiece,
+)
 from pretrain.data.tokenizer import Tokenizer
 
 NEOX: dict[str, Any] = {"tokenizer_class": "GPTNeoXTokenizer", "pad_token": None}
@@ -33,3 +44,35 @@ def test_wordpiece_has_its_unknown_token_where_all_names_are_null(tmp_path: Path
     vocab_txt(tmp_path, dict.fromkeys(BERT_NAMES))
     found = Tokenizer.open(tmp_path)
     assert found.encode("the[UNK]cat") == [found.vocab[name] for name in ("the", "[UNK]", "cat")]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("placed", [True, False], ids=["with ids", "without"])
+def test_listed_objects_without_a_type_are_special_and_saved_as_names(
+    tmp_path: Path, file: str, placed: bool
+) -> None:
+    """Older releases wrote them; transformers 5 fails on them, but not on what is saved here."""
+    marks: dict[str, Any] = {"additional_special_tokens": [_token("<|x|>"), _token("<|y|>")]}
+    files = {"tokenizer_config__json": {**FAST, **BERT_NAMES}}
+    files[f"{file}__json"] = files.get(f"{file}__json", {}) | marks
+    if placed:
+        files["added_tokens__json"] = {"<|x|>": len(wordpiece()), "<|y|>": len(wordpiece()) + 1}
+    bert_json(tmp_path, **files)
+    with pytest.raises(TypeError):
+        transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = Tokenizer.open(tmp_path)
+    assert found.special_names[-2:] == ("<|x|>", "<|y|>")
+    assert found.decode(found.encode("the <|x|> cat")) == "the cat"
+    found.save(tmp_path / "again")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs.all_special_tokens[-2:] == ["<|x|>", "<|y|>"] and len(theirs) == len(found)
+
+
+def test_listed_objects_that_are_ordinary_are_saved_so_that_transformers_opens_them(
+    tmp_path: Path,
+) -> None:
+    listed = [{"__type": "AddedToken", **_token("<|x|>")}]
+    bert_json(tmp_path, {**FAST, **BERT_NAMES, "additional_special_tokens": listed})
+    Tokenizer.open(tmp_path).save(tmp_path / "again")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert "<|x|>" not in theirs.all_special_tokens and len(theirs) == len(wordpiece()) + 1

@@ -481,8 +481,11 @@ class Tokenizer:
                 del config[key]
         named = {*_tokens_in(config).values(), *self._guessed.values()}
         others = [name for name in self.special_names if name not in named]
-        if others:  # transformers 5 and 4 use different keys
-            config["extra_special_tokens"] = config["additional_special_tokens"] = others
+        for key in ("extra_special_tokens", "additional_special_tokens"):  # of transformers 5 and 4
+            if others:
+                config[key] = others
+            elif isinstance(config.get(key), list):  # it cannot open objects without their type
+                config[key] = [name for name in config[key] if isinstance(name, str)]
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         config.setdefault("clean_up_tokenization_spaces", False)
         if max_length is not None:

@@ -362,6 +362,7 @@ class _CompanionFiles:
         config = _object(folder / "tokenizer_config.json")
         decoder = config.pop("added_tokens_decoder", None)
         listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+        further = listed if isinstance(listed, dict) else {}  # named tokens of the model
         added: dict[int, AddedToken] = {}
         if isinstance(decoder, dict):
             for index, value in decoder.items():
@@ -377,8 +378,9 @@ class _CompanionFiles:
             names = {v for k, v in given if k.endswith("_token") and isinstance(v, str)}
             names |= {v for v in _values(listed) if isinstance(v, str)}
             listed = listed or special.get("additional_special_tokens")
+            names |= {_content(value) or "" for value in _values(listed) if _untyped(value)}
             # One that is named as an object only is found in normalized text, but it is special as well.
-            objects = {_content(value) for value in _named(config).values()}
+            objects = {_content(value) for value in [*_named(config).values(), *further.values()]}
             for text, index in _object(folder / "added_tokens.json").items():
                 known = text in names
                 token = _added(text, normalized=not known, special=known or text in objects)
@@ -386,17 +388,18 @@ class _CompanionFiles:
             for value in _values(stored.get("added_tokens")):
                 if isinstance(value, dict):
                     _place(added, value.get("id"), _added(value))
-        found = _named(config)
-        if isinstance(listed, dict):
-            found |= {k: v for k, v in listed.items() if _content(v)}
+        found = _named(config) | {k: v for k, v in further.items() if _content(v)}
         tokens = {token.content: token for token in added.values()}
         named: dict[str, AddedToken | str] = {}
         for key, value in found.items():
             text = _content(value) or ""
             whole = _added(value, special=True) if isinstance(value, dict) else text
             named[key] = tokens.get(text) or whole or text
-        # Those given as objects are special only if the object says so.
-        extra = [v if isinstance(v, str) else _added(v) for v in _values(listed)]
+        # Those given as objects with a type are special only if the object says so.
+        extra = [
+            v if isinstance(v, str) else _added(v, special=True) if _untyped(v) else _added(v)
+            for v in _values(listed)
+        ]
         texts = {key: _content(value) for key, value in found.items()}
         return cls({**config, **texts}, named, [token for token in extra if token], added)
 
@@ -446,6 +449,11 @@ def _named(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _values(listed: Any) -> list[Any]:
     return listed if isinstance(listed, list) else []
+
+
+def _untyped(value: Any) -> bool:
+    """Whether a listed token is an object of older releases, which transformers 5 refuses for want of its type."""
+    return isinstance(value, dict) and "__type" not in value
 
 
 def _place(added: dict[int, AddedToken], index: Any, token: AddedToken | None) -> None:
