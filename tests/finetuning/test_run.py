@@ -140,6 +140,28 @@ def test_a_base_with_other_weights_is_refused(
     assert weights(tune(str(base), tmp_path / "run", limit="2 steps")) == first
 
 
+def test_a_base_whose_tokenizer_is_read_otherwise_is_refused_with_the_cure(tmp_path: Path) -> None:
+    """Earlier versions took tokens for special that special_tokens_map.json alone lists."""
+    base = tmp_path / "base"
+    model = model_of()
+    model.save(base)
+    (base / "manifest.json").unlink()
+    file = base / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    listed = [max(model.tokenizer.vocab, key=model.tokenizer.vocab.__getitem__)]
+    places = {listed[0]: model.tokenizer.vocab_size - 1}
+    (base / "added_tokens.json").write_text(json.dumps(places))
+    marked = config | {"additional_special_tokens": listed, "extra_special_tokens": listed}
+    file.write_text(json.dumps(marked))
+    tune(str(base), tmp_path / "run", limit="2 steps")
+    file.write_text(json.dumps(config))
+    (base / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": listed}))
+    with pytest.raises(TrainingError, match="tokenizer .*If nobody .*as strings, in additional_sp"):
+        tune(str(base), tmp_path / "run", limit="2 steps")
+    file.write_text(json.dumps(config | {"additional_special_tokens": listed}))
+    tune(str(base), tmp_path / "run", limit="2 steps")
+
+
 def test_a_base_with_another_chat_template_is_refused(tmp_path: Path) -> None:
     """Also where it writes the rows by which a resumed run verifies its weights as before."""
     base = model_of("llama")

@@ -42,6 +42,11 @@ __all__ = [
     "training_state",
 ]
 
+_READ_OTHERWISE = (
+    " If nobody changed it, this version of pretrain reads its files otherwise (see CHANGELOG.md): tokens that are "
+    "meant to be special must be listed, as strings, in additional_special_tokens of its tokenizer_config.json."
+)
+
 
 def identity(trainer: Trainer) -> dict[str, Any]:
     """Return what must be unchanged on resume, so that no row is repeated or skipped."""
@@ -213,7 +218,7 @@ def check_same(trainer: Trainer, checkpoint: Path, recorded: Mapping[str, Any]) 
             raise TrainingError(
                 f"{checkpoint} holds another model: it was trained with {key} {_short(old)}, but the model that "
                 f"this run starts from has {_short(value)}, so it was changed since. Restore it, or use a new "
-                "train.out."
+                f"train.out.{_READ_OTHERWISE if key == 'tokenizer' else ''}"
             )
         # Rows that are drawn anew have no fingerprint, and earlier versions kept none of rows without a stated one.
         if None not in (old, value):
