@@ -14,10 +14,12 @@ from conformance.directories import (
     _token,
     bert_json,
     bpe_json,
+    corpus,
     vocab_txt,
     wordpiece,
+    write,
 )
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, train_from_texts
 
 NEOX: dict[str, Any] = {"tokenizer_class": "GPTNeoXTokenizer", "pad_token": None}
 
@@ -44,6 +46,14 @@ def test_wordpiece_has_its_unknown_token_where_all_names_are_null(tmp_path: Path
     vocab_txt(tmp_path, dict.fromkeys(BERT_NAMES))
     found = Tokenizer.open(tmp_path)
     assert found.encode("the[UNK]cat") == [found.vocab[name] for name in ("the", "[UNK]", "cat")]
+
+
+def test_a_tokenizer_of_this_package_has_no_names_of_the_class_of_its_model(tmp_path: Path) -> None:
+    made = train_from_texts(corpus(), "bpe", vocab_size=300)
+    made.save(tmp_path)
+    write(tmp_path, config__json={"model_type": "qwen2"})
+    found = Tokenizer.open(tmp_path)
+    assert found.fingerprint == made.fingerprint and not found.class_tokens
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])

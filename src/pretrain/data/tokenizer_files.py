@@ -526,14 +526,14 @@ def open_directory(
             f"holds its rules. Use a model with a tokenizer.json.{keep}"
         )
     rules = _BUILT[name](config) if name in _BUILT else None
+    if stored and model.get("model_type") in _MISNAMED and _made_here(stored):
+        rules = None
     whole = {} if rules is None else rules.defaults
     absent: set[str] = set()
     if rules is not None:  # null takes a named token away, except those the class needs
         needed = {"cls", "sep"} | ({"unk"} if rules.model["type"] == "WordPiece" else set())
         absent = {r for r in whole if config.get(f"{r}_token", r) is None} - needed
         rules.defaults = {r: text for r, text in whole.items() if r not in absent}
-    if stored and model.get("model_type") in _MISNAMED and _made_here(stored):
-        rules = None
     if not stored:
         backend = _from_vocabulary(folder, name, rules)
     elif rules is not None:
@@ -556,7 +556,8 @@ def open_directory(
     # A token that null takes away keeps its role where it is special all the same: runs were begun with it.
     special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     roles: dict[str, str | None] = dict(companions.roles(whole))
-    roles |= {r: None for r, text in roles.items() if r in absent and text not in special}
+    told = companions.roles(defaults)
+    roles |= {r: told.get(r) for r, text in roles.items() if r in absent and text not in special}
     return backend, roles, config, own
 
 
