@@ -15,6 +15,7 @@ import pytest
 
 import pretrain
 from pretrain.data.prepare import Prepared
+from pretrain.data.tokenizer import train_from_texts
 from pretrain.data.workdir import build, foreign, publish, sweep
 from pretrain.errors import DataError, PretrainError
 
@@ -35,6 +36,17 @@ def prepare(source: Path, out: Path, **options: Any) -> Prepared:
 
 def listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_template_of_a_tokenizer_belongs_to_the_prepared_data(
+    source: Path, tmp_path: Path
+) -> None:
+    tokenizer = train_from_texts(["document says hello"], "bpe", vocab_size=280)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save(tmp_path / "tok")
+    first, again = (prepare(source, tmp_path / "out", tokenizer=tmp_path / "tok") for _ in range(2))
+    assert (tmp_path / "out" / "tokenizer" / "chat_template.jinja").exists()
+    assert first.train.num_tokens == again.train.num_tokens
 
 
 def test_out_that_is_a_checkpoint_is_never_replaced(source: Path, tmp_path: Path) -> None:

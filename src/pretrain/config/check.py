@@ -15,7 +15,7 @@ import stat
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.config.aliases import (
     NAMES,
@@ -31,7 +31,6 @@ from pretrain.utils.files import note, replace_file
 
 __all__ = [
     "check_count",
-    "check_section",
     "check_value",
     "name_change",
     "place_in",
@@ -45,8 +44,6 @@ __all__ = [
     "with_place",
     "write_text",
 ]
-
-T = TypeVar("T")
 
 _OPEN = {
     "model": "Fields of the family's own config belong under model.overrides.",
@@ -498,16 +495,6 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     if hint is None or not plain(hint):
         return value
     return _Checker({}).value(key, value, hint)
-
-
-def check_section(name: str, section: T) -> T:
-    """Return a section that was built in Python, with every setting checked as `Sections.load` checks it.
-
-    Raises:
-        ConfigError: a setting is of another type, or out of range.
-    """
-    checked: T = _Checker({name: type(section)}).section(name, vars(section))
-    return checked
 
 
 def check_count(name: str, value: Any, least: int | None = 1) -> int:

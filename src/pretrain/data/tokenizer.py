@@ -121,7 +121,9 @@ class Tokenizer:
         self._guessed: dict[str, str] = {}
         for role, names in KNOWN.items():
             found = next((name for name in names if name in self.vocab), None)
-            if role not in self.roles.keys() | none and found and found not in self.roles.values():
+            # A special token has its role although a file says that there is none: runs were begun with it.
+            barred = role in none and found not in special
+            if role not in self.roles and not barred and found and found not in self.roles.values():
                 self.roles[role] = found
                 ordinary = found not in special or role in ("bos", "eos")
                 if ordinary and not self.trained_here:

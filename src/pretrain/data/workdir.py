@@ -20,7 +20,7 @@ from pretrain.utils.files import fsync_directory
 __all__ = ["build", "disk_errors", "foreign", "publish", "sweep"]
 
 _OURS = TEXT_FILES | IMAGE_FILES | {MANIFEST, "tokenizer"}
-_OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json"}
+_OURS_INSIDE = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
 def foreign(target: Path) -> str | None:

@@ -344,7 +344,8 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
     rows = splits(source).get("train", source)
     if isinstance(rows, list | tuple) and rows and isinstance(rows[0], list | tuple):
         named = has_names(rows[0], task.roles, section.columns)
-        options["columns"] = section.names or (None if named else _tuple_names(rows[0], task))
+        fields = list(rows[0]._fields) if named else _tuple_names(rows[0], task)  # type: ignore[union-attr]
+        options["columns"] = section.names or fields
     return task.gathered(task.read(source, name=name, **options), section.columns)
 
 

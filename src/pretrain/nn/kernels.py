@@ -135,11 +135,12 @@ def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
 # One operation to torch, so that activation checkpointing keeps or repeats it whole and a compiled graph contains it.
 # The decorator custom_op does the same, and imports torch's compiler at the first call, which takes a second.
 _OP = "pretrain::attend_by_products"
-_SCHEMA = torch.library.infer_schema(_attend_by_products, mutates_args=())
-torch.library.define(_OP, _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-torch.library.impl(_OP, "cpu", _attend_by_products)
-torch.library.register_fake(_OP, _fake_results)
-torch.library.register_autograd(_OP, _gradients, setup_context=_keep)
+if not hasattr(torch.ops.pretrain, "attend_by_products"):  # else this module is loaded again
+    _SCHEMA = torch.library.infer_schema(_attend_by_products, mutates_args=())
+    torch.library.define(_OP, _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(_OP, "cpu", _attend_by_products)
+    torch.library.register_fake(_OP, _fake_results)
+    torch.library.register_autograd(_OP, _gradients, setup_context=_keep)
 _products = torch.ops.pretrain.attend_by_products
 
 

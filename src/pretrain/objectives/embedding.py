@@ -166,7 +166,9 @@ class Embedding(Task):
         found: dict[str, Any] = {}
         # Only a run that has begun knows its columns; another one may begin with the checkpoint of an earlier version.
         begun = (
-            options["begun_objective"] if "begun_columns" in options else {"printed_lists": True}
+            options.get("begun_objective", {})
+            if "begun_columns" in options
+            else {"printed_lists": True}
         )
         if begun.get("printed_lists") and cls.takes("printed_lists") and _prints_lists(table):
             found["printed_lists"] = True

@@ -270,14 +270,13 @@ def build_optimizers(
 
     optimizers: list[torch.optim.Optimizer] = []
     if others:
-        fused = device.type in ("cpu", "cuda", "mps")
         adamw = CautiousAdamW if settings.cautious else EagerAdamW
         optimizers.append(
             adamw(
                 groups(others, float(settings.lr)),
                 betas=settings.betas,
                 eps=settings.eps,
-                fused=fused,
+                fused=device.type in ("cpu", "cuda", "mps"),
             )
         )
     if matrices:

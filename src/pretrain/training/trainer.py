@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,6 @@ from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
 from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
-from pretrain.config.check import check_section
 from pretrain.data.loader import Examples, Loader
 from pretrain.data.row_source import hash_rows
 from pretrain.distributed.strategy import Strategy
@@ -133,7 +133,6 @@ class Trainer:
         world: the ranks of the run; None uses those that a launcher started.
 
     Raises:
-        ConfigError: a setting is of another type, or out of range.
         TrainingError: in ``fit``: the data do not fit the model, have no targets, or the loss or gradient stays
             non-finite.
         CheckpointError: in ``fit``: the output directory cannot be written or is in use.
@@ -190,18 +189,17 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.objective, self.train_data = objective, train_data
-        train = check_section("train", train or TrainConfig())
-        self.train = resolve_amounts(train, train_data)
-        self.parallel = check_section("parallel", parallel or ParallelConfig())
+        self.train = resolve_amounts(train or TrainConfig(), train_data)
+        self.parallel = parallel or ParallelConfig()
         self.eval_data = eval_data if eval_data is not None and len(eval_data) else None
         listed = [hooks] if callable(hooks) or isinstance(hooks, Hook) else hooks
         self.hooks = [hook if isinstance(hook, Hook) else Hook(hook) for hook in listed]
         self.about = dict(about or {})
         if not self.train.out:
             raise ConfigError("train.out is empty; name the directory of the run.")
-        self.out, self.quiet, self.world = Path(self.train.out), quiet, world or current_world()
-        optim = check_section("optim", optim or OptimConfig())
-        self.optim, self.lr_reason = resolve_lr(optim, objective, self.out)
+        self.out = Path(os.path.expanduser(self.train.out))
+        self.quiet, self.world = quiet, world or current_world()
+        self.optim, self.lr_reason = resolve_lr(optim or OptimConfig(), objective, self.out)
         self.state = RunState(recut=self.train.recut)
         self.metrics: dict[str, float] = {}
         self._checkpoint: Path | None = None

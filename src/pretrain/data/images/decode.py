@@ -510,7 +510,7 @@ def in_numpy(value: Any) -> Any:
     """Return a tensor of any device, type and history as an array, and other values as they are."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if value.is_floating_point() and value.element_size() < 4:  # NumPy has no bfloat16
+        if str(value.dtype).startswith(("torch.bfloat16", "torch.float8")):  # which NumPy lacks
             value = value.float()
     return value.numpy() if hasattr(value, "numpy") else value
 
