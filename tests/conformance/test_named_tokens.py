@@ -56,6 +56,16 @@ def test_a_tokenizer_of_this_package_has_no_names_of_the_class_of_its_model(tmp_
     assert found.fingerprint == made.fingerprint and not found.class_tokens
 
 
+def test_a_special_token_of_another_spelling_keeps_its_role_beside_a_null(tmp_path: Path) -> None:
+    """Runs were begun with it, and nothing else would end their texts."""
+    made = train_from_texts(corpus(), "bpe", vocab_size=300)
+    made.save(tmp_path)
+    names = {"tokenizer_class": "GPT2Tokenizer", "bos_token": None, "eos_token": None}
+    write(tmp_path, tokenizer_config__json=names)
+    found = Tokenizer.open(tmp_path)
+    assert {role: found.roles[role] for role in ("bos", "eos")} == {"bos": "<bos>", "eos": "<eos>"}
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
 @pytest.mark.parametrize("placed", [True, False], ids=["with ids", "without"])
 def test_listed_objects_without_a_type_are_special_and_saved_as_names(
