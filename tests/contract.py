@@ -166,7 +166,8 @@ def check_checkpointing(model: Model) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-def check_overfit(model: Model, steps: int = 60) -> None:
+def check_overfit(model: Model, steps: int = 100) -> None:
+    """One batch is learned by heart; of random labels of single tokens some draws take more than 60 steps."""
     batch = batch_for(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     first = None
@@ -176,9 +177,9 @@ def check_overfit(model: Model, steps: int = 60) -> None:
         first = float(loss.detach()) if first is None else first
         loss.backward()
         optimizer.step()
-    assert float(loss.detach()) < 0.2 * first, (
-        f"one batch is not learned: {first:.3f} -> {float(loss):.3f}"
-    )
+        if float(loss.detach()) < 0.2 * first:
+            return
+    raise AssertionError(f"one batch is not learned: {first:.3f} -> {float(loss):.3f}")
 
 
 def check_objective(build: Callable[[], Objective], rows: Any, out: Path) -> None:
