@@ -192,7 +192,7 @@ def test_named_tuples_are_read_by_their_names() -> None:
 
 @pytest.mark.parametrize("fields", ["a b", "q topic", "sentence cls", "_0 _1"])
 def test_named_tuples_without_known_names_are_read_by_position(fields: str) -> None:
-    named = collections.namedtuple("named", fields, rename=True)  # type: ignore[misc]
+    named = collections.namedtuple("named", fields, rename=True)
     found = opened([named(row["text"], row["label"]) for row in rows_of(12)])
     assert found.learned.labels == opened(rows_of(12)).learned.labels
 

@@ -140,7 +140,7 @@ def test_a_resumed_run_goes_on_in_its_run_of_wandb(
         log=lambda *_, **__: None,
         finish=list,
     )
-    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     for out, limit in (
         ("a", "2 steps"),
         ("a", "3 steps"),
@@ -168,8 +168,8 @@ def test_tensorboard_hides_the_steps_that_are_made_again(
     fake = types.SimpleNamespace(
         SummaryWriter=lambda path, purge_step: opened.append((path, purge_step)) or writer
     )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "tensorboard", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setitem(sys.modules, "tensorboard", fake)
     events = str(tmp_path / "tensorboard")
     for limit in ("2 steps", "3 steps"):
         trainer(tmp_path, objective(), Rows(8), limit=limit, loggers=["tensorboard"]).fit()

@@ -9,7 +9,6 @@ file is refused, one that writes a new file and renames it, as this package does
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -160,7 +159,7 @@ def _keep_changes(run_dir: Path) -> None:
             changed.append(name)
     if not changed:
         return
-    aside = directories.unused(run_dir / f"{RESULT}.other{k or ''}" for k in itertools.count())
+    aside = directories.name_aside(target)
     for name in changed:
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(target / name, aside / name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import errno
-import itertools
 import os
 import re
 import threading
@@ -444,8 +443,7 @@ def _keep_foreign(target: Path) -> None:
     """Rename a directory in the place of a checkpoint that holds files and no manifest: no save has written it."""
     if not target.is_dir() or os.path.lexists(target / manifest.NAME) or not os.listdir(target):
         return
-    names = (f"{target.name}.other{number or ''}" for number in itertools.count())
-    aside = directories.unused(map(target.with_name, names))
+    aside = directories.name_aside(target)
     files.IO.rename(target, aside)
     files.note(
         f"{target} holds files but no {manifest.NAME}, so it was not written as a checkpoint of this run. It is now "

@@ -29,7 +29,7 @@ from pretrain.errors import ConfigError, DataError, did_you_mean, suggestion
 from pretrain.utils.files import note
 
 __all__ = [
-    "Role", "choose_columns", "column_names", "drop_duplicates", "has_names", "is_missing", "label_strata",
+    "Role", "choose_columns", "column_names", "drop_duplicates", "field_names", "is_missing", "label_strata",
     "make_tag_map", "normalised", "roles_table", "split", "text_id",
 ]  # fmt: skip
 
@@ -146,17 +146,16 @@ def choose_columns(
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
 
 
-def has_names(row: Any, roles: Sequence[Role], given: Mapping[str, Any]) -> bool:
-    """Return whether a row is a named tuple whose fields are columns for all required roles; see `choose_columns`."""
+def field_names(row: Any, roles: Sequence[Role], given: Mapping[str, Any]) -> list[str] | None:
+    """Return the fields of a named tuple that are columns for all required roles (see `choose_columns`), else None."""
     if not hasattr(row, "_asdict"):
-        return False
+        return None
+    columns = {name: [value] for name, value in row._asdict().items()}
     try:
-        choose_columns(
-            Table("a row", {n: [v] for n, v in row._asdict().items()}), roles, given, quiet=True
-        )
+        choose_columns(Table("a row", columns), roles, given, quiet=True)
     except DataError:
-        return False
-    return True
+        return None
+    return [*columns]
 
 
 def _listed(column: Any) -> Sequence[str]:

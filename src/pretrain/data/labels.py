@@ -70,20 +70,8 @@ _PRINTED_AS_MISSING = {
     "?",
 }
 _MARKS = ("|", ";", ",")  # separators of names in one cell
-_RARER = (
-    "\n",
-    "\t",
-    "，",
-    "、",
-    "；",
-    "•",
-    "#",
-    "/",
-    "+",
-    "&",
-    ":",
-    " ",
-)  # that names have in them more often
+# Marks that names have in them more often.
+_RARER = ("\n", "\t", "，", "、", "；", "•", "#", "/", "+", "&", ":", " ")
 _IN_SIGNS = "#/+&:"  # those that stand within times, fractions and signs: 12:30, 1/2, +/-
 _GIVEN = "the labels given"
 _PAIRS = {"0,0", "0,1", "1,0", "1,1"}
@@ -1305,8 +1293,8 @@ def _bare_words(inside: str, lone: bool) -> list[Any] | None:
 
 def _choices(text: str) -> list[Any] | None:
     """Return what Label Studio writes into a cell for several choices, ``{"choices": ["joy", "love"]}``, or None."""
-    found = printed_mapping(text) if "choices" in text else None
-    names = found.get("choices") if isinstance(found, dict) and len(found) == 1 else None
+    printed = printed_mapping(text) if "choices" in text else None
+    names = printed.get("choices") if isinstance(printed, dict) and len(printed) == 1 else None
     return names if isinstance(names, list) else None
 
 

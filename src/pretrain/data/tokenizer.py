@@ -240,8 +240,8 @@ class Tokenizer:
     def special_names(self) -> tuple[str, ...]:
         """The special tokens as they are spelt, in the order of their ids."""
         # `id_to_token` of the library gives them as its normalizer would change them.
-        found = ((index, name) for name, index in self.vocab.items() if index in self.special_ids)
-        return tuple(name for _, name in sorted(found))
+        special = ((index, name) for name, index in self.vocab.items() if index in self.special_ids)
+        return tuple(name for _, name in sorted(special))
 
     @property
     def typed_names(self) -> tuple[str, ...]:

@@ -388,10 +388,10 @@ class _CompanionFiles:
             for value in _values(stored.get("added_tokens")):
                 if isinstance(value, dict):
                     _place(added, value.get("id"), _added(value))
-        found = _named(config) | {k: v for k, v in further.items() if _content(v)}
+        stated = _named(config) | {k: v for k, v in further.items() if _content(v)}
         tokens = {token.content: token for token in added.values()}
         named: dict[str, AddedToken | str] = {}
-        for key, value in found.items():
+        for key, value in stated.items():
             text = _content(value) or ""
             whole = _added(value, special=True) if isinstance(value, dict) else text
             named[key] = tokens.get(text) or whole or text
@@ -400,7 +400,7 @@ class _CompanionFiles:
             v if isinstance(v, str) else _added(v, special=True) if _untyped(v) else _added(v)
             for v in _values(listed)
         ]
-        texts = {key: _content(value) for key, value in found.items()}
+        texts = {key: _content(value) for key, value in stated.items()}
         return cls({**config, **texts}, named, [token for token in extra if token], added)
 
     def roles(self, defaults: Mapping[str, str]) -> dict[str, str]:

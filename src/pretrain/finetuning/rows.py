@@ -19,7 +19,7 @@ from pretrain.data.labelled import (
     choose_columns,
     column_names,
     drop_duplicates,
-    has_names,
+    field_names,
     is_missing,
     roles_table,
     split,
@@ -343,9 +343,8 @@ def _read(source: Any, section: Any, name: str, task: type[Task]) -> Table:
     options = section.reading(source)
     rows = splits(source).get("train", source)
     if isinstance(rows, list | tuple) and rows and isinstance(rows[0], list | tuple):
-        named = has_names(rows[0], task.roles, section.columns)
-        fields = list(rows[0]._fields) if named else _tuple_names(rows[0], task)  # type: ignore[union-attr]
-        options["columns"] = section.names or fields
+        fields = field_names(rows[0], task.roles, section.columns)
+        options["columns"] = section.names or fields or _tuple_names(rows[0], task)
     return task.gathered(task.read(source, name=name, **options), section.columns)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from pretrain.checkpoint import load
 from pretrain.config.check import check_count
 from pretrain.config.spelling import PREDICT, either, option, using
-from pretrain.data.labelled import Role, choose_columns, has_names, roles_table
+from pretrain.data.labelled import Role, choose_columns, field_names, roles_table
 from pretrain.data.paths import path_from, tar_files
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
@@ -418,7 +418,7 @@ def _is_named(task: Task, row: Any, columns: Mapping[str, str]) -> bool:
     if not hasattr(row, "_asdict"):
         return False
     fields = Table("inputs", {name: [] for name in row._fields})
-    return has_names(row, roles_known(task, columns), _wanted(task, fields, columns))
+    return bool(field_names(row, roles_known(task, columns), _wanted(task, fields, columns)))
 
 
 def _say_file_name(text: str) -> None:

@@ -163,7 +163,7 @@ class Embedding(Task):
     @classmethod
     def learn(cls, table: Table, options: Mapping[str, Any]) -> Learned:
         """Find printed lists, and, if rows have scores, the score from which two texts count as a pair."""
-        found: dict[str, Any] = {}
+        learned: dict[str, Any] = {}
         # Only a run that has begun knows its columns; another one may begin with the checkpoint of an earlier version.
         begun = (
             options.get("begun_objective", {})
@@ -171,9 +171,9 @@ class Embedding(Task):
             else {"printed_lists": True}
         )
         if begun.get("printed_lists") and cls.takes("printed_lists") and _prints_lists(table):
-            found["printed_lists"] = True
+            learned["printed_lists"] = True
         if "label" not in table.names:
-            return Learned(options=found)
+            return Learned(options=learned)
         top = max(_scores(table), default=0.0)
         least = options.get("min_score")
         least = _LIKE * top if least is None else float(least)
@@ -184,7 +184,7 @@ class Embedding(Task):
                 "Set a lower min_score."
             )
         note = f"{pairs:,} of {len(table):,} rows have a score of {least:g} or more and are pairs"
-        return Learned(options={"min_score": least, **found}, notes=[note])
+        return Learned(options={"min_score": least, **learned}, notes=[note])
 
     def encode(self, table: Table, *, targets: bool = True) -> TaskRows:
         rows = TaskRows()

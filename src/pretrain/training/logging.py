@@ -257,9 +257,8 @@ class _Tracked:
 
     def __init__(self, module: str, out: Path, config: Mapping[str, Any], run: str) -> None:
         self._library: Any = importlib.import_module(module)
-        chosen = (
-            module != "wandb" or "WANDB_RUN_ID" in os.environ
-        )  # by a user or the agent of a sweep
+        # The id of a user, or of the agent of a sweep, decides.
+        chosen = module != "wandb" or "WANDB_RUN_ID" in os.environ
         again = {} if chosen else {"id": run, "resume": "allow"}
         self._library.init(project="pretrain", name=out.name, config=dict(config), **again)
         self.close = self._library.finish
@@ -369,9 +368,8 @@ class Journal:
         self._log = RunLog(self._out / "log.jsonl", keep_until, last)
         known = next((r["run"] for r in self.records if r.get("event") == "loggers"), "")
         run, step = known or secrets.token_hex(8), keep_until or 0
-        place = hashlib.sha256(os.fsencode(self._out.absolute())).hexdigest()[
-            :8
-        ]  # a copy is another run
+        # A copy of the directory is another run.
+        place = hashlib.sha256(os.fsencode(self._out.absolute())).hexdigest()[:8]
         self._loggers = make_loggers(self._names, self._out, self._about, step, f"{run}-{place}")
         if "wandb" in self._names and not known:
             self._log.write({"event": "loggers", "step": step, "run": run})

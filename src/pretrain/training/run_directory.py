@@ -20,7 +20,7 @@ from pretrain.checkpoint.best import COMPARISON, SWEEP
 from pretrain.checkpoint.manifest import run_checkpoints
 from pretrain.training.logging import RunLog
 from pretrain.utils import runlock
-from pretrain.utils.directories import make_directories, unused
+from pretrain.utils.directories import make_directories, name_aside, unused
 from pretrain.utils.files import note, replace_file, writing
 
 __all__ = ["NewRunDirectory", "RunDirectory"]
@@ -123,8 +123,7 @@ class RunDirectory:
             os.rmdir(self.path)
         moves = [(fallback, self.path)]
         if os.path.lexists(self.path):
-            names = (f"{self.path.name}.other{k or ''}" for k in count())
-            moves.insert(0, (self.path, unused(map(self.path.with_name, names))))
+            moves.insert(0, (self.path, name_aside(self.path)))
         return " && ".join(f"mv {shlex.quote(str(a))} {shlex.quote(str(b))}" for a, b in moves)
 
     def restore(self) -> None:
@@ -134,7 +133,7 @@ class RunDirectory:
             if _holds(path, data):
                 continue
             with writing(path):
-                aside = unused(path.with_name(f"{name}.other{k or ''}") for k in count())
+                aside = name_aside(path)
                 moved = os.path.lexists(path)
                 if moved:
                     os.rename(path, aside)

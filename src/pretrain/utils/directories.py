@@ -33,6 +33,7 @@ __all__ = [
     "keep_foreign",
     "make_directories",
     "moved_aside",
+    "name_aside",
     "publish",
     "removal_errors_reported",
     "remove_tree",
@@ -99,21 +100,24 @@ def unused(paths: Iterable[Path]) -> Path:
     return next(path for path in paths if not os.path.lexists(path))
 
 
+def name_aside(path: Path) -> Path:
+    """Return the unused name beside a path to which what stands there is moved: ``NAME.other``, ``NAME.other1``, ..."""
+    return unused(path.with_name(f"{path.name}.other{k or ''}") for k in itertools.count())
+
+
 def keep_foreign(path: Path, mark: bytes) -> None:
     """Rename a file that will be replaced, unless ``mark`` in it tells that it was written here, and say so.
 
     A run may be told to write into a directory of the user's, with a README.md or the run.yaml that it is started from.
     """
-    with contextlib.suppress(
-        OSError
-    ):  # where it cannot be renamed it cannot be replaced, which has its own error
+    # Where it cannot be renamed it cannot be replaced, which has its own error.
+    with contextlib.suppress(OSError):
         if path.is_symlink() or not path.is_file():
             return
         with path.open("rb") as file:
             start = file.read(_START)
         if start and mark not in start:
-            names = (f"{path.name}.other{k or ''}" for k in itertools.count())
-            aside = unused(map(path.with_name, names))
+            aside = name_aside(path)
             os.rename(path, aside)
             note(f"{path} was not written by a run. It is kept as {aside.name}, and replaced.")
 

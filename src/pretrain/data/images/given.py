@@ -21,11 +21,8 @@ from pretrain.errors import DataError
 __all__ = ["given_images", "given_table", "is_one"]
 
 _CHANNELS = 4  # of one input, at most
-_ENTRY = {
-    "bytes",
-    "path",
-    "mode",
-}  # keys of an undecoded entry of the datasets library, and of how it is read
+# Keys of an undecoded entry of the datasets library, and of how it is read.
+_ENTRY = {"bytes", "path", "mode"}
 
 
 def given_images(

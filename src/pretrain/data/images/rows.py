@@ -141,8 +141,8 @@ class Medium:
     @property
     def endings(self) -> str:
         """Some of the endings of file names, for messages."""
-        found = sorted(self.suffixes)
-        return ", ".join(found[:6]) + ", ..." * (len(found) > 6)
+        suffixes = sorted(self.suffixes)
+        return ", ".join(suffixes[:6]) + ", ..." * (len(suffixes) > 6)
 
     def holds(self, value: Any) -> bool:
         """Whether a value in memory is one item."""
