@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -165,6 +166,7 @@ def test_a_base_whose_tokenizer_is_read_otherwise_is_refused_with_the_cure(tmp_p
 def test_a_base_with_another_chat_template_is_refused(tmp_path: Path) -> None:
     """Also where it writes the rows by which a resumed run verifies its weights as before."""
     base = model_of("llama")
+    base.tokenizer = copy.copy(base.tokenizer)  # other tests share it
     base.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     base.save(tmp_path / "base")
     (tmp_path / "base" / "manifest.json").unlink()
