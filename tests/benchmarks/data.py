@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from .harness import Case, Contender, Settings, Work, child, timed
+from .prepare_process import ROWS
 
-ROWS = 512
 Made = tuple[Callable[[], float], Work]
 
 
@@ -70,42 +70,6 @@ def write_text(path: Path, megabytes: float) -> str:
                 "\n".join(" ".join(chosen[k : k + 40]) for k in range(0, len(chosen), 40)) + "\n"
             )
     return "made-up words"
-
-
-def ours(source: str, tokenizer: str, out: str) -> None:
-    """Prepare in this process; prints the tokens."""
-    import pretrain
-
-    prepared = pretrain.prepare(
-        source, out, tokenizer=tokenizer, row_length=ROWS, workers=1, separator="\n", quiet=True,
-        cache_dir=f"{out}-cache",
-    )  # fmt: skip
-    print(json.dumps(prepared.train.num_tokens + prepared.valid.num_tokens))
-
-
-def theirs(source: str, tokenizer: str, out: str, batched: str) -> None:
-    """Load lines, map the tokenizer, concatenate and cut, as the course of transformers does; prints the tokens."""
-    os.environ["HF_HOME"] = f"{out}-hf"
-    import datasets
-    import tokenizers
-
-    datasets.disable_progress_bars()
-    backend = tokenizers.Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
-    size = 1000 if batched == "default" else 10_000
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        # The fast call leaves out offsets, which nobody asks for here.
-        call = backend.encode_batch if batched == "default" else backend.encode_batch_fast
-        return {"input_ids": [e.ids for e in call(batch["text"])]}
-
-    def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        flat = [index for ids in batch["input_ids"] for index in ids]
-        return {"input_ids": [flat[k : k + ROWS] for k in range(0, len(flat), ROWS)]}
-
-    data = datasets.load_dataset("text", data_files=source, split="train", cache_dir=f"{out}-hf")
-    data = data.map(encode, batched=True, batch_size=size, remove_columns=["text"])
-    data = data.map(group, batched=True, batch_size=size)
-    print(json.dumps(sum(len(row) for row in data["input_ids"])))
 
 
 def digest(texts: list[str], folder: Path, *, library: bool) -> str:
@@ -164,12 +128,13 @@ def preparing(settings: Settings) -> Case:
         return run, Work(0, others={"ids of 2,000 documents": ids})
 
     default, best = (
-        functools.partial(make, "data:theirs", how, library=True) for how in ("default", "best")
+        functools.partial(make, "prepare_process:theirs", how, library=True)
+        for how in ("default", "best")
     )
     return Case(
         f"{megabytes:g} MB of {kind} to rows of {ROWS}, one thread, process from start to end", "CPU seconds",
         [
-            Contender("pretrain.prepare", "ours", functools.partial(make, "data:ours", library=False)),
+            Contender("pretrain.prepare", "ours", functools.partial(make, "prepare_process:ours", library=False)),
             Contender("datasets.map + tokenizers", "default", default, "datasets"),
             Contender("datasets.map + encode_batch_fast, 10,000 rows a call", "best", best, "datasets"),
         ],

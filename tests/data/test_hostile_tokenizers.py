@@ -158,8 +158,8 @@ def test_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ids, lengths = fast.encode(texts)
         expected, sizes = encoding._slow(backend, texts)
         assert np.array_equal(ids, expected) and np.array_equal(lengths, sizes)
-        assert not any(len(word) > 200 for word in fast._words)
-        assert len(fast._ids) <= 2000
+        assert not any(len(word) > 200 for word in fast._words.numbers)
+        assert len(fast._words.ids) <= 2000
 
 
 def test_lowercase_wordpiece_is_prepared(tmp_path: Path) -> None:

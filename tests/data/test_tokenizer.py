@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from data.scripts import letters
+from pretrain.data import encoding
 from pretrain.data.encoding import FastEncoder, _slow
 from pretrain.data.task_rows import blanks_before_words
 from pretrain.data.tokenizer import Tokenizer, train_from_texts, train_tokenizer
@@ -71,6 +72,45 @@ def test_the_short_cut_gives_the_ids_of_the_library(kind: str, texts: list[str])
         ids, lengths = fast.encode(texts)
         expected, sizes = _slow(backend, texts)
         assert ids.tolist() == expected.tolist() and lengths.tolist() == sizes.tolist()
+
+
+# Spaces of one to three bytes, contractions, letters and digits of one to four, and characters of no or a new class.
+PIECES = [
+    *" \t\n\r\xa0\u2028\u3000\x1c\u200b\u180e", " ", "  ", *"aé中ſ1²٣.-¿\U0001f600\U0001fae8\U0001d4b3",
+    *"'stmd", "'re", "'ve", "'ll", "'LL", "''", "word", " word", "antidisestablishmentarian", "x" * 300,
+]  # fmt: skip
+
+
+@given(texts=st.lists(st.lists(st.sampled_from(PIECES)).map("".join), min_size=1, max_size=8))
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.parametrize("bits", [2, 20])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_words_are_cut_as_the_library_cuts_them(
+    kind: str, bits: int, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        encoding, "_SLOT_BITS", bits
+    )  # with 2, most words meet another one in their slot
+    backend = _cached(kind).plain
+    fast = FastEncoder(backend)
+    expected, sizes = _slow(backend, texts)
+    for _ in range(2):
+        ids, lengths = fast.encode(texts)
+        assert ids.tolist() == expected.tolist() and lengths.tolist() == sizes.tolist()
+
+
+@pytest.mark.slow
+def test_every_character_is_cut_as_the_library_cuts_it() -> None:
+    backend = _cached("bpe").plain
+    fast = FastEncoder(backend)
+    chars = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for first in range(0, len(chars), 4000):
+        texts = [f"a{c}b1{c} {c}.{c}{c}'s{c}" for c in chars[first : first + 4000]]
+        ids, lengths = fast.encode(texts)
+        expected, sizes = _slow(backend, texts)
+        assert np.array_equal(ids, expected) and np.array_equal(lengths, sizes)
 
 
 _KEPT: dict[str, Tokenizer] = {}

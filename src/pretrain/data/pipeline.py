@@ -186,15 +186,18 @@ def scan_sources(
                 sample.add(text, len(digests), length)
             length += len(text)
             empty = empty and (not text or text.isspace())
-            inside.update(mark for mark in marks if mark in text)
+            for mark in marks:
+                if mark in text:
+                    inside.add(mark)
             scan.text_bytes += len(data)
             progress(len(data))
             if end:
                 digests.append(int.from_bytes(hasher.digest(), "little"))
                 lengths.append(length)
                 blank.append(empty)
-                typed.update(inside)
-                inside.clear()
+                if inside:
+                    typed.update(inside)
+                    inside.clear()
                 hasher = hashlib.blake2b(digest_size=8)
                 length, empty = 0, True
         scan.ends.append(len(digests))

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-__all__ = ["WordFinder", "token_bytes"]
+__all__ = ["BYTE_ALPHABET", "WordFinder", "token_bytes"]
 
 # Classes of characters.
 _OTHER, _LETTER, _UNSPACED, _MARK, _BLANK, _UNKNOWN = range(6)
@@ -44,7 +44,7 @@ def _byte_alphabet() -> dict[str, int]:
     }
 
 
-_BYTES = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
@@ -69,8 +69,8 @@ def token_bytes(
     for name, index in vocab.items():
         if index in special or not name:
             continue
-        if byte_level and all(char in _BYTES for char in name):
-            found[index] = bytes(_BYTES[char] for char in name)
+        if byte_level and all(char in BYTE_ALPHABET for char in name):
+            found[index] = bytes(BYTE_ALPHABET[char] for char in name)
             continue
         byte = _BYTE_TOKEN.fullmatch(name)
         if byte is not None and not whole_words:
