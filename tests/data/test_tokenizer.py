@@ -6,16 +6,19 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+import tokenizers
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from data.scripts import letters
 from pretrain.data import encoding
 from pretrain.data.encoding import FastEncoder, _slow
+from pretrain.data.pretokenize import gpt4
 from pretrain.data.task_rows import blanks_before_words
 from pretrain.data.tokenizer import Tokenizer, train_from_texts, train_tokenizer
 from pretrain.data.tokenizer_build import KINDS, ROLES
@@ -76,41 +79,82 @@ def test_the_short_cut_gives_the_ids_of_the_library(kind: str, texts: list[str])
 
 # Spaces of one to three bytes, contractions, letters and digits of one to four, and characters of no or a new class.
 PIECES = [
-    *" \t\n\r\xa0\u2028\u3000\x1c\u200b\u180e", " ", "  ", *"aé中ſ1²٣.-¿\U0001f600\U0001fae8\U0001d4b3",
-    *"'stmd", "'re", "'ve", "'ll", "'LL", "''", "word", " word", "antidisestablishmentarian", "x" * 300,
+    *" \0\t\n\r\xa0\u2028\u3000\x1c\u200b\u180e", " ", "\n", "1", "'", "  ", "\n\n", " \n", *"aé中ſ1²٣.-¿“\u0301",
+    *"\U0001f600\U0001fae8\U0001d4b3'stmd", "'re", "'ve", "'ll", "'LL", "'S", "'ſ", "word", " word", "word\0", "12345",
+    "<tool>", "antidisestablishmentarian", "x" * 300,
 ]  # fmt: skip
 
 
-@given(texts=st.lists(st.lists(st.sampled_from(PIECES)).map("".join), min_size=1, max_size=8))
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+def _splitting(name: str) -> tokenizers.Tokenizer:
+    """A tokenizer that splits as BERT, or as one of the published ones with byte-level BPE."""
+    if name == "bert":
+        return _cached("wordpiece").plain
+    backend = tokenizers.Tokenizer.from_str(_cached("bpe").plain.to_str())
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    if name == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif name in ("qwen2", "llama3"):
+        expression = gpt4(r"\p{N}" if name == "qwen2" else r"\p{N}{1,3}")
+        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(expression), "isolated"))
+        steps[1].use_regex = False
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if steps[1:] else steps[0]
+    if name in ("qwen2", "neox"):
+        backend.normalizer = normalizers.NFC()
+        plain = ["  ", "<tool>"] if name == "neox" else ["<tool>"]
+        backend.add_tokens([tokenizers.AddedToken(text, special=False) for text in plain])
+    backend.encode_special_tokens = True
+    return backend
+
+
+SPLITTINGS = ("bert", "gpt2", "smollm", "neox", "qwen2", "llama3")
+
+
+def _check_ids(backend: tokenizers.Tokenizer, fast: FastEncoder, texts: list[str]) -> None:
+    ids, lengths = fast.encode(texts)
+    expected, sizes = _slow(backend, texts)
+    assert np.array_equal(ids, expected) and np.array_equal(lengths, sizes)
+
+
 @pytest.mark.parametrize("bits", [2, 20])
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_words_are_cut_as_the_library_cuts_them(
-    kind: str, bits: int, texts: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", SPLITTINGS)
+def test_words_are_found_where_the_library_finds_them(
+    name: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         encoding, "_SLOT_BITS", bits
     )  # with 2, most words meet another one in their slot
-    backend = _cached(kind).plain
+    backend = _splitting(name)
     fast = FastEncoder(backend)
-    expected, sizes = _slow(backend, texts)
-    for _ in range(2):
-        ids, lengths = fast.encode(texts)
-        assert ids.tolist() == expected.tolist() and lengths.tolist() == sizes.tolist()
+    assert fast.rule == ("wordpiece" if name == "bert" else "bpe")
+
+    @given(texts=st.lists(st.lists(st.sampled_from(PIECES)).map("".join), min_size=1, max_size=8))
+    @settings(max_examples=100, deadline=None)
+    def check(texts: list[str]) -> None:
+        _check_ids(backend, fast, texts)
+
+    check()
 
 
 @pytest.mark.slow
-def test_every_character_is_cut_as_the_library_cuts_it() -> None:
-    backend = _cached("bpe").plain
+@pytest.mark.parametrize("name", SPLITTINGS)
+def test_every_character_is_split_as_the_library_splits_it(name: str) -> None:
+    backend = _splitting(name)
     fast = FastEncoder(backend)
     chars = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     for first in range(0, len(chars), 4000):
-        texts = [f"a{c}b1{c} {c}.{c}{c}'s{c}" for c in chars[first : first + 4000]]
-        ids, lengths = fast.encode(texts)
-        expected, sizes = _slow(backend, texts)
-        assert np.array_equal(ids, expected) and np.array_equal(lengths, sizes)
+        part = chars[first : first + 4000]
+        _check_ids(backend, fast, [f"a{c}b1{c} {c}.{c}{c}'s{c}\n{c}a.\n {c}{c}1234" for c in part])
+
+
+def test_most_texts_are_encoded_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = FastEncoder(_splitting("qwen2"))
+    monkeypatch.setattr(encoding, "_slow", None)
+    fast._encode_words = fast._words.encode = encoding._one_by_one(fast.backend)
+    ids, lengths = fast.encode([*TEXTS, "", "an emoji \U0001f600", "e\u0301"[:1]])
+    assert len(ids) == lengths.sum()
+    for text in ("<tool>", "e\u0301", "'ſ", "\U0001fae8"):
+        with pytest.raises(TypeError):
+            fast.encode(["plain", text])
 
 
 _KEPT: dict[str, Tokenizer] = {}

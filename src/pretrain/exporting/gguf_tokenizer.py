@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
+from pretrain.data.pretokenize import GPT2, gpt4
 from pretrain.errors import TokenizerError
 from pretrain.utils.files import note
 
@@ -25,17 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["SPLITTINGS", "splitting_of", "tokenizer_fields"]
 
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5  # types of tokens
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Name in llama.cpp -> the patterns, each applied to the pieces of the one before, and whether a piece that is a token
 # is taken whole, without merges.
 SPLITTINGS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "gpt-2": ((_GPT2,), False),
-    "smollm": ((r"\p{N}", _GPT2), False),
-    "qwen2": ((_ENDINGS + r"\p{N}" + _REST,), False),
-    "dbrx": ((_ENDINGS + r"\p{N}{1,3}" + _REST,), False),
-    "llama-bpe": ((_ENDINGS + r"\p{N}{1,3}" + _REST,), True),
+    "gpt-2": ((GPT2,), False),
+    "smollm": ((r"\p{N}", GPT2), False),
+    "qwen2": ((gpt4(r"\p{N}"),), False),
+    "dbrx": ((gpt4(r"\p{N}{1,3}"),), False),
+    "llama-bpe": ((gpt4(r"\p{N}{1,3}"),), True),
 }
 _PROBES = 1500
 _PARTS = (
