@@ -91,19 +91,18 @@ def same(world: World, folder: Path) -> None:
     moments = {key: local(value).clone() for key, value in state.tensors["optimizer"].items()}
     for background in (False, True):
         run = folder / ("background" if background else "at-once")
-        with Saver(run, background=background, layout=layout, peers=world.peers()) as saver:
+        with Saver(run, background=background, layout=layout, peers=world) as saver:
             saver.save(model, step=2, tokens=0, pretrain_block={}, training=state)
             if background:  # its collectives and those of the save must not mix
                 for number in range(5):
                     step(model, optimizer, number + 2)
-    peers = world.peers()
     other, layout, _ = sharded(world, seed=2)
-    path = latest_on_all_ranks(folder / "one", peers)
+    path = latest_on_all_ranks(folder / "one", world)
     assert path is not None
-    load_slices(other, path, layout, peers)
+    load_slices(other, path, layout, world)
     for name, parameter in other.named_parameters():
         assert torch.equal(local(parameter), held[name]), name
-    found = read_training_slices(path, layout, peers, quiet=True)
+    found = read_training_slices(path, layout, world, quiet=True)
     for key, value in found.tensors["optimizer"].items():
         assert torch.equal(value, moments[key]), key
     if world.rank == 0:
@@ -119,7 +118,7 @@ def killed(world: World, folder: Path) -> None:
             return 0
 
     model, layout, _ = sharded(world, seed=1)
-    saver = Saver(folder / "run", background=True, layout=layout, peers=world.peers())
+    saver = Saver(folder / "run", background=True, layout=layout, peers=world)
     saver.save(model, step=1, tokens=0, pretrain_block={}, max_shard_bytes=20_000)
     saver.wait()
     if world.rank == 1:
@@ -161,7 +160,7 @@ def watched(world: World, folder: Path, how: str) -> None:
     run = folder / "run"
     with (
         world.connected(torch.device("cpu"), run, LIMIT, lambda: about),
-        Saver(run, background=True, peers=world.peers()) as saver,
+        Saver(run, background=True, peers=world) as saver,
     ):
         shard = 20_000 if how == "stuck" else 1 << 30  # so that process 1 has a file of its own
         world.mark("save", 1)

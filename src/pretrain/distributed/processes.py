@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from pretrain.checkpoint.peers import errors_on_all_ranks, raise_on_all_ranks
+from pretrain.checkpoint.peers import SingleProcess, errors_on_all_ranks
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.handshake import (
     check_links,
@@ -106,7 +106,7 @@ class Processes(World):
         world.device, world.joined = device, True
         return world
 
-    def store_peers(self) -> GroupPeers:
+    def store_peers(self) -> StorePeers:
         self.exchanges += 1
         return StorePeers(
             self.rank, self.size, PrefixStore(f"pretrain/call/{self.exchanges}", self.store)
@@ -270,42 +270,54 @@ class Processes(World):
         dist.all_reduce(tensor, group=self._control)
         return list(tensor.tolist())
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
+        if progress:
+            self.heartbeat()
         if self.size == 1:
             return super().all_gather_object(value)
         return gather_json(value, self.size, self._control)
 
+    def gather(
+        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        received, works = [], []
+        for shard, owner in zip(shards, owners, strict=True):
+            group = self._control if shard.device.type == "cpu" else None
+            group = group if len(ranks) == self.size else self.replica
+            room = [torch.empty_like(shard) for _ in ranks] if owner == self.rank else []
+            works.append(dist.gather(shard, room or None, owner, group=group, async_op=True))
+            received.append(room)
+        for work in works:
+            if work is not None:
+                work.wait()
+        self.heartbeat()
+        return received
+
     def on_rank_zero(self, make: Callable[[], T]) -> T | None:
-        made, failure = self._tried_on_rank_zero(make)
-        self.raise_on_all_ranks(failure)
-        return made
+        with self._errors_everywhere():
+            return make() if self.is_rank_zero else None
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
         peers = self.store_peers()
-        result_of_zero, failure = self._tried_on_rank_zero(make)
-        raise_on_all_ranks(peers, failure)
+        with errors_on_all_ranks(peers):
+            result_of_zero = make() if self.is_rank_zero else None
         result: T = peers.all_gather_object(result_of_zero)[0]
         return result
 
-    def _tried_on_rank_zero(self, make: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        """Call ``make`` on rank zero; return its result, or its failure, which the caller raises on all ranks."""
-        if self.is_rank_zero:
-            try:
-                return make(), None
-            except Exception as error:  # of any kind: the other ranks wait for an answer
-                return None, error
-        return None, None
-
     def raise_on_all_ranks(self, failure: Exception | None) -> None:
+        with self._errors_everywhere():
+            if failure is not None:
+                raise failure
+
+    @contextlib.contextmanager
+    def _errors_everywhere(self) -> Iterator[None]:
+        """Raise an error inside the block on all ranks, marked as one that all of them raise."""
         try:
-            raise_on_all_ranks(self.peers() if self.joined else self.store_peers(), failure)
+            with errors_on_all_ranks(self if self.joined else self.store_peers()):
+                yield
         except PretrainError as error:
             error.everywhere = True
             raise
-
-    def peers(self) -> GroupPeers:
-        group = self._control or dist.group.WORLD
-        return GroupPeers(self.rank, self.size, group, self.replica, self.heartbeat)
 
 
 def connect(
@@ -340,54 +352,8 @@ def connect(
     )
 
 
-class GroupPeers:
-    """Exchange of tensors and JSON values between processes; implements the protocol of `pretrain.checkpoint`.
-
-    Args:
-        rank: of this process.
-        size: world size.
-        group: process group of `torch.distributed` for JSON values.
-        replica: process group of the ranks that hold one copy of the weights between them; None for all ranks.
-        heartbeat: called on every transfer, as a sign of progress.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        group: Any,
-        replica: Any = None,
-        heartbeat: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.rank, self.size, self.heartbeat = rank, size, heartbeat
-        self._group, self._replica = group, replica
-
-    def gather(
-        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
-    ) -> list[list[Tensor]]:
-        """Gather each of several byte tensors on its owner; see `pretrain.checkpoint.peers.Peers`."""
-        received, works = [], []
-        for shard, owner in zip(shards, owners, strict=True):
-            group = self._group if shard.device.type == "cpu" else dist.group.WORLD
-            group = group if len(ranks) == self.size else self._replica
-            room = [torch.empty_like(shard) for _ in ranks] if owner == self.rank else []
-            works.append(dist.gather(shard, room or None, owner, group=group, async_op=True))
-            received.append(room)
-        for work in works:
-            if work is not None:
-                work.wait()
-        self.heartbeat()
-        return received
-
-    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
-        """Return the JSON values of all ranks, in rank order; ``progress`` says whether it is a heartbeat."""
-        if progress:
-            self.heartbeat()
-        return [value] if self.size == 1 else gather_json(value, self.size, self._group)
-
-
-class StorePeers(GroupPeers):
-    """Peers without a process group, which exchange JSON values through a store.
+class StorePeers(SingleProcess):
+    """The processes before they have a process group: they exchange JSON values through a store, and no tensors.
 
     Args:
         rank: of this process.
@@ -396,7 +362,7 @@ class StorePeers(GroupPeers):
     """
 
     def __init__(self, rank: int, size: int, store: Any) -> None:
-        super().__init__(rank, size, None)
+        self.rank, self.size = rank, size
         self._store, self._calls = store, 0
 
     def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:

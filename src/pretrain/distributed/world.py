@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain import distributed
-from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
+from pretrain.checkpoint.peers import Peers, SingleProcess
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.launched import launched, launcher_number
 
@@ -26,8 +26,8 @@ __all__ = ["World", "current_world", "world_is_known"]
 T = TypeVar("T")
 
 
-class World:
-    """One process, seen from itself; the base class of several.
+class World(SingleProcess):
+    """One process, seen from itself; the base class of several. They are the `Peers` that share a checkpoint.
 
     Attributes:
         rank, size: rank of this process, and the world size.
@@ -154,10 +154,6 @@ class World:
         """Return rank zero's integer on all ranks."""
         return int(self.all_reduce_sum([value if self.is_rank_zero else 0])[0])
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the JSON values of all ranks, in rank order."""
-        return [value]
-
     def broadcast_object(self, value: Any) -> Any:
         """Return rank zero's JSON value on all ranks."""
         return self.all_gather_object(value if self.is_rank_zero else None)[0]
@@ -204,13 +200,9 @@ class World:
         if failure is not None:
             raise failure
 
-    def peers(self) -> Peers:
-        """Return the peers for writing and reading checkpoints."""
-        return SINGLE_PROCESS
-
     def store_peers(self) -> Peers:
         """Return the peers to use before the process group exists: JSON values go through the store, no tensors."""
-        return SINGLE_PROCESS
+        return self
 
 
 _world: World | None = None

@@ -220,7 +220,7 @@ def measure_in_parts(
     chosen, strategy, world = run.best or run.checkpoint, trainer.strategy, trainer.world
     assert chosen is not None
     world.mark("evaluate", run.step)
-    load_weights(trainer.objective, chosen, {}, layout=strategy.layout, peers=world.peers())
+    load_weights(trainer.objective, chosen, {}, layout=strategy.layout, peers=world)
     figures: list[dict[str, float]] = []
     for rows in parts:
         if rows is None:

@@ -217,8 +217,8 @@ def check_round_trip(trainer: Trainer) -> None:
         seen[name] = torch.equal(value, mine[name].cpu())
 
     try:
-        save_model(model, folder, layout=layout, peers=world.peers())
-        load_slices(model, folder, layout, world.peers(), compare, verified=True)
+        save_model(model, folder, layout=layout, peers=world)
+        load_slices(model, folder, layout, world, compare, verified=True)
     finally:
         if world.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)

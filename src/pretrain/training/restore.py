@@ -117,9 +117,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         CheckpointError: the checkpoint lacks state that resuming needs.
     """
     layout = trainer.strategy.layout if trainer.world.size > 1 else None
-    peers = trainer.world.peers()
     # `latest_on_all_ranks` has verified all bytes, each file on one rank.
-    training = read_training_slices(checkpoint, layout, peers, verified=True)
+    training = read_training_slices(checkpoint, layout, trainer.world, verified=True)
     check_same(trainer, checkpoint, training.state)
     # Earlier versions kept the rows of micro-batches and evaluations in the settings only.
     before = {key: old for key, (old, _) in trainer.changed.items()}
@@ -154,7 +153,9 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
         )
     trainer.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
-    load_weights(trainer.objective, checkpoint, others, layout=layout, peers=peers, verified=True)
+    load_weights(
+        trainer.objective, checkpoint, others, layout=layout, peers=trainer.world, verified=True
+    )
     for stem in ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]:
         if stem not in training.tensors:
             raise CheckpointError(

@@ -155,7 +155,7 @@ def open_source(
             cut,
             directory,
             cut.layout,
-            world.peers(),
+            world,
             keep=cut.fresh,
             base=cut.adapter is not None,
             quiet=quiet,

@@ -309,7 +309,7 @@ class Trainer:
             torch.set_num_threads(self.parallel.threads)
         self.precision = common_precision(train.precision, self.device, world)
         self.scaler = LossScale(self.precision.name == "fp16")
-        checkpoint = latest_on_all_ranks(self.out, world.peers())
+        checkpoint = latest_on_all_ranks(self.out, world)
         loader = Loader(self.train_data, seed=train.seed)
         self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
         self.journal.epoch_rows = self.plan.epoch_rows
@@ -332,7 +332,7 @@ class Trainer:
             self.out,
             background=train.async_save,
             layout=self.strategy.layout if world.size > 1 else None,
-            peers=world.peers(),
+            peers=world,
         )
         sizes = self.strategy.choice.sizes
         self.micro_rows = choose_micro_rows(
@@ -719,7 +719,7 @@ class Trainer:
         with contextlib.suppress(PretrainError):
             self._saver.wait()  # it may have failed to write to the lost directory
         layout = self.strategy.layout if self.world.size > 1 else None
-        self._save(Saver(fallback, layout=layout, peers=self.world.peers()))
+        self._save(Saver(fallback, layout=layout, peers=self.world))
 
         def keep() -> str:
             assert self._run_directory is not None
