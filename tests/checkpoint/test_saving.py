@@ -196,12 +196,11 @@ def test_each_tensor_is_copied_by_one_process_alone(monkeypatch):
             peers=peers,
         )
         draft = gathered(draft, peers)
-        return [(group.stem, key) for group in draft.groups for key in group.parts]
+        return list(draft.parts)
 
     shares = on_all(4, work)
     together = [key for share in shares for key in share]
-    wanted = [("", name) for name, _ in model.named_parameters()]
-    wanted += [(stem, key) for stem, group in state.tensors.items() for key in group]
+    wanted = [*dict(model.named_parameters()), *state.by_key()]
     assert sorted(together) == sorted(wanted)
     assert all(shares)
 

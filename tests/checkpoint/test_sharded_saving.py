@@ -34,7 +34,7 @@ from pretrain.checkpoint import (
     save_model,
     verify,
 )
-from pretrain.checkpoint.draft import Draft, FilePlan, TensorGroup, draft_of, split_evenly
+from pretrain.checkpoint.draft import Draft, FilePlan, draft_of, split_evenly
 from pretrain.checkpoint.peers import SINGLE_PROCESS, TensorSharding
 from pretrain.checkpoint.saving import gathered
 from pretrain.checkpoint.sharded_loading import (
@@ -48,6 +48,7 @@ from pretrain.checkpoint.sharded_loading import (
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.models import build
+from pretrain.models.names import DiskMapping
 from pretrain.nn.layout import ShardLayout, ShardSlice
 from pretrain.utils import directories, files
 from pretrain.utils.tensors import read_header, read_tensors, write_tensors
@@ -398,22 +399,15 @@ def test_every_cut_is_put_together_again(tmp_path_factory, case):
         sharding = TensorSharding(at(layout, peers.rank), peers)
         parts = cut_tensors(full, layout, peers.rank)
         meta = sharding.full(parts)
-        plans = [
-            FilePlan(
-                f"{i}.safetensors",
-                i,
-                group,
-                {key: (key,) for key in group},
-                lambda key, sources: sources[key],
-                slashes=True,
-            )
+        alike = DiskMapping({key: (key,) for key in full}, lambda key, sources, _: sources[key])
+        plans = tuple(
+            FilePlan(f"{i}.safetensors", i, group, alike, training=True)
             for i, group in enumerate(groups)
-        ]
-        group = TensorGroup("optimizer", tuple(plans), parts, meta)
-        draft = gathered(Draft(1, {}, (group,), None, None, {}, sharding), peers)
+        )
+        draft = gathered(Draft(1, {}, plans, parts, meta, None, None, {}, sharding), peers)
         for plan in plans:
             if plan.owner == peers.rank:
-                wholes = {key: draft.groups[0].parts[key] for key in plan.layout}
+                wholes = {key: draft.parts[key] for key in plan.layout}
                 write_tensors(tmp_path / plan.name, wholes, slashes=True)
 
     on_all(layout.world, work)
@@ -491,7 +485,7 @@ def test_a_process_gathers_its_share_one_tensor_at_a_time(mesh, monkeypatch):
         )
         draft = gathered(draft, peers)
         assert max(sent) <= largest, "the shards of one tensor for each of the owners"
-        return sum(t.nbytes for group in draft.groups for t in group.parts.values())
+        return sum(t.nbytes for t in draft.parts.values())
 
     held = on_all(layout.world, work)
     assert max(held) <= sum(held) / layout.world + len(state.tensors) * largest + largest
@@ -677,7 +671,7 @@ def test_processes_that_do_not_agree(tmp_path):
             peers=peers,
         )
 
-    with pytest.raises(CheckpointError, match=r"do not agree on what to save: 'optimizer:"):
+    with pytest.raises(CheckpointError, match=r"do not agree on what to save: 'optimizer/"):
         on_all(2, lambda peers: work(peers, other=True))
     with pytest.raises(CheckpointError, match="file system that all hosts share"):
         on_all(2, lambda peers: work(peers, elsewhere=True))

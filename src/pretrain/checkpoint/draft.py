@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from pretrain import __version__, checkpoint
 from pretrain.checkpoint import manifest, model_directory
 from pretrain.checkpoint.model_card import readme
 from pretrain.checkpoint.peers import Peers, TensorSharding
-from pretrain.checkpoint.training_state import TrainingState, check_stem, encoded_state, shard_name
+from pretrain.checkpoint.training_state import TrainingState, encoded_state, shard_name
 from pretrain.models.config import drop_code
+from pretrain.models.names import DiskMapping
 from pretrain.models.state import disk_mapping
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.device import local
@@ -38,7 +39,6 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "Draft",
     "FilePlan",
-    "TensorGroup",
     "draft_of",
     "split_evenly",
     "tokenizer_entries",
@@ -57,49 +57,29 @@ class FilePlan:
         name: path inside the directory.
         owner: the rank that writes the file.
         layout: name of a tensor in the file -> its shape and dtype, as a tensor on the meta device.
-        sources: name of a tensor in the file -> keys of the whole tensors that it is made of.
-        make: function that makes a tensor of the file from its name and those whole tensors.
-        slashes: allow "/" in names.
+        mapping: from the tensors of a draft to those of the file.
+        training: the file is one of the training folder, where names may hold "/" and numbers need not be finite.
     """
 
     name: str
     owner: int
     layout: Mapping[str, Tensor]
-    sources: Mapping[str, tuple[str, ...]]
-    make: Callable[[str, Mapping[str, Tensor]], Tensor]
-    slashes: bool = False
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """Tensors that are stored together: the weights, or one group of the training folder.
-
-    Attributes:
-        stem: stem of the file names; ``""`` for the weights.
-        plans: the files.
-        parts: key -> the shard of this rank, on any device.
-        full: key -> the whole tensor on the meta device.
-    """
-
-    stem: str
-    plans: tuple[FilePlan, ...]
-    parts: Mapping[str, Tensor]
-    full: Mapping[str, Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        """Total bytes of all files, without their headers."""
-        return sum(total_bytes(plan.layout) for plan in self.plans)
+    mapping: DiskMapping
+    training: bool = False
 
 
 @dataclass(frozen=True)
 class Draft:
     """The contents of a model directory.
 
+    Tensors are found by a key: the name in the model, and of the training folder ``group/name``.
+
     Attributes:
         step: step of the run; None for a model saved outside a run.
         texts: name -> content of the small files.
-        groups: groups of tensors, the weights first.
+        files: the files of tensors.
+        parts: key -> the shard of this rank, on any device.
+        full: key -> the whole tensor on the meta device.
         state: content of state.json; None without a training folder.
         processor: the tokenizer or other processor, and the keys of tokenizer_config.json that depend on the model.
         about: the environment that bit-identical resuming depends on, see ``manifest.environment``.
@@ -108,7 +88,9 @@ class Draft:
 
     step: int | None
     texts: Mapping[str, bytes]
-    groups: tuple[TensorGroup, ...]
+    files: tuple[FilePlan, ...]
+    parts: Mapping[str, Tensor]
+    full: Mapping[str, Tensor]
     state: bytes | None
     processor: tuple[Any, dict[str, Any]] | None
     about: Mapping[str, Any]
@@ -117,7 +99,8 @@ class Draft:
     @property
     def num_bytes(self) -> int:
         """Upper bound of the size of the directory in bytes."""
-        return sum(group.num_bytes for group in self.groups) + len(self.state or b"") + (1 << 20)
+        tensors = sum(total_bytes(plan.layout) for plan in self.files)
+        return tensors + len(self.state or b"") + (1 << 20)
 
 
 def draft_of(
@@ -159,21 +142,13 @@ def draft_of(
     weights = packing.layout(full)
     adapted = model.adapter is not None
     shards = weight_files(weights, max_shard_bytes, sharding.size, adapter=adapted)
-    plans = [
-        FilePlan(
-            name,
-            owner % sharding.size,
-            part,
-            {tensor: packing.sources[tensor] for tensor in part},
-            lambda tensor, sources: packing.make(tensor, sources, "cpu"),
-        )
-        for owner, (name, part) in enumerate(shards.items())
-    ]
-    groups = [TensorGroup("", tuple(plans), {key: parts[key] for key in sorted(used)}, full)]
+    plans = _plans(shards, packing, sharding.size)
+    held = {key: parts[key] for key in sorted(used)}
     if training is not None:
+        states = {key: local(tensor).detach() for key, tensor in training.by_key().items()}
+        held, full = held | states, full | sharding.full(states)
         for stem, tensors in sorted(training.tensors.items()):
-            check_stem(stem)
-            groups.append(_training_group(stem, tensors, sharding))
+            plans += _training_plans(stem, tensors, full, sharding.size)
     count = sum(full[name].numel() for name, _ in model.named_parameters())
     texts = model_texts(model, config, count, in_run=step is not None, repository=repository)
     if len(shards) > 1:
@@ -183,7 +158,9 @@ def draft_of(
     return Draft(
         step=step,
         texts=texts,
-        groups=tuple(groups),
+        files=tuple(plans),
+        parts=held,
+        full=full,
         state=encoded_state(training.state) if training is not None else None,
         processor=None
         if model.processor is None
@@ -206,24 +183,32 @@ def _config(
     return dict(finite_json(names_only(config)))
 
 
-def _training_group(
-    stem: str, tensors: Mapping[str, Tensor], sharding: TensorSharding
-) -> TensorGroup:
-    parts = {key: local(tensors[key]).detach() for key in sorted(tensors)}
-    full = sharding.full(parts)
-    shards = split_evenly(full, file_count(full, sharding.size))
-    plans = [
-        FilePlan(
-            f"{manifest.TRAINING}/{shard_name(stem, i, len(shards))}",
-            i % sharding.size,
-            part,
-            {key: (key,) for key in part},
-            lambda key, sources: sources[key],
-            slashes=True,
-        )
-        for i, part in enumerate(shards)
+def _training_plans(
+    stem: str, names: Iterable[str], full: Mapping[str, Tensor], size: int
+) -> list[FilePlan]:
+    """Plan the files of a group of the training folder, whose tensors are stored as they are."""
+    keys = {name: f"{stem}/{name}" for name in sorted(names)}
+    mapping = DiskMapping(
+        {name: (key,) for name, key in keys.items()}, lambda name, sources, _: sources[keys[name]]
+    )
+    layout = {name: full[key] for name, key in keys.items()}
+    parts = split_evenly(layout, file_count(layout, size))
+    files = _named(f"{manifest.TRAINING}/{stem}", parts)
+    return _plans(files, mapping, size, training=True)
+
+
+def _plans(
+    files: Mapping[str, Mapping[str, Tensor]],
+    mapping: DiskMapping,
+    size: int,
+    *,
+    training: bool = False,
+) -> list[FilePlan]:
+    """Return the plans of files, given the tensors of each by its name; the ranks own them in turn."""
+    return [
+        FilePlan(name, number % size, layout, mapping, training)
+        for number, (name, layout) in enumerate(files.items())
     ]
-    return TensorGroup(stem, tuple(plans), parts, full)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -231,7 +216,7 @@ def _training_group(
 
 def split_evenly(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """Divide tensors into at most ``count`` groups of about equal size in bytes, preserving their order."""
-    total = sum(tensor.nbytes for tensor in layout.values())
+    total = total_bytes(layout)
     groups: dict[int, dict[str, Tensor]] = {}
     before = 0
     for name, tensor in layout.items():
@@ -256,10 +241,9 @@ def weight_files(
     if adapter:
         return {model_directory.ADAPTER_WEIGHTS: dict(layout)}
     if size == 1:
-        return _named(_groups(layout, limit))
-    return _named(
-        split_evenly(layout, max(file_count(layout, size), math.ceil(total_bytes(layout) / limit)))
-    )
+        return _named("model", _groups(layout, limit))
+    count = max(file_count(layout, size), math.ceil(total_bytes(layout) / limit))
+    return _named("model", split_evenly(layout, count))
 
 
 def file_count(layout: Mapping[str, Tensor], size: int) -> int:
@@ -375,18 +359,14 @@ def _groups(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
     return groups
 
 
-def _named(groups: list[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    if len(groups) == 1:
-        return {model_directory.SINGLE: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-        for i, group in enumerate(groups, start=1)
-    }
+def _named(stem: str, groups: Sequence[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return name of a file -> its group of tensors."""
+    return {shard_name(stem, i, len(groups)): group for i, group in enumerate(groups)}
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Return the total size of tensors in bytes, also for tensors on the meta device."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def finite_json(value: Any) -> Any:

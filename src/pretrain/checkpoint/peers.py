@@ -97,9 +97,9 @@ SINGLE_PROCESS = SingleProcess()
 class TensorSharding:
     """The sharding of tensors over the ranks, looked up by their keys in a file.
 
-    A key is the name of a parameter, or of a per-parameter state (``exp_avg/backbone.wte.weight``); the name may be
-    that in the model or in the objective, where it begins with ``model.``. Tensors that belong to no parameter of the
-    layout, and all 0-d tensors, are whole on every rank.
+    A key ends with the name of a parameter, alone or behind a "/" (``optimizer/exp_avg/backbone.wte.weight``); the name
+    may be that in the model or in the objective, where it begins with ``model.``. Tensors that belong to no parameter
+    of the layout, and all 0-d tensors, are whole on every rank.
 
     Args:
         layout: sharding of the parameters; None if all of them are whole on every rank.
@@ -114,30 +114,33 @@ class TensorSharding:
             raise CheckpointError(
                 f"The shard layout is for {layout.world} processes, but {peers.size} are running."
             )
-        self.layout, self.rank, self.size = layout, peers.rank, peers.size
+        self.layout = layout or ShardLayout({}, dp_replicate=peers.size, rank=peers.rank)
+        self.rank, self.size = peers.rank, peers.size
 
-    def parameter(self, key: str) -> str | None:
-        """Return the parameter that a key belongs to; None if it is not in the layout."""
-        if self.layout is None:
+    def parameter(self, key: str, shape: Sequence[int]) -> str | None:
+        """Return the parameter whose shards a tensor of this key and number of dimensions has; None if it has none."""
+        if not shape:
             return None
-        bare = key.partition("/")[2] or key
-        names = (bare, bare.removeprefix("model."), f"model.{bare}")
-        return next((name for name in names if name in self.layout.shapes), None)
+        words = key.split("/")
+        for start in range(len(words)):
+            bare = "/".join(words[start:])
+            for name in (bare, bare.removeprefix("model."), f"model.{bare}"):
+                if name in self.layout.shapes:
+                    return name
+        return None
 
     def region(self, key: str, shape: Sequence[int]) -> ShardSlice:
         """Return the region of a tensor, given its full shape, that this rank holds; it may be empty."""
-        name = self.parameter(key) if shape else None
-        if name is None or self.layout is None:
-            return whole(tuple(shape))
-        return self.layout.region(name, self.rank)
+        name = self.parameter(key, shape)
+        return whole(tuple(shape)) if name is None else self.layout.region(name, self.rank)
 
-    def is_cut(self, key: str, shape: Sequence[int]) -> bool:
-        """Whether some rank holds only a part of a tensor, given its full shape."""
-        name = self.parameter(key) if shape else None
-        if name is None or self.layout is None or not math.prod(shape):
-            return False
-        ranks = self.layout.replica_ranks
-        return any(self.layout.region(name, rank) != whole(tuple(shape)) for rank in ranks)
+    def regions(self, key: str, shape: Sequence[int]) -> list[ShardSlice]:
+        """Return the regions of a tensor on the ranks of this replica, if one of them holds a part only; else none."""
+        name = self.parameter(key, shape)
+        if name is None or not math.prod(shape):
+            return []
+        regions = [self.layout.region(name, rank) for rank in self.layout.replica_ranks]
+        return [] if all(region == whole(tuple(shape)) for region in regions) else regions
 
     def full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return key -> whole tensor on the meta device, given the shards of this rank.
@@ -147,9 +150,8 @@ class TensorSharding:
         """
         whole_tensors = {}
         for key, part in tensors.items():
-            name = self.parameter(key) if part.ndim else None
-            shape = tuple(part.shape)
-            if name is not None and self.layout is not None:
+            name, shape = self.parameter(key, part.shape), tuple(part.shape)
+            if name is not None:
                 shape = tuple(self.layout.shapes[name])
                 if (shard_shape := self.layout.region(name, self.rank).shape) != tuple(part.shape):
                     raise CheckpointError(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextvars
 import errno
+import math
 import os
 import re
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +34,6 @@ from pretrain.checkpoint.draft import (
     MAX_SHARD_BYTES,
     Draft,
     FilePlan,
-    TensorGroup,
     draft_of,
     total_bytes,
     write_processor,
@@ -47,7 +48,7 @@ from pretrain.checkpoint.peers import (
 )
 from pretrain.checkpoint.training_state import STATE, TrainingState
 from pretrain.errors import CheckpointError, PretrainError
-from pretrain.nn.layout import ShardLayout
+from pretrain.nn.layout import ShardLayout, ShardSlice
 from pretrain.utils import directories, files
 from pretrain.utils.files import Record, note
 from pretrain.utils.runlock import is_held
@@ -59,8 +60,9 @@ if TYPE_CHECKING:
 __all__ = ["Saver", "Staging", "estimated_size", "save_checkpoint", "save_model"]
 
 _ALIGNMENT = 64  # bytes; every staged copy starts at a multiple of this
-_LARGE = 16 << 20  # bytes; files of this size are written by a thread each
-_AT_ONCE = 4  # files that a rank writes at the same time, if training waits for them
+# Bytes from which on a file is written by a thread of its own, where training waits for it.
+_LARGE = 16 << 20
+_AT_ONCE = 4  # files that a rank writes at the same time
 OVERWRITABLE = re.compile(
     r"(config|generation_config|manifest|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
     r"(preprocessor_config|processor_config)\.json|"
@@ -223,77 +225,70 @@ def gathered(draft: Draft, peers: Peers, staging: Staging | None = None) -> Draf
         peers: the ranks.
         staging: memory for copies; None keeps references to tensors that are whole here, which must not change.
     """
-    owners_keys = [_keys_by_owner(group.plans, draft.sharding.size) for group in draft.groups]
-    own_keys = [(n, key) for n, owners in enumerate(owners_keys) for key in owners[peers.rank]]
-    parts = [draft.groups[n].parts[key] for n, key in own_keys]
-    device = next((part.device for part in parts if part.device.type == "cuda"), None)
-    buffers: dict[tuple[int, str], Tensor] = {}
+    keys_of_ranks = _keys_by_owner(draft.files, peers.size)
+    own_keys = keys_of_ranks[peers.rank]
+    devices = {draft.parts[key].device for key in own_keys}
+    device = next((device for device in devices if device.type == "cuda"), None)
+    buffers: dict[str, Tensor] = {}
     if staging is not None:
-        layouts = [draft.groups[n].full[key] for n, key in own_keys]
+        layouts = [draft.full[key] for key in own_keys]
         copies = staging.allocate(layouts, pin=device is not None)
         buffers = dict(zip(own_keys, copies, strict=True))
-    groups = []
-    for n, (group, owners) in enumerate(zip(draft.groups, owners_keys, strict=True)):
-        whole: dict[str, Tensor] = {}
-        for keys in zip_longest(*owners):
-            cut = []
-            for owner, key in enumerate(keys):
-                if key is None:
-                    continue
-                if draft.sharding.is_cut(key, group.full[key].shape):
-                    cut.append((owner, key))
-                elif owner == peers.rank:
-                    full = group.full[key]
-                    part = (
-                        group.parts[key] if full.numel() else torch.empty_like(full, device="cpu")
-                    )
-                    if staging is not None:
-                        part = buffers[n, key].copy_(part, non_blocking=True)
-                    whole[key] = part
-            for key, shards in _send_to_owners(cut, group, draft, peers):
-                full = group.full[key]
-                buffer = buffers.get((n, key))
-                whole[key] = torch.empty_like(full, device="cpu") if buffer is None else buffer
-                for region, shard in shards:
-                    flat = shard[: region.numel * full.element_size()].view(full.dtype)
-                    whole[key][region.slices()] = flat.view(region.shape)
-        groups.append(replace(group, parts=whole))
+    regions = {
+        key: draft.sharding.regions(key, draft.full[key].shape)
+        for keys in keys_of_ranks
+        for key in keys
+    }
+    whole: dict[str, Tensor] = {}
+    for key in own_keys:
+        if not regions[key]:
+            full = draft.full[key]
+            part = draft.parts[key] if full.numel() else torch.empty_like(full, device="cpu")
+            whole[key] = buffers[key].copy_(part, non_blocking=True) if buffers else part
+    cut_keys = ([key for key in keys if regions[key]] for keys in keys_of_ranks)
+    for keys in zip_longest(*cut_keys):  # at most one for each owner
+        owned = [(owner, key) for owner, key in enumerate(keys) if key is not None]
+        for key, shards in _send_to_owners(owned, regions, draft, peers):
+            full = draft.full[key]
+            whole[key] = buffers[key] if buffers else torch.empty_like(full, device="cpu")
+            for region, shard in zip(regions[key], shards, strict=True):
+                flat = shard[: region.numel * full.element_size()].view(full.dtype)
+                whole[key][region.slices()] = flat.view(region.shape)
     if device is not None:
         torch.cuda.synchronize(device)
-    return replace(draft, groups=tuple(groups))
+    return replace(draft, parts=whole)
 
 
 def _keys_by_owner(plans: Sequence[FilePlan], size: int) -> list[list[str]]:
     """Return for each rank the keys of the tensors that its files are made of."""
     keys_of_ranks: list[dict[str, None]] = [{} for _ in range(size)]
     for plan in plans:
-        for keys in plan.sources.values():
-            keys_of_ranks[plan.owner].update(dict.fromkeys(keys))
+        for name in plan.layout:
+            keys_of_ranks[plan.owner].update(dict.fromkeys(plan.mapping.sources[name]))
     return [list(keys) for keys in keys_of_ranks]
 
 
 def _send_to_owners(
-    cut: Sequence[tuple[int, str]], group: TensorGroup, draft: Draft, peers: Peers
-) -> Iterator[tuple[str, list[tuple[Any, Tensor]]]]:
-    """Send the shards of tensors to their owners within this replica; yield the regions and bytes of the own ones."""
-    layout = draft.sharding.layout
-    if layout is None:
+    owned: Sequence[tuple[int, str]],
+    regions: Mapping[str, Sequence[ShardSlice]],
+    draft: Draft,
+    peers: Peers,
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Send the shards of tensors to their owners within this replica; yield the bytes of the own ones by rank."""
+    ranks = draft.sharding.layout.replica_ranks
+    owned = [(owner, key) for owner, key in owned if owner in ranks]
+    if not owned:
         return
-    ranks = layout.replica_ranks
-    cut = [(owner, key) for owner, key in cut if owner in ranks]
     shards = []
-    for _, key in cut:
-        part, name = group.parts[key], draft.sharding.parameter(key)
-        longest = max(layout.region(str(name), rank).numel for rank in ranks)
+    for _, key in owned:
+        part, longest = draft.parts[key], max(region.numel for region in regions[key])
         flat = part.new_zeros(longest * part.element_size(), dtype=torch.uint8)
         flat[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
         shards.append(flat)
-    received = peers.gather(shards, [owner for owner, _ in cut], ranks) if cut else []
-    for (owner, key), sent in zip(cut, received, strict=True):
+    received = peers.gather(shards, [owner for owner, _ in owned], ranks)
+    for (owner, key), found in zip(owned, received, strict=True):
         if owner == peers.rank:
-            name = str(draft.sharding.parameter(key))
-            regions = [layout.region(name, rank) for rank in ranks]
-            yield key, list(zip(regions, sent, strict=True))
+            yield key, found
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -320,7 +315,7 @@ class _Unfinished:
     ) -> None:
         self.target, self.peers = target, peers
         # A save in the background writes with one thread and leaves the other cores to the training.
-        self._at_once = _AT_ONCE if staging is None else 1
+        self._large: float = _LARGE if staging is None else math.inf
         self.error: Exception | None = None
         self.progress = 0  # tensors and files that this rank has written
         self.agreed = False
@@ -357,37 +352,36 @@ class _Unfinished:
 
     def write(self) -> None:
         """Write the files of this rank durably; an error is kept in ``error``, for `agree`."""
-        small: list[tuple[TensorGroup, FilePlan]] = []
-        large: list[tuple[TensorGroup, FilePlan]] = []
-        for group in self.draft.groups:
-            for plan in group.plans:
-                if plan.owner == self.peers.rank:
-                    (small if total_bytes(plan.layout) < _LARGE else large).append((group, plan))
+        own = [plan for plan in self.draft.files if plan.owner == self.peers.rank]
+        sizes = {plan.name: total_bytes(plan.layout) for plan in own}
         try:
             with files.writing(self.target, self._needed):
                 if self.peers.rank == 0:
                     self._write_small_files()
-                for group, plan in small:
-                    self._write_tensors(group, plan)
-                _in_threads(self._write_tensors, large, self._at_once)
+                for plan in own:
+                    if sizes[plan.name] < self._large:
+                        self._write_tensors(plan)
+                with ThreadPoolExecutor(_AT_ONCE) as threads:
+                    large = [plan for plan in own if sizes[plan.name] >= self._large]
+                    list(threads.map(self._write_tensors, large))  # raises the error of any
         except Exception as error:
             self.error = error
         except BaseException:  # an interrupt: what is half written must never be published
             self.error = CheckpointError(f"Writing {self.target} was interrupted.")
             raise
 
-    def _make_tensor(self, group: TensorGroup, plan: FilePlan, name: str) -> Tensor:
+    def _make_tensor(self, plan: FilePlan, name: str) -> Tensor:
         """Return a tensor of a file, made of the gathered ones; it is made only when it is written."""
         self.progress += 1
-        sources = {key: group.parts[key] for key in plan.sources[name]}
-        if not group.stem:
+        sources = {key: self.draft.parts[key] for key in plan.mapping.sources[name]}
+        if not plan.training:
             _refuse_non_finite(sources)
-        return plan.make(name, sources)
+        return plan.mapping.make(name, sources, "cpu")
 
-    def _write_tensors(self, group: TensorGroup, plan: FilePlan) -> None:
-        tensors = LazyTensors(plan.layout, partial(self._make_tensor, group, plan))
+    def _write_tensors(self, plan: FilePlan) -> None:
+        tensors = LazyTensors(plan.layout, partial(self._make_tensor, plan))
         path = self._directory / plan.name
-        self._records[plan.name] = write_tensors(path, tensors, slashes=plan.slashes)
+        self._records[plan.name] = write_tensors(path, tensors, slashes=plan.training)
         self.progress += 1
 
     def _write_small_files(self) -> None:
@@ -470,35 +464,8 @@ def _refuse_other_plans(draft: Draft, peers: Peers) -> None:
     """Raise CheckpointError unless all ranks save the same tensors; otherwise gathering them would deadlock."""
     if peers.size == 1:
         return
-    table: dict[str, Any] = {"step": str(draft.step)}
-    for group in draft.groups:
-        for key, tensor in group.full.items():
-            table[f"{group.stem}:{key}"] = f"{tensor.dtype} {list(tensor.shape)}"
-    refuse_differences(peers, "what to save", table)
-
-
-def _in_threads(
-    action: Callable[[TensorGroup, FilePlan], None],
-    calls: Sequence[tuple[TensorGroup, FilePlan]],
-    at_once: int,
-) -> None:
-    """Make several calls at the same time, and raise the first error of any."""
-    rest, errors = list(calls[::-1]), list[BaseException]()
-
-    def work() -> None:
-        while rest and not errors:
-            try:
-                action(*rest.pop())
-            except BaseException as error:  # raised below, in the calling thread
-                errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in calls[:at_once]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    table = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in draft.full.items()}
+    refuse_differences(peers, "what to save", {"step": str(draft.step), **table})
 
 
 # ------------------------------------------------------------------------------------------------ saving a run

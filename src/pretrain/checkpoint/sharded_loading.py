@@ -399,14 +399,12 @@ def read_training_slices(
 
 def _part(stored: StoredTensors, key: str, sharding: TensorSharding) -> Tensor:
     shape = stored.info(key).shape
-    name = sharding.parameter(key) if shape else None
-    if name is not None and sharding.layout is not None:
-        whole_shape = tuple(sharding.layout.shapes[name])
-        if shape != whole_shape:
-            raise CheckpointError(
-                f"{stored.path(key)} holds {key!r} with shape {shape}, but the parameter has {whole_shape}. Use a new "
-                "train.out for a changed model."
-            )
+    name = sharding.parameter(key, shape)
+    if name is not None and shape != (expected := tuple(sharding.layout.shapes[name])):
+        raise CheckpointError(
+            f"{stored.path(key)} holds {key!r} with shape {shape}, but the parameter has {expected}. Use a new "
+            "train.out for a changed model."
+        )
     return stored.read_region(key, sharding.region(key, shape)).contiguous()
 
 

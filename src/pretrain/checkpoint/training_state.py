@@ -50,6 +50,18 @@ class TrainingState:
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
+    def by_key(self) -> dict[str, Tensor]:
+        """Return all tensors, with the file stem before the key: ``optimizer/exp_avg/blocks.0...``.
+
+        Raises:
+            CheckpointError: a stem cannot be the name of a file.
+        """
+        found = dict[str, Tensor]()
+        for stem, tensors in sorted(self.tensors.items()):
+            check_stem(stem)
+            found |= {f"{stem}/{key}": tensors[key] for key in sorted(tensors)}
+        return found
+
 
 def encoded_state(state: Mapping[str, Any]) -> bytes:
     """Return the content of state.json.
