@@ -404,7 +404,7 @@ def test_every_cut_is_put_together_again(tmp_path_factory, case):
             FilePlan(f"{i}.safetensors", i, group, alike, training=True)
             for i, group in enumerate(groups)
         )
-        draft = gathered(Draft(1, {}, plans, parts, meta, None, None, {}, sharding), peers)
+        draft = gathered(Draft(1, {}, plans, parts, meta, None, {}, sharding), peers)
         for plan in plans:
             if plan.owner == peers.rank:
                 wholes = {key: draft.parts[key] for key in plan.layout}

@@ -32,7 +32,6 @@ __all__ = [
 
 BEST, SWEEP = "best.json", "sweep.json"
 COMPARISON, TRIALS = "comparison.json", "trials.json"  # see ``pretrain.finetuning.trials``
-STATE = f"{manifest.TRAINING}/state.json"
 _LIMIT = 4096  # bytes
 
 
@@ -69,8 +68,9 @@ def run_state(checkpoint: Path) -> dict[str, Any]:
 def state_of(checkpoint: Path) -> dict[str, Any]:
     """Return all plain values of the state of training, under the same conditions."""
     try:
-        record = manifest.read_manifest(checkpoint).files[STATE]
-        state = parse_json(read_bytes(checkpoint / STATE, record), checkpoint / STATE)
+        record = manifest.read_manifest(checkpoint).files[manifest.STATE]
+        path = checkpoint / manifest.STATE
+        state = parse_json(read_bytes(path, record), path)
     except (CheckpointError, OSError, KeyError):
         return {}
     return state if isinstance(state, dict) and isinstance(state.get("run"), dict) else {}

@@ -76,11 +76,10 @@ class Draft:
 
     Attributes:
         step: step of the run; None for a model saved outside a run.
-        texts: name -> content of the small files.
+        texts: name -> content of the small files, with state.json if there is a training folder.
         files: the files of tensors.
         parts: key -> the shard of this rank, on any device.
         full: key -> the whole tensor on the meta device.
-        state: content of state.json; None without a training folder.
         processor: the tokenizer or other processor, and the keys of tokenizer_config.json that depend on the model.
         about: the environment that bit-identical resuming depends on, see ``manifest.environment``.
         sharding: which rank holds which shard of the tensors.
@@ -91,7 +90,6 @@ class Draft:
     files: tuple[FilePlan, ...]
     parts: Mapping[str, Tensor]
     full: Mapping[str, Tensor]
-    state: bytes | None
     processor: tuple[Any, dict[str, Any]] | None
     about: Mapping[str, Any]
     sharding: TensorSharding
@@ -100,7 +98,7 @@ class Draft:
     def num_bytes(self) -> int:
         """Upper bound of the size of the directory in bytes."""
         tensors = sum(total_bytes(plan.layout) for plan in self.files)
-        return tensors + len(self.state or b"") + (1 << 20)
+        return tensors + sum(map(len, self.texts.values())) + (1 << 20)
 
 
 def draft_of(
@@ -153,6 +151,8 @@ def draft_of(
     texts = model_texts(model, config, count, in_run=step is not None, repository=repository)
     if len(shards) > 1:
         texts = {model_directory.INDEX: index_json(shards, weights), **texts}
+    if training is not None:
+        texts[manifest.STATE] = encoded_state(training.state)
     several = getattr(model.backbone.config, "type_vocab_size", 1) > 1
     segments = several and model.tokenizer is not None and model.tokenizer.segments
     return Draft(
@@ -161,7 +161,6 @@ def draft_of(
         files=tuple(plans),
         parts=held,
         full=full,
-        state=encoded_state(training.state) if training is not None else None,
         processor=None
         if model.processor is None
         else (model.processor, tokenizer_entries(model, segments=segments)),

@@ -48,6 +48,7 @@ __all__ = [
 NAME = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINING = "training"
+STATE = f"{TRAINING}/state.json"
 SCHEMA = 1
 LIMIT = 16 << 20
 # Files that are needed neither to resume nor to read the weights: damage to them is reported and otherwise ignored.
@@ -197,15 +198,17 @@ def check_files(
         present = {name for name in present if not name.startswith(f"{TRAINING}/")}
     elif os.path.lexists(folder):
         expected |= manifest.training
-    damaged = set()
-    for name in sorted(set(expected) - present):
-        error = CheckpointCorrupt(
-            directory / name, f"{expected[name].size:,} bytes", "no such file"
-        )
+    damaged = set[str]()
+
+    def report(name: str, error: CheckpointCorrupt) -> None:
         if on_damage is None or name not in INESSENTIAL:
             raise error
         damaged.add(name)
         on_damage(error)
+
+    for name in sorted(set(expected) - present):
+        size = f"{expected[name].size:,} bytes"
+        report(name, CheckpointCorrupt(directory / name, size, "no such file"))
     if extra := sorted(present - set(expected)):
         raise CheckpointCorrupt(
             directory / extra[0],
@@ -213,18 +216,13 @@ def check_files(
             "one",
             "The manifest does not list it. Move it away.",
         )
-    for check in (_check_size, check_hash):
-        for name, record in sorted(expected.items()):
+    hashed = expected.keys() if hashes is None else expected.keys() & hashes
+    for check, names in ((_check_size, expected.keys()), (check_hash, hashed)):
+        for name in sorted(names - damaged):
             try:
-                if name not in damaged and (
-                    check is _check_size or hashes is None or name in hashes
-                ):
-                    check(directory / name, record)
+                check(directory / name, expected[name])
             except CheckpointCorrupt as error:
-                if on_damage is None or name not in INESSENTIAL:
-                    raise
-                damaged.add(name)
-                on_damage(error)
+                report(name, error)
 
 
 def _check_size(path: Path, record: Record) -> None:

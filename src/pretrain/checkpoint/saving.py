@@ -46,7 +46,7 @@ from pretrain.checkpoint.peers import (
     raise_on_all_ranks,
     refuse_differences,
 )
-from pretrain.checkpoint.training_state import STATE, TrainingState
+from pretrain.checkpoint.training_state import TrainingState
 from pretrain.errors import CheckpointError, PretrainError
 from pretrain.nn.layout import ShardLayout, ShardSlice
 from pretrain.utils import directories, files
@@ -385,12 +385,10 @@ class _Unfinished:
         self.progress += 1
 
     def _write_small_files(self) -> None:
-        draft, directory = self.draft, self._directory
-        texts = dict(draft.texts) if draft.state is None else {**draft.texts, STATE: draft.state}
-        for name, data in texts.items():
-            self._records[name] = files.write_file(directory / name, data)
-        if draft.processor is not None:
-            self._records |= write_processor(directory, *draft.processor)
+        for name, data in self.draft.texts.items():
+            self._records[name] = files.write_file(self._directory / name, data)
+        if self.draft.processor is not None:
+            self._records |= write_processor(self._directory, *self.draft.processor)
 
     def agree(self) -> None:
         """Tell all ranks what each of them has written, once all of them have.
@@ -447,8 +445,7 @@ def _keep_foreign(target: Path) -> None:
 
 def _folders(draft: Draft) -> list[str]:
     """Return the folders inside a model directory."""
-    inner = {os.path.dirname(name) for name in draft.texts} - {""}
-    return sorted(inner | ({manifest.TRAINING} if draft.state is not None else set()))
+    return sorted({os.path.dirname(name) for name in draft.texts} - {""})
 
 
 def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:

@@ -33,7 +33,6 @@ __all__ = [
     "tensor_files",
 ]
 
-STATE = f"{manifest.TRAINING}/state.json"
 _STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
@@ -138,10 +137,10 @@ def check_training_folder(directory: Path, listed: Manifest) -> None:
 
 def read_state(directory: Path, listed: Manifest) -> dict[str, Any]:
     """Read the plain values in state.json, verified while they are read; empty if there is no file."""
-    if STATE not in listed.training:
+    if manifest.STATE not in listed.training:
         return {}
-    path = directory / STATE
-    state = _decode(parse_json(files.read_bytes(path, listed.training[STATE]), path))
+    path = directory / manifest.STATE
+    state = _decode(parse_json(files.read_bytes(path, listed.training[manifest.STATE]), path))
     if not isinstance(state, dict):
         raise CheckpointCorrupt(path, "a JSON object", type(state).__name__)
     return state

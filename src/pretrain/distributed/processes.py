@@ -9,8 +9,8 @@ import contextlib
 import datetime
 import gc
 import json
+import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,14 @@ from pretrain.distributed.handshake import (
     introduce,
     with_time_limit,
 )
-from pretrain.distributed.store import absent, get, put, store_of_this_start, wait_for_all_ranks
+from pretrain.distributed.store import (
+    absent,
+    get,
+    put,
+    store_of_this_start,
+    wait,
+    wait_for_all_ranks,
+)
 from pretrain.distributed.watchdog import SLOW, Watchdog
 from pretrain.distributed.world import World
 from pretrain.errors import DistributedError, PretrainError
@@ -42,7 +49,6 @@ __all__ = ["Processes"]
 
 T = TypeVar("T")
 _ALL_FAIL = 2.0  # seconds within which all processes raise an error that has the same cause on all
-_POLL = 0.1  # seconds between two looks for what another rank has done
 
 
 class Processes(World):
@@ -118,22 +124,18 @@ class Processes(World):
         before = None if self.rank == 0 else host if self.local_rank else 0
         try:
             if before is not None:
-                self._await(f"{turn}/{before}", f"Rank {before} could not {what}.")
+                wait(self.store, [f"{turn}/{before}"], math.inf)
+                answer = self.store.get(f"{turn}/{before}").decode("utf-8", "replace")
+                if answer != "done":
+                    failure = DistributedError(f"Rank {before} could not {what}. {answer}")
+                    failure.everywhere = True  # that rank prints its own error
+                    raise failure
             made = make()
         except BaseException as error:
             self.store.set(f"{turn}/{self.rank}", f"{type(error).__name__}: {error}"[:4000])
             raise
         self.store.set(f"{turn}/{self.rank}", "done")
         return made
-
-    def _await(self, key: str, failed: str) -> None:
-        while not self.store.check([key]):
-            time.sleep(_POLL)
-        answer = self.store.get(key).decode("utf-8", "replace")
-        if answer != "done":
-            error = DistributedError(f"{failed} {answer}")
-            error.everywhere = True  # that rank prints its own error
-            raise error
 
     # ------------------------------------------------------------------ the process group
 
@@ -368,10 +370,10 @@ class StorePeers(SingleProcess):
     def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
         """Return the JSON values of all ranks, in rank order; waits without a time limit."""
         self._calls += 1
-        put(self._store, f"{self._calls}/{self.rank}", value)
-        while absent(self._store, str(self._calls), range(self.size), 60.0):
-            pass
-        return [get(self._store, f"{self._calls}/{rank}") for rank in range(self.size)]
+        keys = [f"{self._calls}/{rank}" for rank in range(self.size)]
+        put(self._store, keys[self.rank], value)
+        wait(self._store, keys, math.inf)
+        return [get(self._store, key) for key in keys]
 
 
 def gather_json(value: Any, size: int, group: Any) -> list[Any]:

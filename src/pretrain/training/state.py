@@ -48,7 +48,6 @@ _LINGER = 30.0
 Changed = dict[str, tuple[Any, Any]]
 # Attribute of `RunState` -> its key in state.json, where they differ.
 _KEYS = {"eval_pending": "owed", "unfrozen_from": "lowest"}
-_ABSENT = object()
 
 
 @dataclass
@@ -124,10 +123,8 @@ class RunState:
     def from_json(cls, plain: dict[str, Any]) -> RunState:
         """Inverse of ``to_json``; also reads older states, which have ``best_loss`` and no monitor."""
         plain = {"best_score": plain.get("best_loss"), **plain}
-        values = {
-            name: plain.get(_KEYS.get(name, name), _ABSENT) for name in cls.__dataclass_fields__
-        }
-        known = {name: value for name, value in values.items() if value is not _ABSENT}
+        names = {_KEYS.get(name, name): name for name in cls.__dataclass_fields__}
+        known = {names[key]: value for key, value in plain.items() if key in names}
         if known["best_score"] is None:
             known["best_score"] = math.inf
         return cls(**known)
