@@ -24,6 +24,7 @@ from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils.directories import discard, moved_aside
 from pretrain.utils.files import (
     Record,
+    fsync_directory,
     hash_file,
     note,
     read_bytes,
@@ -100,7 +101,11 @@ def environment(threads: int, torch_version: str) -> dict[str, Any]:
 def write_manifest(
     directory: Path, step: int | None, files: dict[str, Record], about: dict[str, Any]
 ) -> None:
-    """Write the manifest durably, as the last file of a checkpoint."""
+    """Write the manifest as the last file of a checkpoint, flush its folders, and compare it with the files.
+
+    Raises:
+        CheckpointCorrupt: the directory does not hold just these files, with their sizes.
+    """
     entries = {}
     for name, record in files.items():
         entries[name] = {
@@ -110,6 +115,9 @@ def write_manifest(
         }
     body = {"schema": SCHEMA, "step": step, "files": entries, "environment": about}
     write_file(directory / NAME, sealed(body))
+    for folder in {directory, *((directory / name).parent for name in files)}:
+        fsync_directory(folder)
+    check_files(directory, read_manifest(directory), hashes=())
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -117,8 +117,9 @@ def save_model(
             peers=peers,
             repository=repository,
         )
-    unfinished = _Unfinished(target, draft, peers)
+    unfinished = _Unfinished(target, peers)
     try:
+        unfinished.begin(draft)
         unfinished.write()
         unfinished.agree()
         with errors_on_all_ranks(peers):
@@ -297,35 +298,39 @@ def _send_to_owners(
 class _Unfinished:
     """A model directory that is being written under a temporary name, seen from one rank.
 
-    All ranks must make the same calls: the constructor, `write`, `agree`, and then `publish` or `discard`. Only
-    `write` does not communicate, so that a thread can do it.
+    All ranks must make the same calls: `begin`, `write`, `agree`, and then `publish` or `discard`. Only `write` does
+    not communicate, so that a thread can do it.
 
     Args:
         target: the directory that it will be.
-        draft: its contents.
         peers: the ranks.
         staging: memory for copies of the tensors, so that the model may change before `write`; None copies nothing.
 
-    Raises:
-        CheckpointError: on all ranks: they do not save the same, or the directory cannot be created.
+    Attributes:
+        error: what went wrong on this rank; `agree` raises it on all ranks.
+        progress: number of tensors and files that this rank has written.
+        agreed: all ranks have written their files.
     """
 
-    def __init__(
-        self, target: Path, draft: Draft, peers: Peers, staging: Staging | None = None
-    ) -> None:
-        self.target, self.peers = target, peers
-        # A save in the background writes with one thread and leaves the other cores to the training.
-        self._large: float = _LARGE if staging is None else math.inf
+    def __init__(self, target: Path, peers: Peers, staging: Staging | None = None) -> None:
+        self.target, self.peers, self._staging = target, peers, staging
         self.error: Exception | None = None
-        self.progress = 0  # tensors and files that this rank has written
+        self.progress = 0
         self.agreed = False
         self._records: dict[str, Record] = {}
-        self._needed = draft.num_bytes
         self._created = ExitStack()
-        _refuse_other_plans(draft, peers)
+
+    def begin(self, draft: Draft) -> None:
+        """Create the temporary directory and gather the tensors of the files of this rank.
+
+        Raises:
+            CheckpointError: on all ranks: they do not save the same, or the directory cannot be created.
+        """
+        self._needed = draft.num_bytes
+        _refuse_other_plans(draft, self.peers)
         try:
             self._directory = self._create(draft)
-            self.draft = gathered(draft, peers, staging)
+            self.draft = gathered(draft, self.peers, self._staging)
         except BaseException:
             self.discard()
             raise
@@ -338,7 +343,7 @@ class _Unfinished:
                 if files.free_bytes(target.parent) < self._needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
                 directory = self._created.enter_context(directories.temporary_directory(target))
-                for folder in _folders(draft):
+                for folder in sorted({os.path.dirname(name) for name in draft.texts} - {""}):
                     files.IO.mkdir(directory / folder)
                 name = directory.name
         path = target.parent / str(self.peers.all_gather_object(name)[0])
@@ -352,6 +357,8 @@ class _Unfinished:
 
     def write(self) -> None:
         """Write the files of this rank durably; an error is kept in ``error``, for `agree`."""
+        # A save in the background writes with one thread and leaves the other cores to the training.
+        large = math.inf if self._staging is not None else _LARGE
         own = [plan for plan in self.draft.files if plan.owner == self.peers.rank]
         sizes = {plan.name: total_bytes(plan.layout) for plan in own}
         try:
@@ -359,16 +366,13 @@ class _Unfinished:
                 if self.peers.rank == 0:
                     self._write_small_files()
                 for plan in own:
-                    if sizes[plan.name] < self._large:
+                    if sizes[plan.name] < large:
                         self._write_tensors(plan)
                 with ThreadPoolExecutor(_AT_ONCE) as threads:
-                    large = [plan for plan in own if sizes[plan.name] >= self._large]
-                    list(threads.map(self._write_tensors, large))  # raises the error of any
+                    rest = [plan for plan in own if sizes[plan.name] >= large]
+                    list(threads.map(self._write_tensors, rest))  # raises the error of any
         except Exception as error:
             self.error = error
-        except BaseException:  # an interrupt: what is half written must never be published
-            self.error = CheckpointError(f"Writing {self.target} was interrupted.")
-            raise
 
     def _make_tensor(self, plan: FilePlan, name: str) -> Tensor:
         """Return a tensor of a file, made of the gathered ones; it is made only when it is written."""
@@ -409,19 +413,13 @@ class _Unfinished:
     def publish(self) -> None:
         """Write the manifest and rename the directory, on rank zero; an existing target is kept until then.
 
-        Every file is flushed by then, and its hash was taken of the bytes that were written. The manifest is read back
-        and compared with the sizes of all files.
+        Every file is flushed by then, and its hash was taken of the bytes that were written.
         """
         if self.peers.rank != 0:
             return
         with self._created, files.writing(self.target, self._needed):
-            for folder in _folders(self.draft):
-                files.fsync_directory(self._directory / folder)
             about = dict(self.draft.about)
             manifest.write_manifest(self._directory, self.draft.step, self._records, about)
-            files.fsync_directory(self._directory)
-            listed = manifest.read_manifest(self._directory)
-            manifest.check_files(self._directory, listed, hashes=())
             if manifest.step_of(self.target.name) is not None:
                 _keep_foreign(self.target)
             directories.publish(self._directory, self.target)
@@ -443,11 +441,6 @@ def _keep_foreign(target: Path) -> None:
     )
 
 
-def _folders(draft: Draft) -> list[str]:
-    """Return the folders inside a model directory."""
-    return sorted({os.path.dirname(name) for name in draft.texts} - {""})
-
-
 def _refuse_non_finite(weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if not is_finite(tensor):
@@ -466,17 +459,6 @@ def _refuse_other_plans(draft: Draft, peers: Peers) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ saving a run
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What completing a save needs besides the written files; ``began`` is the time of `Saver.save`."""
-
-    target: Path
-    step: int
-    keep: int
-    protect: Collection[int]
-    began: float
 
 
 class Saver:
@@ -519,8 +501,9 @@ class Saver:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._unfinished: _Unfinished | None = None
-        self._request: _Request
-        self._failure: BaseException | None = None
+        # Of the last save: when it was called for, and the deletion of the checkpoints that it need not keep.
+        self._began = 0.0
+        self._rotate: Callable[[], object]
 
     def save(
         self,
@@ -562,35 +545,37 @@ class Saver:
                 f"keep is {keep} and step is {step}; keep must be at least 1, and step at least 0."
             )
         self.wait()
+        self._began = began
+        self._rotate = partial(
+            manifest.rotate, self.run_dir, keep=keep, protect={*protect, step}, newest=step
+        )
         target = self.run_dir / f"checkpoint-{step}"
-        self._request = _Request(target, step, keep, {*protect, step}, began)
-        block = {**pretrain_block, "step": step, "tokens_seen": tokens}
+        save = _Unfinished(target, self.peers, self._staging if self.background else None)
         try:
-            self._begin(
-                model, step=step, block=block, training=training, max_shard_bytes=max_shard_bytes
-            )
+            with errors_on_all_ranks(self.peers):
+                draft = draft_of(
+                    model,
+                    step=step,
+                    block={**pretrain_block, "step": step, "tokens_seen": tokens},
+                    training=training,
+                    max_shard_bytes=max_shard_bytes,
+                    layout=self.layout,
+                    peers=self.peers,
+                )
+                if self.peers.rank == 0:
+                    self._prepare(target)
+            save.begin(draft)
         except Exception as error:
             if not self.background or self.peers.size > 1:
                 raise
-            self._failure = error
-        else:
-            self._run(self._write)
+            save.error = error
+        self._unfinished = save
+        if save.error is None:
+            self._run(self._write, save)
         if not self.background:
             self.wait()
         self.stall = time.monotonic() - began if self.background else self.seconds or 0.0
         return target
-
-    # A save has four parts: `_begin` and `_write`, then, on all ranks, `_Unfinished.agree`, then `_complete`.
-
-    def _begin(self, model: Model, **contents: Any) -> None:
-        """Create the temporary directory and gather the tensors; ``contents`` are arguments of `draft_of`."""
-        target = self._request.target
-        with errors_on_all_ranks(self.peers):
-            draft = draft_of(model, layout=self.layout, peers=self.peers, **contents)
-            if self.peers.rank == 0:
-                self._prepare(target)
-        staging = self._staging if self.background else None
-        self._unfinished = _Unfinished(target, draft, self.peers, staging)
 
     def _prepare(self, target: Path) -> None:
         """Create the run directory, and remove the leftovers of earlier saves."""
@@ -602,46 +587,45 @@ class Saver:
                     f"{target} is a link. Remove it; a checkpoint is written to its own directory."
                 )
 
-    def _write(self) -> None:
+    # What follows `_Unfinished.begin`: `_write`, then, on all ranks, `_Unfinished.agree`, then `_publish` on rank zero.
+
+    def _write(self, save: _Unfinished) -> None:
         """Write the files of this rank; a single process completes the save as well."""
-        assert self._unfinished is not None
-        self._unfinished.write()
+        save.write()
         if self.peers.size == 1:
-            self._unfinished.agree()
-            self._complete()
+            save.agree()
+            self._publish(save)
 
-    def _complete(self) -> None:
-        """Publish the checkpoint and delete old ones, on rank zero; record on all ranks that the save is complete."""
-        request = self._request
-        if self.peers.rank == 0:
-            assert self._unfinished is not None
-            self._unfinished.publish()
-            manifest.rotate(
-                self.run_dir, keep=request.keep, protect=request.protect, newest=request.step
-            )
-        self.durable, self.seconds = request.target, time.monotonic() - request.began
+    def _publish(self, save: _Unfinished) -> None:
+        save.publish()
+        self._rotate()
+        self._completed(save)
 
-    def _run(self, part: Callable[[], None]) -> None:
-        """Run a part of a save, in a thread if the saver works in the background."""
+    def _completed(self, save: _Unfinished) -> None:
+        self.durable, self.seconds = save.target, time.monotonic() - self._began
+
+    def _run(self, part: Callable[[_Unfinished], None], save: _Unfinished) -> None:
+        """Run a part of a save, in a thread if the saver works in the background; an error is kept in the save."""
         if not self.background:
-            self._run_and_keep_error(part)
+            self._run_and_keep_error(part, save)
             return
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,
-            args=(self._run_and_keep_error, part),
+            args=(self._run_and_keep_error, part, save),
             name="pretrain-saver",
         )
         self._thread.start()
 
-    def _run_and_keep_error(self, part: Callable[[], None]) -> None:
-        """Run a part of a save; its error is raised in the main thread, by `wait` or `poll`."""
+    def _run_and_keep_error(self, part: Callable[[_Unfinished], None], save: _Unfinished) -> None:
         try:
-            part()
-        except BaseException as error:
-            self._failure = error
-            if not self.background and not isinstance(error, Exception):
+            part(save)
+        except Exception as error:
+            save.error = error
+        except BaseException:  # an interrupt: what is half written must never be published
+            if not self.background:
                 self._drop()
                 raise
+            save.error = CheckpointError(f"Writing {save.target} was interrupted.")
 
     @property
     def busy(self) -> bool:
@@ -662,8 +646,7 @@ class Saver:
 
         The ranks must agree on the step at which they act on it; then all of them call ``wait``.
         """
-        save = self._unfinished
-        return self._failure is not None or (save is not None and save.error is not None)
+        return self._unfinished is not None and self._unfinished.error is not None
 
     def publish(self) -> None:
         """Publish the save that all ranks have written; all of them must call it. Rank zero does it in its thread.
@@ -681,7 +664,7 @@ class Saver:
             self._drop()
             raise
         if self.peers.rank == 0:
-            self._run(self._complete)
+            self._run(self._publish, save)
 
     def poll(self) -> None:
         """Raise the error of a save in the background, if it failed on this rank; does not wait.
@@ -689,15 +672,16 @@ class Saver:
         Raises:
             CheckpointError: the save failed; earlier checkpoints are untouched.
         """
-        failure, self._failure = self._failure, None
-        if failure is not None:
+        save = self._unfinished
+        # What one of several ranks could not write is raised by `publish`, on all of them.
+        if save is None or self.busy or not (self.peers.size == 1 or save.agreed):
+            return
+        if save.error is not None:
             self._unfinished = None
-            raise self._as_saving_error(failure)
+            raise self._as_saving_error(save.error)
 
-    def _as_saving_error(self, failure: BaseException) -> BaseException:
+    def _as_saving_error(self, failure: Exception) -> Exception:
         if isinstance(failure, PretrainError) or not self.background:
-            return failure
-        if not isinstance(failure, Exception):
             return failure
         error = CheckpointError(
             f"Saving to {self.run_dir} in the background failed with {type(failure).__name__}: {failure}. "
@@ -712,19 +696,17 @@ class Saver:
         Raises:
             CheckpointError: on all ranks: the save failed; earlier checkpoints are untouched.
         """
-        if self._unfinished is not None:
-            if self.peers.size > 1:
-                self.publish()
-            self._join()
-            self._unfinished = None
-            if self.peers.size > 1:
-                failure = None if self._failure is None else self._as_saving_error(self._failure)
-                if failure is None or isinstance(failure, Exception):
-                    self._failure = None
-                    raise_on_all_ranks(self.peers, failure)
-                    if self.peers.rank:
-                        self._complete()
-        self.poll()
+        save = self._unfinished
+        if save is None:
+            return
+        if self.peers.size > 1:
+            self.publish()
+        self._join()
+        self._unfinished = None
+        failure = None if save.error is None else self._as_saving_error(save.error)
+        raise_on_all_ranks(self.peers, failure)
+        if self.peers.rank:
+            self._completed(save)
 
     def _join(self) -> None:
         """Wait for the threads of all ranks.
@@ -750,7 +732,7 @@ class Saver:
 
     def _drop(self) -> None:
         """Give up a save that is not published."""
-        save, self._unfinished, self._failure = self._unfinished, None, None
+        save, self._unfinished = self._unfinished, None
         if save is not None:
             save.discard()
 
