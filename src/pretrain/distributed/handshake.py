@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ __all__ = [
     "with_time_limit",
 ]
 
+T = TypeVar("T")
 Hello = dict[str, Any]
 
 _GRACE = 8.0  # seconds within which a new file must become visible on a network file system
@@ -349,20 +350,16 @@ def check_links(
     Raises:
         DistributedError: a wrong sum, an error of the backend, or a timeout; the message names this process.
     """
-    speeds: dict[str, float] = {}
-    with_time_limit(
-        lambda: speeds.update(_measure(all_reduce, device, rank, size)),
+    return with_time_limit(
+        lambda: _measure(all_reduce, device, rank, size),
         f"The all-reduce that tests the links, on rank {rank} of {size}",
         device,
         timeout,
     )
-    return speeds
 
 
-def with_time_limit(
-    run: Callable[[], object], what: str, device: torch.device, timeout: float
-) -> None:
-    """Run a function that may block on other processes, with a time limit.
+def with_time_limit(run: Callable[[], T], what: str, device: torch.device, timeout: float) -> T:
+    """Return the result of a function that may block on other processes, with a time limit.
 
     Args:
         run: called in a separate thread, because a collective that hangs cannot be interrupted; on a timeout the thread
@@ -374,13 +371,13 @@ def with_time_limit(
     Raises:
         DistributedError: the function failed, or did not return in time.
     """
-    failures: list[BaseException] = []
+    results, failures = list[T](), list[BaseException]()
 
     def work() -> None:
         try:
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)
-            run()
+            results.append(run())
         except BaseException as error:
             failures.append(error)
 
@@ -389,17 +386,15 @@ def with_time_limit(
     thread.join(timeout)
     if failures and isinstance(failures[0], DistributedError):
         raise failures[0]
-    if failures or thread.is_alive():
-        failed = (
-            f"failed: {failures[0]}"
-            if failures
-            else f"did not come back within {timeout:g} seconds"
-        )
-        raise DistributedError(
-            f"{what} (host {socket.gethostname()}, {device}), {failed}. {_own_name()}Look for the rank that failed "
-            "first; check that a firewall lets the hosts talk on all ports, and that GLOO_SOCKET_IFNAME (CPU) or "
-            "NCCL_SOCKET_IFNAME (CUDA) names the interface between them; NCCL_DEBUG=INFO shows what NCCL tries."
-        ) from (failures[0] if failures else None)
+    if results:
+        return results[0]
+    cause = failures[0] if failures else None
+    failed = f"failed: {cause}" if failures else f"did not come back within {timeout:g} seconds"
+    raise DistributedError(
+        f"{what} (host {socket.gethostname()}, {device}), {failed}. {_own_name()}Look for the rank that failed "
+        "first; check that a firewall lets the hosts talk on all ports, and that GLOO_SOCKET_IFNAME (CPU) or "
+        "NCCL_SOCKET_IFNAME (CUDA) names the interface between them; NCCL_DEBUG=INFO shows what NCCL tries."
+    ) from cause
 
 
 def _own_name() -> str:
@@ -424,15 +419,17 @@ def _own_name() -> str:
 def _measure(
     all_reduce: Callable[[Tensor], None], device: torch.device, rank: int, size: int
 ) -> dict[str, float]:
-    def synchronize() -> None:
+    def seconds(tensor: Tensor) -> float:
+        began = time.perf_counter()
+        all_reduce(tensor)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return time.perf_counter() - began
 
     # Integers whose sum is exact in fp32 for thousands of ranks.
     pattern = torch.arange(4099, device=device, dtype=torch.float32) % 257
     share = pattern * (rank % 8 + 1)
-    all_reduce(share)
-    synchronize()
+    seconds(share)
     expected = pattern * sum(other % 8 + 1 for other in range(size))
     wrong = (share != expected).nonzero().flatten().tolist()
     if wrong:
@@ -442,24 +439,14 @@ def _measure(
             f"{len(wrong)} of {len(expected)} numbers differ, number {at} is {float(share[at])}, not "
             f"{float(expected[at])}. Memory, a link or a driver is faulty: do not train on this machine."
         )
-    small = torch.zeros(1, device=device)
-    times = []
-    for turn in range(25):
-        began = time.perf_counter()
-        all_reduce(small)
-        synchronize()
-        times.append(time.perf_counter() - began)
-        if turn >= 4 and sum(times) > 2.0:
-            break
+    # The number that is summed tells whether a rank has measured for long: all of them must stop at the same turn.
+    small, times = torch.zeros(1, device=device), list[float]()
+    while len(times) < 5 or (len(times) < 25 and not small.item()):
+        small.fill_(float(sum(times) > 2.0))
+        times.append(seconds(small))
     latency = statistics.median(times[2:])
     nbytes = (256 if device.type == "cuda" else 16) << 20
     large = torch.zeros(nbytes // 4, device=device)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        all_reduce(large)
-        synchronize()
-        times.append(time.perf_counter() - began)
-    seconds = min(times[1:])
-    bus = nbytes / seconds * 2 * (size - 1) / size
+    _, *times = [seconds(large) for _ in range(4)]
+    bus = nbytes / min(times) * 2 * (size - 1) / size
     return {"bus_gb_s": bus / 1e9, "megabytes": nbytes / 2**20, "latency_us": latency * 1e6}
