@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from pretrain.utils.strict_json import to_json
 __all__ = [
     "SINGLE_PROCESS",
     "Peers",
-    "SingleProcess",
     "TensorSharding",
     "errors_on_all_ranks",
     "raise_on_all_ranks",
@@ -30,8 +29,8 @@ __all__ = [
 ]
 
 
-class Peers(Protocol):
-    """Ranks that call the same functions in the same order.
+class Peers:
+    """Ranks that call the same functions in the same order; as they are here, a single process.
 
     Only the main thread calls them. No call may use pickle. After an exception from any call, the ranks can no longer
     be synchronised.
@@ -41,11 +40,8 @@ class Peers(Protocol):
         size: world size.
     """
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
+    rank = 0
+    size = 1
 
     def gather(
         self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
@@ -60,38 +56,20 @@ class Peers(Protocol):
         Returns:
             For every tensor, those of all ``ranks`` in their order on its owner, and nothing on the others.
         """
+        return [[shard] for shard in shards]
 
     def heartbeat(self) -> None:
-        """Report to the watchdog that this process makes progress; called in the main thread only."""
+        """Report to the watchdog, if there is one, that this process makes progress; in the main thread only."""
 
     def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
         """Gather the JSON values of all ranks on all ranks, in rank order; waits for all ranks.
 
         ``progress`` tells whether the call counts as a `heartbeat`.
         """
-
-
-class SingleProcess:
-    """A single process, without communication."""
-
-    rank = 0
-    size = 1
-
-    def gather(
-        self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]
-    ) -> list[list[Tensor]]:
-        """Return the tensors: there is no other rank."""
-        return [[shard] for shard in shards]
-
-    def heartbeat(self) -> None:
-        """Do nothing: there is no watchdog."""
-
-    def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
-        """Return a list with the value of this process only."""
         return [value]
 
 
-SINGLE_PROCESS = SingleProcess()
+SINGLE_PROCESS = Peers()
 
 
 class TensorSharding:

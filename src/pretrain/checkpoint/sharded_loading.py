@@ -85,23 +85,22 @@ def latest_on_all_ranks(run_dir: str | Path, peers: Peers) -> Path | None:
     with errors_on_all_ranks(peers), files.reading(run_dir):
         if peers.rank == 0 and directory.is_dir():
             names = [path.name for path in manifest.run_checkpoints(directory)]
-    failures: list[CheckpointError] = []
+    broken: list[tuple[Path, CheckpointError]] = []
     for name in peers.all_gather_object(names)[0]:
         path = directory / str(name)
         try:
             _verify_on_all_ranks(path, peers)
         except CheckpointError as error:
-            failures.append(error)
+            broken.append((path, error))
         else:
-            for broken, failure in zip(names, failures, strict=False):
-                # `names` is empty except on rank zero.
-                manifest.report_skipped(directory / broken, failure)
+            for skipped in broken if peers.rank == 0 else ():
+                manifest.report_skipped(*skipped)
             return path
-    if failures:
-        count = f"{len(failures)} checkpoint{'s' * (len(failures) > 1)}"
+    if broken:
+        count = f"{len(broken)} checkpoint{'s' * (len(broken) > 1)}"
         raise CheckpointError(
             f"{run_dir} holds {count}, but none is complete and undamaged, so the run cannot be resumed. It is not "
-            f"restarted automatically. The newest: {failures[0]} Restore the files from a backup; or start a new run "
+            f"restarted automatically. The newest: {broken[0][1]} Restore the files from a backup; or start a new run "
             f"from the weights alone, with a new train.out and model.checkpoint={run_dir}; or, to start over, move "
             f"the directory away: mv {run_dir} {run_dir}.broken"
         )

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from pretrain.checkpoint.peers import SingleProcess, errors_on_all_ranks
+from pretrain.checkpoint.peers import Peers, errors_on_all_ranks
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.handshake import (
     check_links,
@@ -354,7 +354,7 @@ def connect(
     )
 
 
-class StorePeers(SingleProcess):
+class StorePeers(Peers):
     """The processes before they have a process group: they exchange JSON values through a store, and no tensors.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain import distributed
-from pretrain.checkpoint.peers import Peers, SingleProcess
+from pretrain.checkpoint.peers import Peers
 from pretrain.distributed.estimates import MeshShape
 from pretrain.distributed.launched import launched, launcher_number
 
@@ -26,8 +26,8 @@ __all__ = ["World", "current_world", "world_is_known"]
 T = TypeVar("T")
 
 
-class World(SingleProcess):
-    """One process, seen from itself; the base class of several. They are the `Peers` that share a checkpoint.
+class World(Peers):
+    """One process, seen from itself; the base class of several. They are also the peers that share a checkpoint.
 
     Attributes:
         rank, size: rank of this process, and the world size.
