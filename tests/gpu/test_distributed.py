@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig
-from pretrain.distributed.world import World, reset_world
+from pretrain.distributed.world import World
 from pretrain.nn.attention import AttentionMask, attend
 from pretrain.training.trainer import Trainer
 from tiny import Rows, objective
@@ -21,27 +21,29 @@ pytestmark = [
 
 
 def _losses(out: Path, **parallel: Any) -> list[float]:
-    with reset_world():
-        trainer = Trainer(
-            objective(),
-            Rows(40),
-            optim=OptimConfig(lr=3e-3),
-            train=TrainConfig(
-                out=str(out),
-                limit="6 steps",
-                batch_rows=8,
-                micro_rows=4,
-                precision="fp32",
-                log_every=1,
-                eval_every="0 steps",
-            ),
-            parallel=ParallelConfig(device="cuda", **parallel),
-            eval_data=Rows(8, seed=5),
-            quiet=True,
-            world=World(),
-        )
+    world = World()
+    trainer = Trainer(
+        objective(),
+        Rows(40),
+        optim=OptimConfig(lr=3e-3),
+        train=TrainConfig(
+            out=str(out),
+            limit="6 steps",
+            batch_rows=8,
+            micro_rows=4,
+            precision="fp32",
+            log_every=1,
+            eval_every="0 steps",
+        ),
+        parallel=ParallelConfig(device="cuda", **parallel),
+        eval_data=Rows(8, seed=5),
+        quiet=True,
+        world=world,
+    )
+    try:
         run = trainer.fit()
-        trainer.world.destroy_process_group()
+    finally:
+        world.destroy_process_group()
     return [r["loss"] for r in run.history if "grad_norm" in r]
 
 

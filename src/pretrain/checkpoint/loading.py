@@ -127,8 +127,7 @@ def _load(
 ) -> Model:
     directory = ModelDirectory(path, verify=verify)
     if directory.is_adapter:
-        if directory.manifest is None:
-            _refuse_incomplete(path, directory.model_config(), verify)
+        _refuse_incomplete(directory, directory.model_config())
         model, beneath = checkpoint.adapter_files.open_adapter(
             directory, head=head, base=base, verify=verify, quiet=quiet
         )
@@ -165,20 +164,17 @@ def open_described(
         The model on the meta device with its tokenizer, the content of config.json, and the weight files as
         returned by ``ModelDirectory.weight_files``.
     """
-    path, verify = directory.path, directory.verify
-    if not directory.has("config.json") and directory.manifest is None:
-        _refuse_incomplete(path, {}, verify)
-        directory.weight_files()
-        raise CheckpointError(
-            f"{path} has no config.json, so it is no Hugging Face model directory."
-        )
-    config = directory.json("config.json")
-    if directory.manifest is None:
-        _refuse_incomplete(path, config, verify)
+    listed = directory.manifest is not None or directory.has("config.json")
+    config = directory.json("config.json") if listed else {}
+    _refuse_incomplete(directory, config)
     names = directory.weight_files()
+    if not listed:
+        raise CheckpointError(
+            f"{directory.path} has no config.json, so it is no Hugging Face model directory."
+        )
     if directory.has(ADAPTER_CONFIG):
         note(
-            f"{path} holds a whole model and an adapter; the whole model is opened, without the adapter."
+            f"{directory.path} holds a whole model and an adapter; the whole model is opened, without the adapter."
         )
     model = Model.from_hf_config(config, head=head)
     _open_rest(model, directory, tokenizer=tokenizer)
@@ -234,13 +230,13 @@ def _open_of_base(
         )
 
 
-def _refuse_incomplete(path: Path, config: Mapping[str, Any], verify: bool) -> None:
+def _refuse_incomplete(directory: ModelDirectory, config: Mapping[str, Any]) -> None:
     """Raise CheckpointCorrupt for a checkpoint without a manifest: it was never finished, or was tampered with."""
-    block = config.get("pretrain")
+    path, block = directory.path, config.get("pretrain")
     ours = (
         isinstance(block, dict) and "step" in block and path.name == f"checkpoint-{block['step']}"
     )
-    if verify and (manifest.looks_cut(path) or ours):
+    if directory.verify and directory.manifest is None and (manifest.looks_cut(path) or ours):
         hint = "Without it the checkpoint is not complete. To use its weights all the same: load(..., verify=False)."
         raise CheckpointCorrupt(path / manifest.NAME, "a manifest", "no such file", hint)
 

@@ -114,11 +114,15 @@ class _Plan:
     micro: int
     coupled: bool = False
 
-    def made(self, sizes: MeshShape, strategy: str, reason: str) -> ParallelPlan:
-        """Return a plan with its memory estimate."""
+    def made(
+        self, sizes: MeshShape, strategy: str, before: str = "", after: str = ""
+    ) -> ParallelPlan:
+        """Return a plan; its reason is the memory needed and available, with text before and after it."""
         whole = strategy == "fsdp" and self.keeps_whole(sizes.tp)
-        rows = self.rows(sizes, strategy)
-        return ParallelPlan(sizes, strategy, reason, whole, self.memory(sizes, strategy), rows)
+        needed, rows = self.memory(sizes, strategy), self.rows(sizes, strategy)
+        of = "" if self.budget is None else f" of {_gib(self.budget)}"
+        reason = f"{before}{_gib(needed.total)}{of} GiB needed per process{after}"
+        return ParallelPlan(sizes, strategy, reason, whole, needed, rows)
 
     def keeps_whole(self, tp: int) -> bool:
         """Return whether FSDP2 keeps whole weights and gradients between micro-batches, to communicate once a step."""
@@ -166,28 +170,27 @@ class _Plan:
         if strategy == "auto" and (settings.cpu_offload or (fixed and fixed.dp_shard > 1)):
             strategy = "fsdp"
         if strategy == "fsdp":
-            sizes = fixed or self.sharded(dp, tp)
-            return self.made(sizes, "fsdp", f"fsdp as configured: {self.arithmetic(sizes, 'fsdp')}")
+            return self.made(fixed or self.sharded(dp, tp), "fsdp", "fsdp as configured: ")
         copies = MeshShape(dp, 1, tp)
         name = "ddp" if dp > 1 else "single"
         if dp == 1:
-            return self.made(copies, name, self.arithmetic(copies, name))
+            return self.made(copies, name)
         if strategy == "ddp" or settings.reproducible or (fixed and fixed.dp_replicate == dp):
             why = "for reproducible sums" if settings.reproducible else "as configured"
-            return self.made(copies, name, f"ddp {why}: {self.arithmetic(copies, name)}")
+            return self.made(copies, name, f"ddp {why}: ")
         needed = self.memory(copies, name).total
         if needed <= self.room:
             rows = self.rows(copies, name)
             saved = needed - self.memory(MeshShape(1, dp, tp), "fsdp", rows=rows).total
-            reason = f"ddp: {self.arithmetic(copies, name)}"
-            if saved > 0.05 * needed:
-                reason += f"; fsdp would save {_gib(saved)}"
-            return self.made(copies, name, reason)
+            much = saved > 0.05 * needed
+            return self.made(
+                copies, name, "ddp: ", f"; fsdp would save {_gib(saved)}" if much else ""
+            )
         sizes = self.sharded(dp, tp)
-        reason = f"fsdp over {sizes.dp_shard}: {self.arithmetic(sizes, 'fsdp')}, ddp {_gib(needed)}"
-        if sizes.dp_replicate > 1:
-            reason += f"; {sizes.dp_replicate} copies"
-        return self.made(sizes, "fsdp", reason)
+        copied = f"; {sizes.dp_replicate} copies" if sizes.dp_replicate > 1 else ""
+        return self.made(
+            sizes, "fsdp", f"fsdp over {sizes.dp_shard}: ", f", ddp {_gib(needed)}{copied}"
+        )
 
     def sharded(self, dp: int, tp: int) -> MeshShape:
         """Return the mesh with the fewest shards that fit and lie inside a host, else sharded over all processes."""
@@ -197,11 +200,6 @@ class _Plan:
             if self.fits(MeshShape(dp // shard, shard, tp), "fsdp"):
                 return MeshShape(dp // shard, shard, tp)
         return MeshShape(1, dp, tp)
-
-    def arithmetic(self, sizes: MeshShape, strategy: str) -> str:
-        """Return the memory needed and available, as text."""
-        of = "" if self.budget is None else f" of {_gib(self.budget)}"
-        return f"{_gib(self.memory(sizes, strategy).total)}{of} GiB needed per process"
 
     def advice(self, choice: ParallelPlan) -> str:
         """Return what would make the run fit, as the end of a sentence; "" if it fits."""

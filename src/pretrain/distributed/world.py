@@ -219,15 +219,3 @@ def current_world(patience: float = 300.0) -> World:
     if _world is None or not world_is_known():
         _world = World.find(patience)
     return _world
-
-
-@contextlib.contextmanager
-def reset_world() -> Iterator[None]:
-    """Destroy the process group and forget the world at the end; for tests that create several worlds in turn."""
-    global _world
-    try:
-        yield
-    finally:
-        if _world is not None:
-            _world.destroy_process_group()
-        _world = None
