@@ -315,16 +315,16 @@ def test_several_processes(in_background, tmp_path):
 def test_a_new_directory_is_seen_late_or_never_by_another_host(late, tmp_path, monkeypatch):
     """As on a network file system, which caches that a name is absent."""
     monkeypatch.setattr(directories, "GRACE", directories.GRACE if late < 1 else 0.3)
-    asked, is_dir = [], Path.is_dir
+    asked, exists = [], Path.exists
 
     def stale(path):
         if threading.current_thread().name == "process 1" and ".pretrain-new-" in path.name:
             asked.append(time.monotonic())
             if asked[-1] < asked[0] + late:
                 return False
-        return is_dir(path)
+        return exists(path)
 
-    monkeypatch.setattr(Path, "is_dir", stale)
+    monkeypatch.setattr(Path, "exists", stale)
     model = tiny()
     layout = layout_of(model, 1, 2, 1)
 

@@ -140,7 +140,7 @@ def test_two_processes_of_one_rank_are_refused() -> None:
 
 
 def test_a_run_directory_of_its_own_is_named(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("pretrain.distributed.handshake._GRACE", 0.3)
+    monkeypatch.setattr("pretrain.utils.directories.GRACE", 0.3)
     folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "own"]
     text = refused(together(3, folders=folders, timeout=5))
     assert text.startswith("Rank 2 (host node-1) does not see the run directory")

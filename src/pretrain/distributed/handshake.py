@@ -28,6 +28,7 @@ from torch import Tensor
 from pretrain import __version__
 from pretrain.distributed.store import absent, get, put, ranks, wait
 from pretrain.errors import DistributedError
+from pretrain.utils.directories import appears
 from pretrain.utils.files import write_file
 
 __all__ = [
@@ -43,7 +44,6 @@ __all__ = [
 T = TypeVar("T")
 Hello = dict[str, Any]
 
-_GRACE = 8.0  # seconds within which a new file must become visible on a network file system
 _MARGIN = 15.0  # seconds to wait for rank 0's verdict beyond its own time limits
 _INSTALL = "Install the same versions on all hosts"
 # Values that must be equal on all ranks -> remedy.
@@ -212,16 +212,9 @@ def _master() -> str:
 
 def _sees(folder: Path | None, nonce: str) -> str:
     """Return whether this process sees rank 0's file in the run directory: "yes", "read-only", or "nothing"."""
-    end = time.monotonic() + _GRACE
-    while folder is not None:
-        with contextlib.suppress(OSError):
-            # Listing the directory asks the file server, whereas the lookup of one name may be cached.
-            if nonce in os.listdir(folder):
-                return "yes" if os.access(folder, os.W_OK) else "read-only"
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    return "nothing"
+    if folder is None or not appears(folder / nonce):
+        return "nothing"
+    return "yes" if os.access(folder, os.W_OK) else "read-only"
 
 
 # ------------------------------------------------------------------------------------------------ comparison

@@ -47,7 +47,7 @@ __all__ = [
 # new: being written. old: moved aside while it is replaced. gone: rotated out, being deleted.
 _TEMPORARY = re.compile(r"^\.pretrain-(new|old|gone)-(\d{1,10})-[0-9a-f]{8}-(.+)$")
 _START = 1 << 20  # bytes of a file in which its mark is looked for
-GRACE = 8.0  # seconds to wait until a network file system shows a directory created by another host
+GRACE = 8.0  # seconds to wait until a network file system shows what another host has created
 _active: set[str] = set()  # temporary directories that threads of this process are writing
 _reported: set[str] = set()  # paths that could not be removed and have been reported
 
@@ -123,12 +123,12 @@ def keep_foreign(path: Path, mark: bytes) -> None:
 
 
 def appears(path: Path) -> bool:
-    """Whether a directory created by another host is visible here; waits for at most `GRACE` seconds."""
+    """Whether what another host has created is visible here; waits for at most `GRACE` seconds."""
     end = time.monotonic() + GRACE
     while True:
         with contextlib.suppress(OSError):
             # Listing the parent queries the server, whereas a negative lookup of the name may be cached.
-            if path.name in os.listdir(path.parent) and path.is_dir():
+            if path.name in os.listdir(path.parent) and path.exists():
                 return True
         if time.monotonic() > end:
             return False
