@@ -351,10 +351,13 @@ def write_processor(
 def _groups(weights: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     """Divide tensors into groups of at most `limit` bytes, in order; a larger tensor gets a group of its own."""
     groups: list[dict[str, Tensor]] = [{}]
+    size = 0
     for name, tensor in weights.items():
-        if groups[-1] and total_bytes(groups[-1]) + total_bytes({name: tensor}) > limit:
+        if groups[-1] and size + tensor.nbytes > limit:
             groups.append({})
+            size = 0
         groups[-1][name] = tensor
+        size += tensor.nbytes
     return groups
 
 
