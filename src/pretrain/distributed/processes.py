@@ -171,17 +171,15 @@ class Processes(World):
                 mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
             )
             each = sizes.dp_shard * sizes.tp
-            for first in range(0, self.size, each):  # all ranks must call every new_group()
-                ranks = list(range(first, first + each))
-                some = each < self.size
-                group = dist.new_group(ranks, self._limit) if some else dist.group.WORLD
-                if self.rank in ranks:
-                    self.replica = group
+            self.replica = dist.group.WORLD
+            if each < self.size:
+                subgroups: Any = dist.new_subgroups  # not annotated in torch
+                self.replica, _ = subgroups(each, timeout=self._limit)
         self.sizes = sizes
 
     def mesh(self, *names: str) -> Any:
         """Return the submesh of one or more dimensions of the mesh."""
-        return self._mesh[names if len(names) > 1 else names[0]]
+        return self._mesh[names]
 
     def group(self, name: str) -> Any:
         """Return the process group along one dimension of the mesh that contains this rank."""
@@ -193,13 +191,6 @@ class Processes(World):
             return dist.group.WORLD if self.sizes.tp == 1 else self.group("dp_shard")
         ranks = [list(range(t, self.size, self.sizes.tp)) for t in range(self.sizes.tp)]
         return [dist.new_group(some, self._limit) for some in ranks][self.tp_rank]
-
-    @property
-    def replica_ranks(self) -> list[int]:
-        """Ranks in the group ``replica``."""
-        each = self.sizes.dp_shard * self.sizes.tp
-        first = self.rank // each * each
-        return list(range(first, first + each))
 
     def destroy_process_group(self) -> None:
         joined, self.joined = self.joined, False

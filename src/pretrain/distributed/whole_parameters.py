@@ -34,7 +34,7 @@ class MatrixCollectives:
     def assemble(self, name: str, part: Tensor) -> Tensor:
         """Return the full tensor, of the shape of a parameter, of which this rank holds ``part``; a collective."""
         layout, group = self._layout, self._world.replica
-        members = self._world.replica_ranks
+        members = layout.replica_ranks
         if len(members) == 1:
             return part
         longest = max(layout.region(name, rank).numel for rank in members)
