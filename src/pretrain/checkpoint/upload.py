@@ -92,24 +92,21 @@ def _refuse_local_base(model: Model) -> None:
 
 
 def _upload(files: Path, target: HubName, private: bool | None, message: str) -> str:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
-    paths = sorted(path for path in files.rglob("*") if path.is_file())
-    new = {path.relative_to(files).as_posix(): path for path in paths}
+    new = {p.relative_to(files).as_posix(): p for p in files.rglob("*") if p.is_file()}
     with hub_errors(target, writing=True):
         api = HfApi()
         api.create_repo(target.repository, private=private, exist_ok=True)
         old = api.list_repo_files(target.repository)
         # Left where they are, the weights of an earlier model would be part of this one.
         stale = [file for file in old if OVERWRITABLE.fullmatch(file) and file not in new]
-        commit = api.create_commit(
-            target.repository,
-            [
-                *(CommitOperationAdd(file, str(path)) for file, path in new.items()),
-                *(CommitOperationDelete(file) for file in stale),
-            ],
+        commit = api.upload_folder(
+            repo_id=target.repository,
+            folder_path=files,
+            delete_patterns=stale,
             commit_message=message,
         )
-    size = sum(path.stat().st_size for path in paths)
+    size = sum(path.stat().st_size for path in new.values())
     note(f"{target}: {len(new)} files, {size / 1e6:,.1f} MB, written in one commit")
     return str(commit.commit_url)

@@ -150,11 +150,10 @@ def kept_per_token(needs: Needs, tp: int = 1) -> float:
     weights = needs.heads * needs.row_length if needs.keeps_weights else 0
     if needs.checkpointing == "full":
         return float(FP32 * d)
-    if needs.checkpointing == "selective":  # the input and the results of matmuls and attention
-        inside = 2 * q + 2 * kv + ways * needs.intermediate + weights
-        return FP32 * d + b * (2 * d + inside / tp)
-    inside = 2 * q + 2 * kv + 2 * ways * needs.intermediate + weights
-    return 2 * FP32 * d + b * (2 * d + inside / tp)
+    # With selective checkpointing the input and the results of matmuls and attention, else also those between them.
+    each = 1 if needs.checkpointing == "selective" else 2
+    inside = 2 * q + 2 * kv + each * ways * needs.intermediate + weights
+    return each * FP32 * d + b * (2 * d + inside / tp)
 
 
 def activation_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
