@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,44 @@ def test_links_are_measured() -> None:
     found = check_links(times(3), torch.device("cpu"), 0, 3, timeout=20)
     assert set(found) == {"bus_gb_s", "megabytes", "latency_us"}
     assert found["bus_gb_s"] > 0 and found["megabytes"] == 16 and found["latency_us"] > 0
+
+
+def test_all_ranks_measure_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On slow links, where the clock of each rank says something else: all must sum tensors of one shape each time."""
+    clock, meeting = threading.local(), threading.Barrier(2)
+    shares: list[Tensor] = [torch.empty(0)] * 2
+    failures: list[BaseException] = []
+
+    def perf_counter() -> float:
+        clock.now += clock.step
+        return float(clock.now)
+
+    def measure(rank: int) -> None:
+        def all_reduce(tensor: Tensor) -> None:
+            shares[rank] = tensor
+            meeting.wait(20)
+            assert shares[0].shape == shares[1].shape
+            total = shares[0] + shares[1]
+            meeting.wait(20)
+            tensor.copy_(total)
+
+        clock.now, clock.step = 0.0, (0.09, 0.13)[rank]
+        try:
+            check_links(all_reduce, torch.device("cpu"), rank, 2)
+        except BaseException as error:
+            failures.append(error)
+            meeting.abort()
+
+    # Without the thread of a time limit, which has no clock.
+    monkeypatch.setattr("pretrain.distributed.handshake.with_time_limit", lambda run, *_: run())
+    own_time = SimpleNamespace(perf_counter=perf_counter)
+    monkeypatch.setattr("pretrain.distributed.handshake.time", own_time)
+    threads = [threading.Thread(target=measure, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def test_a_wrong_sum_a_failure_and_a_hang_name_the_rank() -> None:
