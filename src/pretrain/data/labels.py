@@ -146,25 +146,23 @@ class LabelMap:
             DataError: labels are missing, numbers are not whole, there is only one class, a value is not in `given`,
                 or there are so many classes that the column looks like text.
         """
-        texts = _spelled(values, where, column)
-        if "-100" in texts and not given:
+        cells = _Cells(values, where, column)
+        if "-100" in cells.texts and not given:
             raise DataError(
-                f"{where(texts.index('-100'))}: {column} -100 is no class: in rows that are tokens already it marks "
+                f"{cells.place(cells.texts.index('-100'))} -100 is no class: in rows that are tokens already it marks "
                 "those without a label. Give whole words or texts with a label each, and leave these out."
             )
         what = "its classes"
         if given is not None:
-            made, what = _given(given, texts, column, names), _GIVEN
+            made, what = _given(given, cells, names), _GIVEN
         elif checkpoint is not None:
-            made = _of_checkpoint(checkpoint, texts, where, column, names)
-            what = "the classes of the checkpoint"
+            made, what = _of_checkpoint(checkpoint, cells, names), "the classes of the checkpoint"
         elif names is not None:
             made = cls.numbered(names)
         else:
-            labels = _sorted_labels(texts, values, where, column)
-            labels = _in_order(labels, order or (), column)
+            labels = _in_order(_sorted_labels(cells), order or (), column)
             made = cls(labels, {label: k for k, label in enumerate(labels)})
-        made._ids(values, names, made._spellings, where, column, what)
+        made._ids(cells, names, made._spellings, what)
         return made
 
     @classmethod
@@ -200,7 +198,8 @@ class LabelMap:
         if self.codes.keys() == self._own.keys():
             # A loaded model has only class names; their numbers are equivalent.
             spellings |= _positions(self.labels)
-        return self._ids(values, names, spellings, where, column, "the labels of the training rows")
+        cells = _Cells(values, where, column)
+        return self._ids(cells, names, spellings, "the labels of the training rows")
 
     def named(self, names: Sequence[str]) -> list[int | None]:
         """Return the class id of each class of another source by its name; None of a name that is not known here."""
@@ -241,53 +240,47 @@ class LabelMap:
         return len(names) < len(self.codes) and names <= self._own.keys() and given
 
     def _ids(
-        self,
-        values: Sequence[Any],
-        names: Sequence[str] | None,
-        spellings: Mapping[str, int],
-        at: Where,
-        column: str,
-        what: str,
+        self, cells: _Cells, names: Sequence[str] | None, spellings: Mapping[str, int], what: str
     ) -> list[int]:
-        texts, find = _spelled(values, at, column), _id_finder(spellings)
-        numeric = not any(isinstance(value, str) for value in values[:1])
-        of_names: dict[str, tuple[str, int | None]] = {}
-        same = False
-        if names is not None:
-            own = [str(name).strip() for name in names]
-            same = self._has_shared(own)
-            pairs = list(zip(own, self.named(own), strict=True))
-            # Where one side has numbers in place of names, there is nothing to compare, and numbers count.
-            nameless = any(map(_nameless, (own, self.labels)))
-            counted = self._numbered and all(str(i) in self.codes for i in range(len(own)))
-            if any(k is not None for _, k in pairs) or not (nameless or counted):
-                of_names = {str(i): pair for i, pair in enumerate(pairs)}
-                of_names |= {} if numeric else dict(zip(own, pairs, strict=True))
-            elif not nameless:
-                note(
-                    f"{column}: none of the classes {_listed(own)} is called as the labels that were given, so their "
-                    f"numbers count: {_listed(self.labels)}",
-                    once=True,
-                )
+        """Return the class ids of a column, whose source calls its classes ``names``; ``what`` is for messages."""
+        find = _id_finder(spellings)
+        own = None if names is None else [str(name).strip() for name in names]
+        of_names = {} if own is None else self._of_source(own, cells)
 
         def read(text: str) -> tuple[str, int | None]:
             if text in of_names:
                 return of_names[text]
-            outside = bool(of_names) and numeric and number_in(text) is not None
+            outside = bool(of_names) and cells.numeric and number_in(text) is not None
             return text, None if outside else find(text)
 
-        found = {text: read(text) for text in dict.fromkeys(texts)}
-        told = [found[text][0] for text in texts]
-        strange = [i for i, text in enumerate(texts) if found[text][1] is None]
+        found = {text: read(text) for text in dict.fromkeys(cells.texts)}
+        told = [found[text][0] for text in cells.texts]
+        strange = [i for i, text in enumerate(cells.texts) if found[text][1] is None]
         if strange:
-            raise DataError(
-                self._unknown(told, strange, at, column, what, names if of_names else None)
-            )
-        self._check_mixed(told, spellings, at, column)
-        self._check_shared(texts if same else told, at, column)
-        return [k for text in texts if (k := found[text][1]) is not None]
+            raise DataError(self._unknown(cells, told, strange, what, own if of_names else None))
+        self._check_mixed(cells, told, spellings)
+        same = own is not None and self._has_shared(own)
+        self._check_shared(cells, cells.texts if same else told)
+        return [k for text in cells.texts if (k := found[text][1]) is not None]
 
-    def _check_shared(self, texts: Sequence[str], at: Where, column: str) -> None:
+    def _of_source(self, own: Sequence[str], cells: _Cells) -> dict[str, tuple[str, int | None]]:
+        """Return the name and class id of what a column of the classes ``own`` may hold; {} if numbers count."""
+        pairs = list(zip(own, self.named(own), strict=True))
+        # Where one side has numbers in place of names, there is nothing to compare, and numbers count.
+        nameless = any(map(_nameless, (own, self.labels)))
+        counted = self._numbered and all(str(i) in self.codes for i in range(len(own)))
+        if any(k is not None for _, k in pairs) or not (nameless or counted):
+            by_number = {str(i): pair for i, pair in enumerate(pairs)}
+            return by_number | ({} if cells.numeric else dict(zip(own, pairs, strict=True)))
+        if not nameless:
+            note(
+                f"{cells.column}: none of the classes {_listed(own)} is called as the labels that were given, so "
+                f"their numbers count: {_listed(self.labels)}",
+                once=True,
+            )
+        return {}
+
+    def _check_shared(self, cells: _Cells, texts: Sequence[str]) -> None:
         """Refuse a name that several classes have, as ``crane`` in checkpoints of ImageNet."""
         shared = {_plain(name): (name, numbers) for name, numbers in _shared(self.labels).items()}
         alone = {label.strip() for label in self.labels} - {name for name, _ in shared.values()}
@@ -295,49 +288,48 @@ class LabelMap:
             if text not in alone and number_in(text) is None and _plain(text) in shared:
                 name, numbers = shared[_plain(text)]
                 raise DataError(
-                    f"{at(i)}: {column} {shortened(text)} does not tell which class is meant, because the classes "
+                    f"{cells.place(i)} {shortened(text)} does not tell which class is meant, because the classes "
                     f"{_all(numbers)} of the model are called {name!r}. Give the numbers of the classes, for all rows."
                 )
 
     def _check_mixed(
-        self, texts: Sequence[str], spellings: Mapping[str, int], at: Where, column: str
+        self, cells: _Cells, texts: Sequence[str], spellings: Mapping[str, int]
     ) -> None:
-        by_name = {text: i for i, text in enumerate(texts) if text in self.labels}
-        by_number = {text: i for i, text in enumerate(texts) if text not in self.labels}
-        numbers = {str(k) for k in range(len(self.labels))}
-        counted = not numbers & set(self.labels) and numbers | set(self.labels) <= spellings.keys()
-        if by_name and counted and any(text.isdigit() for text in by_number):
-            (name, i) = next(iter(by_name.items()))
-            (number, j) = next((t, j) for t, j in by_number.items() if t.isdigit())
+        """Refuse names beside numbers where both are spellings of the classes."""
+        labels, numbers = set(self.labels), {str(k) for k in range(len(self.labels))}
+        if numbers & labels or not numbers | labels <= spellings.keys():
+            return
+        name = next((i for i, text in enumerate(texts) if text in labels), None)
+        number = next((i for i, t in enumerate(texts) if t not in labels and t.isdigit()), None)
+        if name is not None and number is not None:
             raise DataError(
-                f"{column} mixes names and numbers of classes: {name!r} ({at(i)}) and {number!r} ({at(j)}). Write "
-                "all labels in one way."
+                f"{cells.column} mixes names and numbers of classes: {texts[name]!r} ({cells.where(name)}) and "
+                f"{texts[number]!r} ({cells.where(number)}). Write all labels in one way."
             )
 
     def _unknown(
         self,
+        cells: _Cells,
         texts: Sequence[str],
         strange: Sequence[int],
-        at: Where,
-        column: str,
         what: str,
-        names: Sequence[str] | None,
+        own: Sequence[str] | None,
     ) -> str:
+        """Return the message about ``texts``, of which the rows ``strange`` have no class."""
         unknown = list(dict.fromkeys(texts[i] for i in strange))
         first = texts[strange[0]]
         more = f" ({len(unknown)} such values: {_listed(unknown)})" if len(unknown) > 1 else ""
-        near = suggestion(first, self.labels)
-        near += f" In public test sets {first} marks a row without a label." * (
-            first in _UNLABELLED
-        )
+        similar = suggestion(first, self.labels)
+        unlabelled = f" In public test sets {first} marks a row without a label."
+        near = similar + unlabelled * (first in _UNLABELLED)
         cure = (
             f"Correct the row, or list every label, in order: {option('labels', [...])}."
             if trains()
             else "Correct the row, or leave it out: the model knows no other classes."
         )
         joined = any(mark in text for text in unknown for mark in (*_MARKS, " "))
-        alien = len(strange) == len(texts) and not (joined or suggestion(first, self.labels))
-        if what == _GIVEN and names is None and alien:
+        alien = len(strange) == len(texts) and not (joined or similar)
+        if what == _GIVEN and own is None and alien:
             near = ""
             keys = sorted(map(_key, unknown), key=_order)
             pairs = dict(zip(keys, self.labels[:12], strict=False))
@@ -345,15 +337,64 @@ class LabelMap:
                 "None of the labels is among the values, and nothing says which value is which label. Give a dict of "
                 f"value and label: {option('labels', pairs)}."
             )
-        if names is not None and first in (own := [str(name).strip() for name in names]):
+        if own is not None and first in own:
             cure = (
                 f"The numbers of the column stand for the classes {_listed(own)}, which are recognised by their names. "
                 "Rename them in their source as the labels are called."
             )
         return (
-            f"{at(strange[0])}: {column} {shortened(first)} is not among {what}: {_listed(self.labels)}.{near}{more} "
+            f"{cells.place(strange[0])} {shortened(first)} is not among {what}: {_listed(self.labels)}.{near}{more} "
             f"{cure}"
         )
+
+
+class _Cells:
+    """The labels of a column as texts, and the location of their rows.
+
+    Args:
+        values: one string, number or bool per row.
+        where: returns the location of a row, for error messages.
+        column: name of the column, for error messages.
+
+    Raises:
+        DataError: a value is missing, or the values are of several kinds or of one that is no label.
+    """
+
+    def __init__(self, values: Sequence[Any], where: Where, column: str) -> None:
+        self.values, self.where, self.column = values, where, column
+        self.numeric = not any(isinstance(value, str) for value in values[:1])
+        if missing := [i for i, value in enumerate(values) if is_missing(value)]:
+            places = "; ".join(where(i) for i in missing[:_SHOWN]) + ", ..." * (
+                len(missing) > _SHOWN
+            )
+            raise DataError(
+                f"{len(missing):,} of {len(values):,} rows have no {column}: {places}. Label these rows or remove "
+                "them; training and evaluation need a label in every row."
+            )
+        self.texts: list[str] = []
+        kinds: dict[str, int] = {}
+        for i, value in enumerate(values):
+            value = value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
+            value = _whole(value)
+            if not isinstance(value, bool | str | int | float):
+                several = isinstance(value, list | tuple | dict)
+                cure = "one label" if several else "text or a whole number"
+                raise DataError(
+                    f"{self.place(i)} holds {type(value).__name__} {shortened(value)}; a row must have {cure}."
+                )
+            kind = type(value).__name__ if isinstance(value, bool | str) else "number"
+            kinds.setdefault(kind, i)
+            self.texts.append(spelled(value))
+        if len(kinds) > 1:
+            (one, i), (other, j) = list(kinds.items())[:2]
+            raise DataError(
+                f"{column} mixes kinds: {values[i]!r} is a {one} ({where(i)}), {values[j]!r} a {other} ({where(j)}). "
+                "Write all labels in one way."
+            )
+
+    def place(self, i: int) -> str:
+        """Return how a message about the label of row `i` begins: ``reviews.csv, line 13: label``."""
+        return f"{self.where(i)}: {self.column}"
 
 
 def make_tag_map(
@@ -498,43 +539,6 @@ def _nameless(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{k}" or exact_number(name) == k for k, name in enumerate(names))
 
 
-def _spelled(values: Sequence[Any], at: Where, column: str) -> list[str]:
-    """Return every value as a string, see `spelled`; refuse a column with missing values or values of several kinds."""
-    missing = [i for i, value in enumerate(values) if is_missing(value)]
-    if missing:
-        places = "; ".join(at(i) for i in missing[:_SHOWN])
-        more = ", ..." if len(missing) > _SHOWN else ""
-        raise DataError(
-            f"{len(missing):,} of {len(values):,} rows have no {column}: {places}{more}. Label these rows or remove "
-            "them; training and evaluation need a label in every row."
-        )
-    texts: list[str] = []
-    kinds: dict[str, int] = {}
-    for i, value in enumerate(values):
-        value = value.item() if hasattr(value, "dtype") and hasattr(value, "item") else value
-        value = _whole(value)
-        if isinstance(value, bool | str):
-            kind = type(value).__name__
-        elif isinstance(value, int | float):
-            kind = "number"
-        else:
-            cure = (
-                "one label" if isinstance(value, list | tuple | dict) else "text or a whole number"
-            )
-            raise DataError(
-                f"{at(i)}: {column} holds {type(value).__name__} {shortened(value)}; a row must have {cure}."
-            )
-        kinds.setdefault(kind, i)
-        texts.append(spelled(value))
-    if len(kinds) > 1:
-        (one, i), (other, j) = list(kinds.items())[:2]
-        raise DataError(
-            f"{column} mixes kinds: {values[i]!r} is a {one} ({at(i)}), {values[j]!r} a {other} ({at(j)}). Write all "
-            "labels in one way."
-        )
-    return texts
-
-
 def blanks_note(values: Iterable[Any], column: str) -> list[str]:
     """Return a line about labels with surrounding whitespace, which is stripped; an empty list if there are none."""
     padded = [value for value in values if isinstance(value, str) and value != value.strip()]
@@ -586,30 +590,29 @@ def finite_numbers(
     Raises:
         DataError: a value is not a finite number, or exceeds ``LARGEST``; names the first such rows.
     """
-    found, wrong, large, at_fault = [], [], [], []
-    for i, value in enumerate(_decimal_points(values, where, what)):
+
+    def number(value: Any) -> float:
         try:
-            number = math.nan if isinstance(value, bool) and not bools else float(value)
+            return math.nan if isinstance(value, bool) and not bools else float(value)
         except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        found.append(number)
-        if not math.isfinite(number):
-            wrong.append(f"{where(i)}: {shortened(values[i])}")
-            at_fault.append(values[i])
-        elif abs(number) > LARGEST:
-            large.append(f"{where(i)}: {number:g}")
-    for places, fault in (
-        (wrong, "are no finite numbers"),
-        (large, f"are larger than single precision can train on ({LARGEST:g})"),
-    ):
-        if places:
-            shown = "; ".join(places[:_SHOWN]) + "; ..." * (len(places) > _SHOWN)
-            comma = any(
-                isinstance(v, str) and "," in v and _COMMA.fullmatch(v.strip()) for v in at_fault
-            )
-            mixed = "A comma is a decimal one only where all numbers could have it: write points. "
-            raise DataError(f"{len(places):,} {what} {fault}: {shown}. {mixed * comma}{cure}")
-    return found
+            return math.nan
+
+    found = [number(value) for value in _decimal_points(values, where, what)]
+    wrong = [i for i, x in enumerate(found) if not math.isfinite(x)]
+    large = [i for i, x in enumerate(found) if math.isfinite(x) and abs(x) > LARGEST]
+    if not wrong and not large:
+        return found
+    rows, fault = wrong, "are no finite numbers"
+    if not wrong:
+        rows, fault = large, f"are larger than single precision can train on ({LARGEST:g})"
+    places = [
+        f"{where(i)}: {shortened(values[i]) if wrong else f'{found[i]:g}'}" for i in rows[:_SHOWN]
+    ]
+    shown = "; ".join(places) + "; ..." * (len(rows) > _SHOWN)
+    texts = (values[i].strip() for i in wrong if isinstance(values[i], str))
+    comma = any("," in text and _COMMA.fullmatch(text) for text in texts)
+    mixed = "A comma is a decimal one only where all numbers could have it: write points. " * comma
+    raise DataError(f"{len(rows):,} {what} {fault}: {shown}. {mixed}{cure}")
 
 
 # Numbers with a decimal comma and optional points between thousands; and with a decimal point and optional commas.
@@ -664,9 +667,13 @@ def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[
     return values
 
 
-def _sorted_labels(
-    texts: Sequence[str], values: Sequence[Any], at: Where, column: str
-) -> tuple[str, ...]:
+def _sorted_labels(cells: _Cells) -> tuple[str, ...]:
+    """Return the classes that the values of a column are.
+
+    Raises:
+        DataError: the values are a quantity, a text or all equal, or one marks rows without a label.
+    """
+    texts, column = cells.texts, cells.column
     counts = Counter(texts)
     distinct = list(counts)
     if not distinct:
@@ -678,8 +685,8 @@ def _sorted_labels(
         i = texts.index(parts[0])
         quantity = f": use {option('task', 'regression')}" * trains()
         raise DataError(
-            f"{column} holds numbers that are not whole, such as {values[i]!r} ({at(i)}), so it is a quantity and not "
-            f"a class{quantity}. If they are names of {len(distinct)} classes, list them: "
+            f"{column} holds numbers that are not whole, such as {cells.values[i]!r} ({cells.where(i)}), so it is a "
+            f"quantity and not a class{quantity}. If they are names of {len(distinct)} classes, list them: "
             f"{option('labels', [...])}."
         )
     values_of = {number: text for text, number in numbers.items() if number is not None}
@@ -687,7 +694,7 @@ def _sorted_labels(
     if all_numbers and len(values_of) > 3 and sorted(values_of) == [*range(-1, len(values_of) - 1)]:
         text = values_of[-1]
         raise DataError(
-            f"{at(texts.index(text))}: {column} {text} is no class: beside classes that are numbered from 0, it marks "
+            f"{cells.place(texts.index(text))} {text} is no class: beside classes that are numbered from 0, it marks "
             f"a row without a label, as {counts[text]:,} of {len(texts):,} rows are. Leave these rows out; if it is a "
             f"class, list all: {option('labels', [text, values_of[0], ...])}."
         )
@@ -698,11 +705,10 @@ def _sorted_labels(
         )
     unique = len(distinct) == len(texts) and len(texts) >= _FEW_ROWS
     if unique or len(distinct) > max(_MANY, len(texts) / 2):
-        i = texts.index(distinct[0])
         raise DataError(
             f"{column} has {len(distinct):,} different values in {len(texts):,} rows, such as "
-            f"{shortened(distinct[0])} ({at(i)}); it looks like text or an id and not like classes. Name the column of "
-            f"the label, for example {column_option('label', 'category')}."
+            f"{shortened(distinct[0])} ({cells.where(0)}); it looks like text or an id and not like classes. Name the "
+            f"column of the label, for example {column_option('label', 'category')}."
         )
     folded: dict[str | float, str] = {}
     for text in distinct:
@@ -735,10 +741,7 @@ def _in_order(labels: tuple[str, ...], order: Sequence[Any], column: str) -> tup
 
 
 def _given(
-    given: Sequence[Any] | Mapping[Any, str],
-    texts: Sequence[str],
-    column: str,
-    names: Sequence[str] | None = None,
+    given: Sequence[Any] | Mapping[Any, str], cells: _Cells, names: Sequence[str] | None
 ) -> LabelMap:
     """Return the label map for the caller's labels; see :meth:`LabelMap.learn` for columns of numbers."""
     if isinstance(given, str) or not given:
@@ -753,7 +756,9 @@ def _given(
             # From names to numbers, as label2id of transformers, in place of the reverse.
             given = sorted(numbers, key=numbers.__getitem__)
     pairs = list(given.items()) if isinstance(given, Mapping) else [(name, name) for name in given]
-    spelled = _spelled([name for _, name in pairs], lambda i: f"label {i + 1} of labels", "name")
+    spelled = _Cells(
+        [name for _, name in pairs], lambda i: f"label {i + 1} of labels", "name"
+    ).texts
     labels = tuple(dict.fromkeys(spelled))
     if len(labels) < len(spelled) and not isinstance(given, Mapping):
         twice = next(name for k, name in enumerate(spelled) if name in spelled[:k])
@@ -762,13 +767,14 @@ def _given(
         raise DataError(
             f"labels={_listed(spelled)} names one class only; training needs at least two."
         )
-    keys = _spelled([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value")
+    keys = _Cells([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value").texts
     codes = {key: labels.index(name) for key, name in zip(keys, spelled, strict=True)}
     find = _id_finder(codes)
     if names is not None:
         return LabelMap(labels, _renamed(names, codes, find, isinstance(given, Mapping)))
-    present, count = {_plain(text) for text in texts}, len(labels)
-    if isinstance(given, Mapping) or not present or any(find(text) is not None for text in texts):
+    present, count = {_plain(text) for text in cells.texts}, len(labels)
+    found = any(find(text) is not None for text in cells.texts)
+    if isinstance(given, Mapping) or not present or found:
         return LabelMap(labels, codes)
     if count == 2 and present <= {"false", "true"}:
         return LabelMap(labels, {"False": 0, "True": 1})
@@ -779,8 +785,9 @@ def _given(
         return LabelMap(labels, {str(k): k for k in range(count)})
     if present <= from_zero:
         raise DataError(
-            f"{column} holds the numbers {_listed(sorted(set(texts)))}, which could count the {count} labels from 0 or "
-            f"from 1. Give a dict of number and label: {option('labels', {1: labels[0], 2: labels[1], ...: ...})}."
+            f"{cells.column} holds the numbers {_listed(sorted(set(cells.texts)))}, which could count the {count} "
+            "labels from 0 or from 1. Give a dict of number and label: "
+            f"{option('labels', {1: labels[0], 2: labels[1], ...: ...})}."
         )
     return LabelMap(labels, codes)
 
@@ -807,11 +814,7 @@ def _renamed(
 
 
 def _of_checkpoint(
-    checkpoint: Sequence[str],
-    texts: Sequence[str],
-    at: Where,
-    column: str,
-    names: Sequence[str] | None,
+    checkpoint: Sequence[str], cells: _Cells, names: Sequence[str] | None
 ) -> LabelMap:
     """Return the label map of a checkpoint that is already a classifier.
 
@@ -821,6 +824,7 @@ def _of_checkpoint(
     labels = tuple(str(label) for label in checkpoint)
     codes = {label.strip(): k for k, label in enumerate(labels)}
     numbers, find = _positions(labels), _id_finder(codes)
+    texts, at = cells.texts, cells.where
     if names is not None:
         own = [str(name).strip() for name in names]
         found = {str(i): k for i, name in enumerate(own) if (k := find(name)) is not None}
@@ -837,9 +841,9 @@ def _of_checkpoint(
         return LabelMap(labels, numbers | codes)
     i = next(i for i, text in enumerate(texts) if find(text) is None)
     raise DataError(
-        f"{at(i)}: {column} {shortened(texts[i])} is not among the classes of the checkpoint, which is a classifier "
-        f"already: {_listed(labels)}. Labels must be these names or their numbers from 0; to train other classes "
-        f"with a new output layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
+        f"{at(i)}: {cells.column} {shortened(texts[i])} is not among the classes of the checkpoint, which is a "
+        f"classifier already: {_listed(labels)}. Labels must be these names or their numbers from 0; to train "
+        f"other classes with a new output layer, list them: {option('labels', [*list(dict.fromkeys(texts))[:3], ...])}."
     )
 
 
@@ -903,8 +907,9 @@ def read_several(
         return MultiLabelColumn([list(value) for value in values])
     values = [_whole(value) for value in values]
     known = None if labels is None else {str(label).strip() for label in (*labels, *spellings)}
-    vectors = _Vectors(values, where, names, labels, known, form, strict)
-    found = _read(values, vectors, separator, always=always, single=single)
+    found = _Column(
+        values, where, names, labels, known, separator, always, single, form, strict
+    ).read()
     items = [item for row in found.rows or () for item in row]
     if (
         found.form is None
@@ -921,58 +926,6 @@ def _is_number(item: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool)
 
 
-def _read(
-    values: Sequence[Any], vectors: _Vectors, separator: str | None, *, always: bool, single: bool
-) -> MultiLabelColumn:
-    where = vectors.where
-    lists = [i for i, value in enumerate(values) if _is_list(value)]
-    mappings = [i for i, value in enumerate(values) if isinstance(value, Mapping)]
-    if mappings and len(mappings) == len(values):
-        return _from_mappings(values, where)
-    if lists:
-        if len(lists) < len(values):
-            i = next(i for i, value in enumerate(values) if not _is_list(value))
-            raise DataError(
-                f"{where(i)}: label holds {shortened(values[i])}, but other rows have lists of labels. Give every "
-                f"row a list, {_EMPTY} where no class fits."
-            )
-        # The order of a set depends on the seed of Python's hashes.
-        rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else v for v in values]
-        return _from_lists([[_whole(item) for item in row] for row in rows], vectors)
-    texts = ["" if is_missing(value) else value for value in values]
-    notes: list[str] = []
-    if any(texts) and all(isinstance(text, str) for text in texts):
-        as_numbers = vectors.form == "numbers" and vectors.strict and separator != ""
-        if as_numbers and all(printed_list(text) is None for text in texts):
-            if (found := vectors.numbers([text.strip() for text in texts], separator)) is not None:
-                return found
-        elif separator != "" and (
-            hot := _written_vectors(texts, vectors, separator, always=always, single=single)
-        ):
-            return hot
-        if separator is None and not single:
-            cells = {text.strip() for text in texts if text.strip()}
-            chosen = [_choices(text) for text in texts]
-            known = vectors.known is not None and cells <= {*vectors.known}
-            if not known and any(found is not None for found in chosen):
-                pairs = zip(texts, chosen, strict=True)  # a lone choice is written as its name
-                rows = [[text] * bool(text) if found is None else found for text, found in pairs]
-                return _from_lists(rows, vectors)
-            mapped = [printed_mapping(text) for text in texts]
-            if all(isinstance(found, dict) for found in mapped):
-                return _from_mappings(mapped, where)
-            parsed = [printed_list(text) for text in texts]
-            if any(found is not None for found in parsed):
-                parsed = [printed_list(text, lone=True) for text in texts]
-                return _from_printed(texts, parsed, vectors)
-            separator, notes = _separator(texts, vectors.known, always, vectors.form)
-        if separator:
-            return MultiLabelColumn([_parts(text, separator) for text in texts], None, notes)
-    if always:
-        return MultiLabelColumn([[] if is_missing(value) else [value] for value in values])
-    return MultiLabelColumn(None, None, notes)
-
-
 def is_on(value: Any) -> bool | None:
     """Return True for 1, True, "1" and "true", False for 0, False, "0" and "false", and None for any other value."""
     if isinstance(value, bool | int | float | Decimal):
@@ -980,35 +933,15 @@ def is_on(value: Any) -> bool | None:
     return _SPELLED.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-# -------------------------------------------------------------------------------------------- lists and vectors
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | frozenset)
-
-
-def _from_mappings(values: Sequence[Any], where: Where) -> MultiLabelColumn:
-    """Read mappings from every name to 0 or 1, such as spaCy's ``cats``."""
-    names = list(dict.fromkeys(str(name) for value in values for name in value))
-    rows = []
-    for i, value in enumerate(values):
-        on = {str(name): is_on(mark) for name, mark in value.items() if mark is not None}
-        if strange := [name for name, mark in on.items() if mark is None]:
-            raise DataError(
-                f"{where(i)}: label gives {strange[0]!r} the value {shortened(value[strange[0]])}; a mapping of "
-                "labels must hold 0 or 1 for each. Round fractions, or give a list of the labels that fit."
-            )
-        rows.append([k for k, name in enumerate(names) if on.get(name)])
-    return MultiLabelColumn(rows, tuple(names))
-
-
 @dataclass(frozen=True)
-class _Vectors:
-    """What tells vectors of zeros and ones from lists; the arguments are those of `read_several`.
+class _Column:
+    """The cells of a column, and what the caller knows of it; the arguments are those of `read_several`.
+
+    Each method that returns a `MultiLabelColumn` or None reads the column in some form, and None says that it does not
+    have that form.
 
     Args:
-        values: the cells, as they are.
-        known: values that a cell may contain: the labels and their other spellings.
+        known: values that a cell may contain: the labels and their other spellings; None if there are no labels.
     """
 
     values: Sequence[Any]
@@ -1016,19 +949,96 @@ class _Vectors:
     names: Sequence[str] | None
     labels: Sequence[str] | None
     known: Collection[str] | None
+    separator: str | None
+    always: bool
+    single: bool
     form: str | None
     strict: bool
 
-    def read(self, rows: list[list[Any]]) -> MultiLabelColumn | None:
-        """Return the labels of rows that are vectors; None if they list names or class numbers."""
+    def read(self) -> MultiLabelColumn:
+        """Return the labels of each row."""
+        values = self.values
+        if values and all(isinstance(value, Mapping) for value in values):
+            return self._mappings(values)
+        other = [
+            i for i, v in enumerate(values) if not isinstance(v, list | tuple | set | frozenset)
+        ]
+        if len(other) < len(values):
+            if other:
+                i = other[0]
+                raise DataError(
+                    f"{self.where(i)}: label holds {shortened(values[i])}, but other rows have lists of labels. Give "
+                    f"every row a list, {_EMPTY} where no class fits."
+                )
+            # The order of a set depends on the seed of Python's hashes.
+            rows = [sorted(v, key=str) if isinstance(v, set | frozenset) else v for v in values]
+            return self._lists([[_whole(item) for item in row] for row in rows])
+        texts = ["" if is_missing(value) else value for value in values]
+        found = MultiLabelColumn(None)
+        if any(texts) and all(isinstance(text, str) for text in texts):
+            found = self._texts(texts)
+        if found.rows is None and self.always:
+            return MultiLabelColumn([[] if is_missing(value) else [value] for value in values])
+        return found
+
+    def _texts(self, texts: Sequence[str]) -> MultiLabelColumn:
+        """Read texts that may each hold several labels; no rows if each is one label."""
+        separator, notes = self.separator, list[str]()
+        cells = {text.strip() for text in texts if text.strip()}
+        named = self.known is not None and cells <= {*self.known}
+        if separator != "" and not named:
+            numbers = self.form == "numbers" and self.strict
+            if numbers and all(printed_list(text) is None for text in texts):
+                found = self._written_numbers(texts)
+            else:
+                found = self._written_vectors(texts)
+            if found is not None:
+                return found
+        if separator is None and not named and not self.single:
+            if (found := self._printed(texts)) is not None:
+                return found
+            separator, notes = self._detect_separator(cells)
+        rows = [_parts(text, separator) for text in texts] if separator else None
+        return MultiLabelColumn(rows, None, notes)
+
+    # Lists and mappings.
+
+    def _mappings(self, values: Sequence[Any]) -> MultiLabelColumn:
+        """Read mappings from every name to 0 or 1, such as spaCy's ``cats``."""
+        names = list(dict.fromkeys(str(name) for value in values for name in value))
+        rows = []
+        for i, value in enumerate(values):
+            on = {str(name): is_on(mark) for name, mark in value.items() if mark is not None}
+            if strange := [name for name, mark in on.items() if mark is None]:
+                raise DataError(
+                    f"{self.where(i)}: label gives {strange[0]!r} the value {shortened(value[strange[0]])}; a mapping "
+                    "of labels must hold 0 or 1 for each. Round fractions, or give a list of the labels that fit."
+                )
+            rows.append([k for k, name in enumerate(names) if on.get(name)])
+        return MultiLabelColumn(rows, tuple(names))
+
+    def _lists(self, rows: list[list[Any]]) -> MultiLabelColumn:
+        """Read lists, which are vectors of zeros and ones or hold names or class numbers."""
+        if (hot := self._vectors(rows)) is not None:
+            return hot
+        missing = sum(is_missing(item) for row in rows for item in row)
+        found = MultiLabelColumn([[item for item in row if not is_missing(item)] for row in rows])
+        if missing:
+            found.notes.append(
+                f"label: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
+            )
+        return found
+
+    def _vectors(self, rows: list[list[Any]]) -> MultiLabelColumn | None:
+        """Read rows that are vectors of zeros and ones."""
         items = [item for row in rows for item in row if not is_missing(item)]
-        texts = bool(items) and all(isinstance(x, str) and is_on(x) is not None for x in items)
-        if texts:
+        if items and all(isinstance(x, str) and is_on(x) is not None for x in items):
             rows = [[None if is_missing(x) else int(bool(is_on(x))) for x in row] for row in rows]
             repeated = any(len(set(row)) < len(row) for row in rows)
-            known, widths = self.known or (), {len(row) for row in rows if row}
+            widths = {len(row) for row in rows if row}
             misfit = self.labels is not None and widths != {len(self.labels)}
-            if not (self.form or repeated) and (misfit or {*map(str.strip, items)} <= {*known}):
+            named = {*map(str.strip, items)} <= {*(self.known or ())}
+            if not (self.form or repeated) and (misfit or named):
                 return None
         width = self._width(rows)
         if not width:
@@ -1067,10 +1077,10 @@ class _Vectors:
             return 0
         if not all(isinstance(x, bool | int | float) for x in items):
             return 0
-        sure = [i for i, row in enumerate(rows) if any(isinstance(x, bool | float) for x in row)]
+        # Missing items turn integers into floats.
+        sure_types = bool if any(is_missing(x) for row in rows for x in row) else bool | float
+        sure = [i for i, row in enumerate(rows) if any(isinstance(x, sure_types) for x in row)]
         widths = {len(row) for row in rows if row}
-        if any(is_missing(item) for row in rows for item in row):
-            sure = [i for i in sure if any(isinstance(x, bool) for x in rows[i])]
         repeated = [i for i, row in enumerate(rows) if len(set(row)) < len(row)]
         if self.form == "numbers" and not (sure or repeated):
             return 0
@@ -1081,10 +1091,11 @@ class _Vectors:
                 f"{self.where(i)}: label is a list with the number {value!r}. A list must hold names, integer numbers "
                 "of classes, or a vector of zeros and ones; fractions cannot be trained on, so round them."
             )
-        pairs = widths == {2} and all(x in (0, 1) for x in items)
-        if self.form == "vectors" or (not all(rows) and (sure or repeated or pairs)):
-            self._check(rows, widths)
-        if len(widths) > 1 or not all(x in (0, 1) for x in items):
+        binary = all(x in (0, 1) for x in items)
+        evident = sure or repeated or (binary and widths == {2})
+        if self.form == "vectors" or (not all(rows) and evident):
+            self._check_vectors(rows, widths)
+        if len(widths) > 1 or not binary:
             if wrong := sure or repeated:
                 i, sizes = wrong[0], sorted(widths)
                 what = f"other rows have lists of {sizes[0]} to {sizes[-1]} items"
@@ -1122,7 +1133,7 @@ class _Vectors:
             )
         return self.form == "vectors" and self.strict
 
-    def _check(self, rows: list[list[Any]], widths: set[int]) -> None:
+    def _check_vectors(self, rows: list[list[Any]], widths: set[int]) -> None:
         """Refuse rows that are no vectors, in a column that is known to hold vectors."""
         width = max(widths) if self.labels is None else len(self.labels)
         reason = (
@@ -1142,13 +1153,13 @@ class _Vectors:
         for i, row in enumerate(rows):
             items = [spelled(item) for item in row if not is_missing(item)]
             twice = next((item for k, item in enumerate(items) if item in items[:k]), None)
-            strange = next((item for item in items if not item.isdecimal()), None)
             named = self.known is not None and {*items} <= {*self.known}
-            if twice is None and (named or strange is None):
+            strange = next((x for x in items if not (named or x.isdecimal())), None)
+            if twice is None and strange is None:
                 continue
             fault = (
                 f"{twice} stands there twice"
-                if strange is None or named
+                if strange is None
                 else f"{shortened(strange)} is none"
             )
             raise DataError(
@@ -1157,30 +1168,215 @@ class _Vectors:
                 f"and ones, set {option('label_form', 'vectors')}, and if it holds names, leave the option out."
             )
 
-    def numbers(self, texts: Sequence[str], separator: str | None) -> MultiLabelColumn | None:
-        """Read texts as class numbers, which the caller said that they are; None if they are single values or names.
+    # Texts of numbers.
+
+    def _written_numbers(self, texts: Sequence[str]) -> MultiLabelColumn | None:
+        """Read texts with a mark between class numbers, which the caller said that they are.
 
         Raises:
             DataError: a text has no class numbers, or one of them twice.
         """
-        marks = (*_MARKS, None) if separator is None else (separator.strip() or None,)
-        for mark in marks:
+        for mark in self._marks():
             rows = [[part.strip() for part in text.split(mark) if part.strip()] for text in texts]
             if all(part.isdecimal() for row in rows for part in row):
                 break
         else:
-            mark, rows = "", [[text] if text else [] for text in texts]
             if self.known is not None:
                 return None
+            rows = [[text.strip()] if text else [] for text in texts]
         self._check_numbers(rows)
-        found = MultiLabelColumn(rows)
         joined = next((text for text, row in zip(texts, rows, strict=True) if len(row) > 1), None)
         if joined is None:
             return None
-        found.notes.append(
-            f"label: {mark or ' '!r} stands between class numbers, such as {shortened(joined)}"
+        between = f"label: {mark or ' '!r} stands between class numbers, such as {shortened(joined.strip())}"
+        return MultiLabelColumn(rows, notes=[between])
+
+    def _marks(self) -> tuple[str | None, ...]:
+        """Return what may stand between numbers, None for blanks: the separator that is given, or the usual ones."""
+        return (*_MARKS, None) if self.separator is None else (self.separator.strip() or None,)
+
+    def _written_vectors(self, texts: Sequence[str]) -> MultiLabelColumn | None:
+        """Read texts that are all vectors of zeros and ones, printed or with a mark between the places."""
+        parsed = [printed_list(text) for text in texts]
+        undecided = self.separator is self.form is None
+        if all(items is not None for items in parsed):
+            if undecided and self.single and not self._one_hot([items or [] for items in parsed]):
+                return None
+            found = self._printed_lists(texts, parsed)
+            return found if self.separator or found.form == "vectors" else None
+        digits = self.separator is None and self.form != "numbers"  # such as 010
+        for mark in (*self._marks(), *[""] * digits):
+            split = {cell: _places(cell, mark) for cell in {text.strip() for text in texts}}
+            if any(is_on(part) is None for row in split.values() for part in row if part):
+                continue
+            joined = [cell for cell, row in split.items() if len(row) > 1]
+            if not joined:
+                continue
+            if not {*joined}.isdisjoint(self.known or ()):
+                return None
+            rows = [list(split[text.strip()]) for text in texts]
+            if undecided and not self._told_as_vectors(rows, mark):
+                return None
+            if (hot := self._vectors(rows)) is None:
+                return None
+            hot.notes.insert(
+                0,
+                f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones"
+                f"{_or_numbers(rows)} ({option('label_separator', '')} reads one class for each text)",
+            )
+            return hot
+        return None
+
+    def _one_hot(self, rows: Sequence[Sequence[Any]]) -> bool:
+        """Whether rows are vectors with a single 1, of three places or more or of the labels that are known."""
+        if len({len(row) for row in rows}) > 1 or (len(rows[0]) < 3 and self.labels is None):
+            return False
+        marks = [[is_on(x) for x in row] for row in rows]
+        return all(row.count(True) == 1 and None not in row for row in marks)
+
+    def _told_as_vectors(self, rows: Sequence[Sequence[str]], mark: str | None) -> bool:
+        """Whether texts of zeros and ones are vectors where the caller gave neither a form nor a separator.
+
+        A pair with a comma can be a decimal, and one with a blank a name: they are vectors if the caller has decided on
+        sets of classes or on the labels, and those with a blank also if a row has two zeros.
+        """
+        widths = {len(row) for row in rows if row}
+        if mark == "":
+            return not self.single and self._told_as_digits(rows, widths)
+        if self.single:
+            return self._one_hot(rows)
+        if mark == "," and widths <= {1, 2}:
+            return self.always or len(self.labels or ()) == 2
+        if mark is None and not self.always and self.labels is None:
+            nothing = any(row and not any(map(is_on, row)) for row in rows)
+            return len(widths) == 1 and (widths != {2} or nothing)
+        return True
+
+    def _told_as_digits(self, rows: Sequence[Sequence[str]], widths: set[int]) -> bool:
+        """Whether texts such as ``010`` are vectors of the labels that are known.
+
+        Raises:
+            DataError: they look like vectors, and nothing says what they are.
+        """
+        alike = len(widths) == 1 and min(widths) > 2 and any(row[:1] == ["0"] for row in rows)
+        if self.labels is None and alike and len({*map(tuple, rows)}) > 2:
+            raise DataError(
+                f"label holds {''.join(rows[0])!r}, which can be a vector of {len(rows[0])} zeros and ones, or a "
+                f"class: {option('label_form', 'vectors')} reads vectors, {option('label_separator', '')} one class "
+                "for each text."
+            )
+        return self.labels is not None and alike and widths == {len(self.labels)}
+
+    # Texts of names.
+
+    def _printed(self, texts: Sequence[str]) -> MultiLabelColumn | None:
+        """Read texts that print lists or mappings."""
+        chosen = [_choices(text) for text in texts]
+        if any(found is not None for found in chosen):
+            pairs = zip(texts, chosen, strict=True)  # a lone choice is written as its name
+            return self._lists([[t] * bool(t) if found is None else found for t, found in pairs])
+        mapped = [printed_mapping(text) for text in texts]
+        if all(isinstance(found, dict) for found in mapped):
+            return self._mappings(mapped)
+        if all(printed_list(text) is None for text in texts):
+            return None
+        return self._printed_lists(texts, [printed_list(text, lone=True) for text in texts])
+
+    def _printed_lists(
+        self, texts: Sequence[str], parsed: Sequence[list[Any] | None]
+    ) -> MultiLabelColumn:
+        """Read a column of printed lists; raise DataError if it has other text too."""
+        lists = [i for i, found in enumerate(parsed) if found is not None]
+        other = next((i for i, found in enumerate(parsed) if found is None), None)
+        if other is not None:
+            raise DataError(
+                f"{self.where(other)}: label holds {shortened(texts[other])}, but {self.where(lists[0])} holds the "
+                f"printed list {shortened(texts[lists[0]])}. Write every row as a list, {_EMPTY} where no class fits."
+            )
+        found = self._lists([list(items or ()) for items in parsed])
+        found.notes.insert(
+            0,
+            f"label: printed lists, such as {shortened(texts[0])}, are read as lists of labels",
         )
         return found
+
+    def _detect_separator(self, cells: set[str]) -> tuple[str, list[str]]:
+        """Detect the separator of names in one cell from the whole column; return it ("" for none) and lines to print.
+
+        A mark is a separator if at least 90 % of the parts of cells with it also occur in other cells.
+
+        Raises:
+            DataError: fewer of the parts do, but some, so the column is ambiguous.
+        """
+        if (known := self.known) is not None:
+            for mark in (*_MARKS, *_RARER):
+                if all(cell in known or {*_parts(cell, mark)} <= {*known} for cell in cells):
+                    return mark, []
+        if all(re.fullmatch(r"(<[^<>]+>)+", cell) for cell in cells):
+            return "><", []
+        notes = []
+        for mark in _MARKS:
+            split = _split_at(mark, cells)
+            joined = sorted(cell for cell, parts in split.items() if len(parts) > 1)
+            if not joined:
+                continue
+            if mark == "," and self.form is None:
+                _check_commas(cells, joined[0])
+            parts, share = _recurring(split, joined)
+            numbers = all(part.isdecimal() for parts in split.values() for part in parts)
+            if share >= _RECURRING or numbers or (self.always and share > 0):
+                return mark, [_stands_between(mark, joined[0])]
+            if share > 0:
+                raise DataError(
+                    f"label holds {shortened(joined[0])} and other texts with {mark!r}, some of whose parts are "
+                    f"labels of other rows too, so they can be several labels or one: {_either(mark)}."
+                )
+            if all(number_in(part) is None for part in parts):
+                notes.append(
+                    f"label: {len(joined)} classes have {mark!r} in their name, such as {shortened(joined[0])}; each "
+                    f"is one class ({option('label_separator', mark)} reads several labels)"
+                )
+        mark, more = self._detect_rarer(cells)
+        return mark, notes + more
+
+    def _detect_rarer(self, cells: set[str]) -> tuple[str, list[str]]:
+        """Detect a separator that names have in them more often, such as a blank; see `_detect_separator`.
+
+        Raises:
+            DataError: all parts of the texts with such a mark stand alone in other rows, or all are numbers and some
+                do.
+        """
+        notes = []
+        for mark in _RARER:
+            marked = sorted(cell for cell in cells if mark in cell)
+            joined = next((cell for cell in marked if len(_parts(cell, mark)) > 1), None)
+            signs = mark in _IN_SIGNS and not any(c.isalpha() for c in "".join(marked))
+            if joined is None or signs:
+                continue
+            parts = (part for cell in marked for part in _parts(cell, mark))
+            lone = all(
+                part in cells for part in parts
+            )  # which ends at the first part that is no label
+            if lone or (any(map(str.isdecimal, cells)) and _all_numbers(cells, mark)):
+                if self.always:
+                    return mark, [_stands_between(mark, joined)]
+                raise DataError(
+                    f"label holds {shortened(joined)}, whose parts are labels of other rows too, so it can be several "
+                    f"labels with {mark!r} between them, or one: {_either(mark)}."
+                )
+            if len(cells) > _MANY_CELLS:
+                continue
+            split = _split_at(mark, cells)
+            several = [cell for cell, found in split.items() if len(found) > 1]
+            if not several:  # only very long texts have the mark
+                continue
+            distinct, share = _recurring(split, several)
+            if share >= _RECURRING and len(several) > len(distinct):
+                notes.append(
+                    f"label: {len(several)} classes are made of parts of each other, such as {shortened(joined)}; each "
+                    f"is one class ({option('label_separator', mark)} reads several labels)"
+                )
+        return "", notes
 
 
 def _or_numbers(rows: Sequence[Sequence[Any]]) -> str:
@@ -1189,53 +1385,107 @@ def _or_numbers(rows: Sequence[Sequence[Any]]) -> str:
     return "" if repeated else f" ({option('label_form', 'numbers')} reads class numbers)"
 
 
-def _from_lists(rows: list[list[Any]], vectors: _Vectors) -> MultiLabelColumn:
-    if (hot := vectors.read(rows)) is not None:
-        return hot
-    missing = sum(is_missing(item) for row in rows for item in row)
-    found = MultiLabelColumn([[item for item in row if not is_missing(item)] for row in rows])
-    if missing:
-        found.notes.append(
-            f"label: {missing:,} items of the lists hold nothing (None, NaN or blanks) and are left out"
+def _check_commas(cells: Iterable[str], joined: str) -> None:
+    """Refuse numbers with commas, such as ``joined``, that can be vectors, class numbers or decimals."""
+    decimals = all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells)
+    if {re.sub(r"\s*,\s*", ",", cell) for cell in cells} <= _PAIRS:
+        quantity = f"; if it is a number with a decimal comma, {option('task', 'regression')}"
+        raise DataError(
+            f"label holds {shortened(joined)}, which can be a vector of two places, or two class numbers. Set "
+            f"{option('label_form', 'vectors')} or {option('label_form', 'numbers')}, or "
+            f"{option('label_separator', '')} for one class for each text{quantity * (decimals and trains())}."
         )
-    return found
+    if decimals:
+        quantity = f" ({option('task', 'regression')})" * trains()
+        raise DataError(
+            f"label holds {shortened(joined)}, which can be a number with a decimal comma{quantity}, several class "
+            f"numbers ({option('label_separator', ',')}) or a class ({option('label_separator', '')}). Set one of the "
+            "options."
+        )
 
 
-# ------------------------------------------------------------------------------------------------ text cells
+def _places(cell: str, mark: str | None) -> list[str]:
+    """Return the places of a vector between marks, also those that hold nothing; "" parts every character."""
+    return [part.strip() for part in (cell.split(mark) if mark != "" and cell else cell)]
+
+
+def _parts(text: str, mark: str) -> list[str]:
+    if mark == "><":  # tags such as <python><pandas>
+        return [part.strip() for part in text.strip()[1:-1].split("><") if part.strip()]
+    return list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))
+
+
+def _all_numbers(cells: Iterable[str], mark: str) -> bool:
+    return all(part.isdecimal() for cell in cells for part in _parts(cell, mark))
+
+
+def _split_at(mark: str, cells: Iterable[str]) -> dict[str, list[str]]:
+    return {cell: _parts(cell, mark) for cell in cells if len(cell) < 1000}
+
+
+def _recurring(split: Mapping[str, Sequence[str]], joined: Sequence[str]) -> tuple[set[str], float]:
+    """Return the parts of joined cells, and the share of them that occur in other cells too."""
+    holders = Counter(part for parts in split.values() for part in parts)
+    parts = {part for cell in joined for part in split[cell]}
+    return parts, sum(holders[part] > 1 for part in parts) / len(parts)
+
+
+def _stands_between(mark: str, joined: str) -> str:
+    between = f"label: {mark!r} stands between several labels of a row, such as {shortened(joined)}"
+    return f"{between} ({_either(mark)})"
+
+
+def _either(mark: str) -> str:
+    return (
+        f"{option('label_separator', mark)} reads several labels, {option('label_separator', '')} one class for "
+        "each text" + f", as does {option('problem', 'single_label')}" * trains()
+    )
+
+
+# ------------------------------------------------------------------------------------------------ printed texts
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|True|False|true|false|None|null|nan|NaN"
 _ITEM = re.compile(rf"(?:np\.\w+|numpy\.\w+)\(\s*({_QUOTED}|{_PLAIN})\s*\)|({_QUOTED}|{_PLAIN})")
+# Atomic groups, so that a long text that is no list is given up at its first strange character.
+_ITEMS = re.compile(rf"(?:(?>{_ITEM.pattern})(?>\s*,\s*|\s+|\Z))*+")
 _WRAPPED = re.compile(
     r"(?:array|tensor|set|frozenset|list)\((.*?)(?:,\s*dtype=[\w.'<>]+)?\)", re.DOTALL
 )
 _WORDS = {
     "true": True, "True": True, "false": False, "False": False, "None": None, "null": None, "nan": None, "NaN": None,
 }  # fmt: skip
-_BETWEEN = re.compile(r"\s*,\s*|\s+")
 
 
 def printed_list(text: str, *, lone: bool = False) -> list[Any] | None:
     """Return the items of a list that Python, JSON, NumPy or PostgreSQL (``{joy,love}``) prints; None for other text.
 
-    A single name without quotes, ``[joy]``, is a list only if it may be a `lone` one.
+    Names may stand without quotes, ``[joy, love]``, but a single one, ``[joy]``, is a list only if it may be a `lone`
+    one.
     """
     text = text.strip()
     if match := _WRAPPED.fullmatch(text):
         text = match[1].strip() or "[]"
     if len(text) < 2 or text[0] + text[-1] not in ("[]", "()", "{}"):
         return None
-    inside, items, place = text[1:-1].strip(), [], 0
-    while place < len(inside):
-        match = _ITEM.match(inside, place)
-        if match is None:
-            return _bare_words(inside, lone) if text[0] in "[{" else None
-        items.append(_item(match[1] or match[2]))
-        between = _BETWEEN.match(inside, match.end())
-        if between is None and match.end() < len(inside):
-            return _bare_words(inside, lone) if text[0] in "[{" else None
-        place = between.end() if between else match.end()
-    return items
+    inside = text[1:-1].strip()
+    if _ITEMS.fullmatch(inside):
+        return [_item(match[1] or match[2]) for match in _ITEM.finditer(inside)]
+    names = [part.strip() for part in inside.split(",")]
+    several = len(names) > 1 or lone
+    bare = text[0] != "(" and several and all(names) and not re.search(r"""['"\[\](){}:]""", inside)
+    return names if bare else None
+
+
+def _item(token: str) -> Any:
+    if token[0] in "'\"":
+        try:
+            return ast.literal_eval(token)
+        except (ValueError, SyntaxError):
+            return token[1:-1]
+    if token in _WORDS:
+        return _WORDS[token]
+    return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
 
 
 def listed(cell: Any) -> Any:
@@ -1258,37 +1508,28 @@ def _printed_by_python(text: str) -> Any:
     return ast.literal_eval(_Unwrapped().visit(ast.parse(text, mode="eval")))
 
 
+def _nested(text: str) -> Any:
+    """Return the value that JSON, Python or NumPy prints so, or None."""
+    for read in (json.loads, _printed_by_python):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return read(text)
+    return None
+
+
 def printed_mapping(text: str) -> Any:
     """Return a mapping, or a list of mappings, printed by Python, JSON or NumPy; None for any other text."""
     text = text.strip()
-    if not text.startswith(("{", "[{")):
-        return None
-    for read in (json.loads, _printed_by_python):
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            found = read(text)
-            inside = found if isinstance(found, list) else [found]
-            return found if all(isinstance(item, dict) for item in inside) else None
-    return None
+    found = _nested(text) if text.startswith(("{", "[{")) else None
+    inside = found if isinstance(found, list) else [found]
+    return found if all(isinstance(item, dict) for item in inside) else None
 
 
 def unprinted(text: str) -> Any:
     """Return the list that a text prints, perhaps one of lists, or the text."""
-    if (items := printed_list(text)) is not None:
-        return items
-    if text.strip().startswith("[["):
-        for read in (json.loads, _printed_by_python):
-            with contextlib.suppress(
-                ValueError, TypeError, SyntaxError, MemoryError, RecursionError
-            ):
-                return read(text)
-    return text
-
-
-def _bare_words(inside: str, lone: bool) -> list[Any] | None:
-    """Return the items of a list of unquoted names, such as ``[joy, love]``, or None."""
-    parts = [part.strip() for part in inside.split(",")]
-    several = len(parts) > 1 or lone
-    return parts if several and all(parts) and not re.search(r"""['"\[\](){}:]""", inside) else None
+    items = printed_list(text)
+    if items is None and text.strip().startswith("[["):
+        items = _nested(text)
+    return text if items is None else items
 
 
 def _choices(text: str) -> list[Any] | None:
@@ -1296,263 +1537,3 @@ def _choices(text: str) -> list[Any] | None:
     printed = printed_mapping(text) if "choices" in text else None
     names = printed.get("choices") if isinstance(printed, dict) and len(printed) == 1 else None
     return names if isinstance(names, list) else None
-
-
-def _item(token: str) -> Any:
-    if token[0] in "'\"":
-        try:
-            return ast.literal_eval(token)
-        except (ValueError, SyntaxError):
-            return token[1:-1]
-    if token in _WORDS:
-        return _WORDS[token]
-    return int(token) if re.fullmatch(r"[+-]?\d+", token) else float(token)
-
-
-def _from_printed(
-    texts: Sequence[str],
-    parsed: Sequence[list[Any] | None],
-    vectors: _Vectors,
-) -> MultiLabelColumn:
-    """Read a column of printed lists; raise DataError if it has other text too."""
-    where, labels = vectors.where, vectors.labels
-    lists = [i for i, found in enumerate(parsed) if found is not None]
-    other = next((i for i, found in enumerate(parsed) if found is None), None)
-    if other is not None:
-        if labels is not None and all(text in labels for text in texts):
-            return MultiLabelColumn(None)
-        raise DataError(
-            f"{where(other)}: label holds {shortened(texts[other])}, but {where(lists[0])} holds the printed list "
-            f"{shortened(texts[lists[0]])}. Write every row as a list, {_EMPTY} where no class fits."
-        )
-    found = _from_lists([list(items or ()) for items in parsed], vectors)
-    found.notes.insert(
-        0, f"label: printed lists, such as {shortened(texts[0])}, are read as lists of labels"
-    )
-    return found
-
-
-def _written_vectors(
-    texts: Sequence[str],
-    vectors: _Vectors,
-    separator: str | None,
-    *,
-    always: bool,
-    single: bool,
-) -> MultiLabelColumn | None:
-    """Read texts that are all vectors of zeros and ones, printed or with a mark between the places; None if not."""
-    cells = {text.strip() for text in texts}
-    if vectors.known is not None and cells <= {*vectors.known}:
-        return None
-    parsed = [printed_list(cell) for cell in texts]
-    undecided = separator is vectors.form is None
-    if all(items is not None for items in parsed):
-        lists = [items or [] for items in parsed]
-        if undecided and single and not _one_hot(lists, vectors.labels):
-            return None
-        found = _from_printed(texts, parsed, vectors)
-        return found if separator or found.form == "vectors" else None
-    marks = (*_MARKS, None, "") if vectors.form != "numbers" else (*_MARKS, None)
-    for mark in marks if separator is None else (separator.strip() or None,):
-        split = {
-            cell: [part.strip() for part in (cell.split(mark) if mark != "" and cell else cell)]
-            for cell in cells
-        }
-        if any(is_on(part) is None for row in split.values() for part in row if part):
-            continue
-        widest = max(map(len, split.values()))
-        if widest < 2:
-            continue
-        if any(len(row) > 1 and cell in (vectors.known or ()) for cell, row in split.items()):
-            return None
-        rows = [list(split[text.strip()]) for text in texts]
-        if undecided and not _told_as_vectors(rows, mark, vectors.labels, always, single):
-            return None
-        if (hot := vectors.read(rows)) is None:
-            return None
-        hot.notes.insert(
-            0,
-            f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones"
-            f"{_or_numbers(rows)} ({option('label_separator', '')} reads one class for each text)",
-        )
-        return hot
-    return None
-
-
-def _one_hot(rows: Sequence[Sequence[Any]], labels: Collection[str] | None) -> bool:
-    """Whether rows are vectors with a single 1, of three places or more or of the labels that are known."""
-    if len({len(row) for row in rows}) > 1 or (len(rows[0]) < 3 and labels is None):
-        return False
-    return all(
-        [is_on(x) for x in row].count(True) == 1 and None not in map(is_on, row) for row in rows
-    )
-
-
-def _told_as_vectors(
-    rows: Sequence[Sequence[str]],
-    mark: str | None,
-    labels: Collection[str] | None,
-    always: bool,
-    single: bool,
-) -> bool:
-    """Whether texts of zeros and ones are vectors where the caller gave neither a form nor a separator.
-
-    A pair with a comma can be a decimal, and one with a blank a name: they are vectors if the caller has decided on
-    sets of classes or on the labels, and those with a blank also if a row has two zeros.
-    """
-    widths = {len(row) for row in rows if row}
-    if mark == "":
-        return not single and _told_as_digits(rows, widths, labels)
-    if single:
-        return _one_hot(rows, labels)
-    if mark == "," and widths <= {1, 2}:
-        return always or len(labels or ()) == 2
-    if mark is None and not always and labels is None:
-        nothing = any(row and not any(map(is_on, row)) for row in rows)
-        return len(widths) == 1 and (widths != {2} or nothing)
-    return True
-
-
-def _told_as_digits(
-    rows: Sequence[Sequence[str]], widths: Collection[int], labels: Collection[str] | None
-) -> bool:
-    """Whether texts such as ``010`` are vectors of the labels that are known.
-
-    Raises:
-        DataError: they look like vectors, and nothing says what they are.
-    """
-    alike = len(widths) == 1 and min(widths) > 2 and any(row[:1] == ["0"] for row in rows)
-    if labels is None and alike and len({*map(tuple, rows)}) > 2:
-        raise DataError(
-            f"label holds {''.join(rows[0])!r}, which can be a vector of {len(rows[0])} zeros and ones, or a class: "
-            f"{option('label_form', 'vectors')} reads vectors, {option('label_separator', '')} one class for each text."
-        )
-    return labels is not None and alike and {*widths} == {len(labels)}
-
-
-def _parts(text: str, mark: str) -> list[str]:
-    if mark == "><":  # tags such as <python><pandas>
-        return [part.strip() for part in text.strip()[1:-1].split("><") if part.strip()]
-    return list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))
-
-
-def _separator(
-    texts: Sequence[str], labels: Collection[str] | None, always: bool, form: str | None
-) -> tuple[str, list[str]]:
-    """Detect the separator of names in one cell from the whole column; return it ("" for none) and lines to print.
-
-    A mark is a separator if at least 90 % of the parts of cells with it also occur in other cells.
-
-    Raises:
-        DataError: fewer of the parts do, but some, so the column is ambiguous.
-    """
-    cells = {text.strip() for text in texts if text.strip()}
-    if labels is not None:
-        known = {str(label).strip() for label in labels}
-        if cells <= known:
-            return "", []
-        for mark in (*_MARKS, *_RARER):
-            if all(cell in known or set(_parts(cell, mark)) <= known for cell in cells):
-                return mark, []
-    if cells and all(re.fullmatch(r"(<[^<>]+>)+", cell) for cell in cells):
-        return "><", []
-    notes = []
-    for mark in _MARKS:
-        split = _split_at(mark, cells)
-        joined = sorted(cell for cell, parts in split.items() if len(parts) > 1)
-        if not joined:
-            continue
-        parts, share = _recurring(split, joined)
-        either = _either(mark)
-        pairs = {re.sub(r"\s*,\s*", ",", cell) for cell in cells}
-        decimals = all(re.fullmatch(r"[+-]?\d+(,\d+)?", cell) for cell in cells)
-        if mark == "," and form is None and pairs <= _PAIRS:
-            quantity = f"; if it is a number with a decimal comma, {option('task', 'regression')}"
-            raise DataError(
-                f"label holds {shortened(joined[0])}, which can be a vector of two places, or two class numbers. Set "
-                f"{option('label_form', 'vectors')} or {option('label_form', 'numbers')}, or "
-                f"{option('label_separator', '')} for one class for each text{quantity * (decimals and trains())}."
-            )
-        if mark == "," and form is None and decimals:
-            quantity = f" ({option('task', 'regression')})" * trains()
-            raise DataError(
-                f"label holds {shortened(joined[0])}, which can be a number with a decimal comma{quantity}, several "
-                f"class numbers ({option('label_separator', mark)}) or a class ({option('label_separator', '')}). Set "
-                "one of the options."
-            )
-        numbers = all(part.isdecimal() for parts in split.values() for part in parts)
-        if share >= _RECURRING or numbers or (always and share > 0):
-            text = f"label: {mark!r} stands between several labels of a row, such as {shortened(joined[0])}"
-            return mark, [f"{text} ({either})"]
-        if share > 0:
-            raise DataError(
-                f"label holds {shortened(joined[0])} and other texts with {mark!r}, some of whose parts are labels "
-                f"of other rows too, so they can be several labels or one: {either}."
-            )
-        if all(number_in(part) is None for part in parts):
-            notes.append(
-                f"label: {len(joined)} classes have {mark!r} in their name, such as {shortened(joined[0])}; each is "
-                f"one class ({option('label_separator', mark)} reads several labels)"
-            )
-    mark, more = _rarer_separator(cells, always)
-    return mark, notes + more
-
-
-def _rarer_separator(cells: Collection[str], always: bool) -> tuple[str, list[str]]:
-    """Detect a separator that names have in them more often, such as a blank; the result is that of `_separator`.
-
-    Raises:
-        DataError: all parts of the texts with such a mark stand alone in other rows, or all are numbers and some do.
-    """
-    notes = []
-    every = {*cells}
-    for mark in _RARER:
-        marked = sorted(cell for cell in cells if mark in cell)
-        parts = (part for cell in marked for part in _parts(cell, mark))
-        joined = next((cell for cell in marked if len(_parts(cell, mark)) > 1), None)
-        if joined is None or (mark in _IN_SIGNS and not any(c.isalpha() for c in "".join(marked))):
-            continue
-        lone = all(part in every for part in parts)  # which ends at the first part that is no label
-        if lone or (any(map(str.isdecimal, cells)) and _all_numbers(cells, mark)):
-            if always:
-                text = f"label: {mark!r} stands between several labels of a row, such as {shortened(joined)}"
-                return mark, [f"{text} ({_either(mark)})"]
-            raise DataError(
-                f"label holds {shortened(joined)}, whose parts are labels of other rows too, so it can be several "
-                f"labels with {mark!r} between them, or one: {_either(mark)}."
-            )
-        if len(cells) > _MANY_CELLS:
-            continue
-        split = _split_at(mark, cells)
-        several = [cell for cell, found in split.items() if len(found) > 1]
-        if not several:  # only very long texts have the mark
-            continue
-        distinct, share = _recurring(split, several)
-        if share >= _RECURRING and len(several) > len(distinct):
-            notes.append(
-                f"label: {len(several)} classes are made of parts of each other, such as {shortened(joined)}; each is "
-                f"one class ({option('label_separator', mark)} reads several labels)"
-            )
-    return "", notes
-
-
-def _all_numbers(cells: Iterable[str], mark: str) -> bool:
-    return all(part.isdecimal() for cell in cells for part in _parts(cell, mark))
-
-
-def _split_at(mark: str, cells: Iterable[str]) -> dict[str, list[str]]:
-    return {cell: _parts(cell, mark) for cell in cells if len(cell) < 1000}
-
-
-def _recurring(split: Mapping[str, Sequence[str]], joined: Sequence[str]) -> tuple[set[str], float]:
-    """Return the parts of joined cells, and the share of them that occur in other cells too."""
-    holders = Counter(part for parts in split.values() for part in parts)
-    parts = {part for cell in joined for part in split[cell]}
-    return parts, sum(holders[part] > 1 for part in parts) / len(parts)
-
-
-def _either(mark: str) -> str:
-    return (
-        f"{option('label_separator', mark)} reads several labels, {option('label_separator', '')} one class for "
-        "each text" + f", as does {option('problem', 'single_label')}" * trains()
-    )
