@@ -120,9 +120,8 @@ def choose_columns(
         for name in _listed(column):
             if name not in table.columns:
                 raise DataError(_absent(table, role, str(name), roles))
-            if (
-                other := next((r for r, c in chosen.items() if name in _listed(c)), None)
-            ) is not None:
+            if name in _taken(chosen):
+                other = next(r for r, column in chosen.items() if name in _listed(column))
                 raise DataError(
                     f"the column {name!r} was named for both {other} and {role}; each needs a column of its own."
                 )
@@ -130,13 +129,13 @@ def choose_columns(
     _choose_together(table, by_name, chosen)
     for wanted in roles:
         if wanted.name not in chosen:
-            found = _recognised(table, wanted, {n for c in chosen.values() for n in _listed(c)})
+            found = _recognised(table, wanted, _taken(chosen))
             if found is not None:
                 chosen[wanted.name] = found
     missing = [role for role in roles if role.required and role.name not in chosen]
     if missing:
         raise DataError(_missing(table, missing, chosen, named))
-    taken = {name for column in chosen.values() for name in _listed(column)}
+    taken = _taken(chosen)
     unused = [name for name in table.columns if name not in taken]
     if unused and not quiet:
         used = ", ".join(
@@ -160,6 +159,11 @@ def field_names(row: Any, roles: Sequence[Role], given: Mapping[str, Any]) -> li
 
 def _listed(column: Any) -> Sequence[str]:
     return column if isinstance(column, list | tuple) else [column]
+
+
+def _taken(chosen: Mapping[str, Any]) -> set[str]:
+    """Return the columns of all roles."""
+    return {name for column in chosen.values() for name in _listed(column)}
 
 
 def _folded(name: str) -> str:
@@ -202,7 +206,7 @@ def _choose_together(table: Table, roles: Mapping[str, Role], chosen: dict[str, 
     for role in roles.values():
         for own, other, its in role.beside:
             named = chosen.get(other)
-            taken = {n for c in chosen.values() for n in _listed(c)} - {named}
+            taken = _taken(chosen) - {named}
             free = {_folded(name): name for name in table.columns if name not in taken}
             if role.name in chosen or not {own, its} <= free.keys():
                 continue
@@ -234,7 +238,7 @@ def _missing(
     table: Table, missing: Sequence[Role], chosen: Mapping[str, str], named: Mapping[str, str]
 ) -> str:
     """Return the message that names the roles without a column, the columns present and the call to write."""
-    taken = {name for column in chosen.values() for name in _listed(column)}
+    taken = _taken(chosen)
     left = [name for name in table.columns if name not in taken]
     wanted = " and ".join(role.name + (f" ({role.help})" if role.help else "") for role in missing)
     guessed = _guessed(table, missing, left)

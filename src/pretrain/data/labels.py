@@ -1176,14 +1176,11 @@ class _Column:
         Raises:
             DataError: a text has no class numbers, or one of them twice.
         """
-        for mark in self._marks():
-            rows = [[part.strip() for part in text.split(mark) if part.strip()] for text in texts]
-            if all(part.isdecimal() for row in rows for part in row):
-                break
-        else:
-            if self.known is not None:
-                return None
-            rows = [[text.strip()] if text else [] for text in texts]
+        divided = _divided(texts, self._marks(), str.isdecimal)
+        if divided is None and self.known is not None:
+            return None
+        mark, places = divided or ("", [[text.strip()] for text in texts])
+        rows = [[part for part in row if part] for row in places]
         self._check_numbers(rows)
         joined = next((text for text, row in zip(texts, rows, strict=True) if len(row) > 1), None)
         if joined is None:
@@ -1205,27 +1202,22 @@ class _Column:
             found = self._printed_lists(texts, parsed)
             return found if self.separator or found.form == "vectors" else None
         digits = self.separator is None and self.form != "numbers"  # such as 010
-        for mark in (*self._marks(), *[""] * digits):
-            split = {cell: _places(cell, mark) for cell in {text.strip() for text in texts}}
-            if any(is_on(part) is None for row in split.values() for part in row if part):
-                continue
-            joined = [cell for cell, row in split.items() if len(row) > 1]
-            if not joined:
-                continue
-            if not {*joined}.isdisjoint(self.known or ()):
-                return None
-            rows = [list(split[text.strip()]) for text in texts]
-            if undecided and not self._told_as_vectors(rows, mark):
-                return None
-            if (hot := self._vectors(rows)) is None:
-                return None
-            hot.notes.insert(
-                0,
-                f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones"
-                f"{_or_numbers(rows)} ({option('label_separator', '')} reads one class for each text)",
-            )
-            return hot
-        return None
+        marks = (*self._marks(), *[""] * digits)
+        divided = _divided(texts, marks, lambda part: is_on(part) is not None)
+        if divided is None:
+            return None
+        mark, rows = divided
+        joined = {text.strip() for text, row in zip(texts, rows, strict=True) if len(row) > 1}
+        if joined & {*(self.known or ())} or (undecided and not self._told_as_vectors(rows, mark)):
+            return None
+        if (hot := self._vectors(rows)) is None:
+            return None
+        hot.notes.insert(
+            0,
+            f"label: texts such as {shortened(next(filter(None, texts)))} are read as vectors of zeros and ones"
+            f"{_or_numbers(rows)} ({option('label_separator', '')} reads one class for each text)",
+        )
+        return hot
 
     def _one_hot(self, rows: Sequence[Sequence[Any]]) -> bool:
         """Whether rows are vectors with a single 1, of three places or more or of the labels that are known."""
@@ -1404,9 +1396,24 @@ def _check_commas(cells: Iterable[str], joined: str) -> None:
         )
 
 
-def _places(cell: str, mark: str | None) -> list[str]:
-    """Return the places of a vector between marks, also those that hold nothing; "" parts every character."""
-    return [part.strip() for part in (cell.split(mark) if mark != "" and cell else cell)]
+def _divided(
+    texts: Sequence[str], marks: Iterable[str | None], fits: Callable[[str], bool]
+) -> tuple[str | None, list[list[str]]] | None:
+    """Return the first mark that divides a text, if all parts of all texts fit or hold nothing, and the parts.
+
+    The mark None stands for blanks, and "" divides a text into its characters. None is returned if no mark does so.
+    """
+    for mark in marks:
+        split = {text: _places(text, mark) for text in {*texts}}
+        parts = (part for row in split.values() for part in row if part)
+        if any(len(row) > 1 for row in split.values()) and all(map(fits, parts)):
+            return mark, [split[text] for text in texts]
+    return None
+
+
+def _places(text: str, mark: str | None) -> list[str]:
+    parts = text.split(mark) if mark != "" and text else text.strip()
+    return [part.strip() for part in parts]
 
 
 def _parts(text: str, mark: str) -> list[str]:

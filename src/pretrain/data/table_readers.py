@@ -571,26 +571,29 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
     Raises:
         DataError: a line has another number of columns than the first one, or an empty word or tag; names the line.
     """
-    blocks = [*_without_comments(path, [*_blocks(path, encoding)])]
-    word, tag = _word_and_tag(path, _in_cells(path, blocks))
-    for start, rows in _in_cells(path, blocks):
+    blocks = [*_without_comments(path, _blocks(path, encoding))]
+    sentences = [*_in_cells(path, blocks)]
+    word, tag = _word_and_tag(path, sentences)
+    for rows in sentences:
         for number, line, cells in rows:
             if not cells[word].strip() or not cells[tag].strip():
                 raise DataError(
                     f"{path}:{number} has an empty {'tag' if cells[word].strip() else 'word'}: {line[:60]!r}. Correct "
                     "this line, or leave it blank to end the sentence."
                 )
-        yield start, [cells[word] for *_, cells in rows], [cells[tag].strip() for *_, cells in rows]
+        words = [cells[word] for *_, cells in rows]
+        yield rows[0][0], words, [cells[tag].strip() for *_, cells in rows]
 
 
-_Cells = tuple[int, list[tuple[int, str, list[str]]]]
+_Block = list[tuple[int, str]]  # lines that follow each other, with their numbers
+_Cells = list[tuple[int, str, list[str]]]  # the lines of a sentence, with their numbers and cells
 
 
-def _in_cells(path: Path, blocks: Iterable[tuple[int, list[tuple[int, str]]]]) -> Iterator[_Cells]:
-    """Yield the first line of each sentence, and its lines with their numbers and cells."""
+def _in_cells(path: Path, blocks: Iterable[_Block]) -> Iterator[_Cells]:
+    """Yield the lines of each sentence with their cells."""
     width, tabs = 0, True
-    for start, rows in blocks:
-        read = []
+    for rows in blocks:
+        read: _Cells = []
         for number, line in rows:
             if not width:
                 tabs = "\t" in line
@@ -610,20 +613,17 @@ def _in_cells(path: Path, blocks: Iterable[tuple[int, list[tuple[int, str]]]]) -
                 )
             read.append((number, line, cells))
         if read:
-            yield start, read
+            yield read
 
 
 _TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
 def _word_and_tag(path: Path, sentences: Iterable[_Cells]) -> tuple[int, int]:
-    """Return the indices of the columns of words and tags; what is unusual is told in a line.
-
-    Most files are known to be usual from their first sentence, and are read no further.
-    """
+    """Return the indices of the columns of words and tags; what is unusual is told in a line."""
     counted, several, width = True, False, 0
     marks, lasts = set[str](), set[str]()
-    for _, rows in sentences:
+    for rows in sentences:
         width, firsts = len(rows[0][-1]), [cells[0].strip() for *_, cells in rows]
         counted = width > 2 and counted and firsts in _counts(len(rows))
         if not counted and (width > 2 or not all(map(_TAG.fullmatch, firsts))):
@@ -650,13 +650,11 @@ def _counts(count: int) -> list[list[str]]:
     return [[str(k + first) for k in range(count)] for first in (0, 1)]
 
 
-def _without_comments(
-    path: Path, blocks: Sequence[tuple[int, list[tuple[int, str]]]]
-) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+def _without_comments(path: Path, blocks: Iterable[_Block]) -> Iterator[_Block]:
     """Yield the blocks of a CoNLL file without the comments at their beginning."""
     parted = []
     tags: set[str] = set()
-    for _, rows in blocks:
+    for rows in blocks:
         cells = [line.split() or [line] for _, line in rows]
         words = next((k for k, row in enumerate(cells) if row[0] != "#"), len(rows))
         tags.update(row[-1] for row in cells[words:])
@@ -666,7 +664,7 @@ def _without_comments(
         comments = {k for k, last in enumerate(lasts) if last not in tags}
         skipped += [rows[k][0] for k in comments]
         if kept := [row for k, row in enumerate(rows) if k not in comments]:
-            yield kept[0][0], kept
+            yield kept
     if skipped:
         note(
             f"{path}: lines that begin with # and end in no tag are taken for comments: {len(skipped):,}, the first is "
@@ -682,7 +680,7 @@ def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Senten
     Raises:
         DataError: a line does not have ten columns; names the line.
     """
-    for start, rows in _blocks(path, encoding):
+    for rows in _blocks(path, encoding):
         words: list[str] = []
         tags: list[str] = []
         for number, line in rows:
@@ -701,18 +699,18 @@ def conllu_sentences(path: Path, encoding: str | None = None) -> Iterator[Senten
             words.append(cells[1])
             tags.append(cells[3])
         if words:
-            yield start, words, tags
+            yield rows[0][0], words, tags
 
 
-def _blocks(path: Path, encoding: str | None) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Yield (first line, lines with their numbers) of each block between blank lines."""
-    rows: list[tuple[int, str]] = []
+def _blocks(path: Path, encoding: str | None) -> Iterator[_Block]:
+    """Yield the lines of each block between blank lines."""
+    rows: _Block = []
     for number, raw in lines(path, encoding):
         line = decode_line(path, number, raw, encoding).removesuffix("\n").removesuffix("\r")
         if line.strip(" \t"):
             rows.append((number, line))
         elif rows:
-            yield rows[0][0], rows
+            yield rows
             rows = []
     if rows:
-        yield rows[0][0], rows
+        yield rows

@@ -241,14 +241,11 @@ def splits(source: Any) -> dict[str, Any]:
 
 def held_out_splits(source: Any) -> dict[str, tuple[str, Any]]:
     """Return the name and source of the splits for ``valid`` and ``test``, if a dict of splits has them."""
-    parts, found = splits(source), {}
-    if not any(part in TRAIN for part in parts):
+    parts = splits(source)
+    if split_for(parts, "train") is None:
         return {}
-    for use, names in HELD_OUT.items():
-        name = next((name for name in names if name in parts), None)
-        if name is not None:
-            found[use] = (name, parts[name])
-    return found
+    found = {use: split_for(parts, use) for use in HELD_OUT}
+    return {use: (part, parts[part]) for use, part in found.items() if part is not None}
 
 
 def _is_rows(value: Any) -> bool:
@@ -266,25 +263,14 @@ def _is_data(value: Any) -> bool:
 def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     if isinstance(source, Table):
         return source
-    parts = splits(source)
-    if parts:
-        part = next(
-            (p for p in (*TRAIN, *parts) if p in parts and (p in TRAIN or len(parts) == 1)), None
-        )
+    if parts := splits(source):
+        part = next(iter(parts)) if len(parts) == 1 else split_for(parts, "train")
         if part is None:
             raise DataError(
                 f"{name} has the splits {', '.join(parts)} and none called 'train'; give one of them, as "
                 f"data[{next(iter(parts))!r}]."
             )
-        used = (
-            [part, *(of for of, _ in held_out_splits(source).values())]
-            if name == "train"
-            else [part]
-        )
-        if rest := [p for p in parts if p not in used]:
-            note(
-                f"{name}: the split {part!r} is used of {len(parts)} splits (not used: {', '.join(rest)})"
-            )
+        _tell_unused(name, part, parts, name)
         return _resolve(parts[part], name, options)
     if isinstance(source, str | Path):
         if shards := shards_of(source):
@@ -309,12 +295,12 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
     if hasattr(source, "iloc") and hasattr(source, "columns"):
         return _frame(source)
     if hasattr(source, "to_dicts") and hasattr(source, "columns"):
-        made = _made(source.to_dict(as_series=False), len(source), "a polars frame")
-        return replace(made, orders=_orders(zip(source.columns, source.dtypes, strict=True)))
+        types = zip(source.columns, source.dtypes, strict=True)
+        return _made("a polars frame", source.to_dict(as_series=False), len(source), types)
     if hasattr(source, "column_names") and hasattr(source, "to_pylist"):
         names = distinct("the arrow table", list(source.column_names))
         columns = [column.to_pylist() for column in source.columns]
-        return _made(dict(zip(names, columns, strict=True)), source.num_rows, "an arrow table")
+        return _made("an arrow table", dict(zip(names, columns, strict=True)), source.num_rows)
     if hasattr(source, "column_names"):
         return _dataset(source, name)
     raise DataError(
@@ -387,8 +373,8 @@ def _frame(frame: Any) -> Table:
         series = frame.iloc[:, k]
         pairs = zip(series.tolist(), series.isna().tolist(), strict=True)
         columns[name] = [None if absent else value for value, absent in pairs]
-    made = _made(columns, len(frame), "a pandas frame", unit="position")
-    return replace(made, orders=_orders(zip(columns, frame.dtypes, strict=True)))
+    types = zip(columns, frame.dtypes, strict=True)
+    return _made("a pandas frame", columns, len(frame), types, unit="position")
 
 
 def _orders(types: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
@@ -398,9 +384,16 @@ def _orders(types: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
     return {name: plain_value(values()) for name, values in lists.items() if values is not None}
 
 
-def _made(columns: dict[str, list[Any]], count: int, what: str, unit: str = "index") -> Table:
+def _made(
+    what: str,
+    columns: Mapping[str, list[Any]],
+    count: int,
+    types: Iterable[tuple[str, Any]] = (),
+    unit: str = "index",
+) -> Table:
     made = {name: [plain_value(value) for value in column] for name, column in columns.items()}
-    return Table(f"{what} of {count:,} rows", made, origin=what, unit=unit)
+    called = f"{what} of {count:,} rows"
+    return Table(called, made, origin=what, unit=unit, orders=_orders(types))
 
 
 def _dataset(dataset: Any, name: str) -> Table:
@@ -467,6 +460,15 @@ def _loaded(call: str, split: str) -> str:
     )
 
 
+def _tell_unused(source: str | Path, split: str, parts: Mapping[str, Any], name: str) -> None:
+    """Print which splits are not used; those to hold out are, where the rows ``name`` are those of training."""
+    held = {split, *(split_for(parts, use) for use in HELD_OUT)} if name == "train" else {split}
+    if rest := [part for part in parts if part not in held]:
+        note(
+            f"{source}: the split {split!r} is used of {len(parts)} splits (not used: {', '.join(rest)})"
+        )
+
+
 def _of_split(
     folder: str | Path, shards: Mapping[str, list[Path]], name: str, options: dict[str, Any]
 ) -> Table:
@@ -480,13 +482,8 @@ def _of_split(
             f"Give the files of one: {pattern_of(*next(iter(shards.items())))!r}."
         )
     split = next(iter(shards)) if split is None else split
-    held = {split, *(split_for(shards, use) for use in HELD_OUT)} if name == "train" else {split}
-    rest = [other for other in shards if other not in held]
-    own = name in ("validation", "test") and split == split_for(shards, name)
-    if rest and not own:
-        note(
-            f"{folder}: the split {split!r} is used of {len(shards)} splits (not used: {', '.join(rest)})"
-        )
+    if name not in ("validation", "test") or split != split_for(shards, name):
+        _tell_unused(folder, split, shards, name)
     if count := absent_shards(shards[split]):
         note(
             f"{folder}: {count:,} files of the split {split!r} are not there, by the number that their names state"
@@ -854,7 +851,7 @@ def _json_split(path: Path, parts: dict[str, Any], name: str) -> Table:
     wanted = split_for(parts, name)
     if name in ("validation", "test") and wanted is not None:
         return _json_table(path, parts[wanted], f", split {wanted!r}")
-    if len(parts) > 1 and not set(parts) & set(TRAIN):
+    if len(parts) > 1 and split_for(parts, "train") is None:
         raise DataError(
             f"{path} has the splits {', '.join(parts)} and none called 'train'. Write the one that is meant to a file "
             "of its own."
