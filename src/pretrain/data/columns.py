@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.data.labels import is_missing, number_in, printed_list, printed_mapping
+from pretrain.data.labels import is_missing, listed, number_in, printed_list, printed_mapping
 from pretrain.data.tables import Table, shortened
 from pretrain.errors import DataError
 from pretrain.utils.files import note
@@ -322,10 +322,9 @@ def _given(table: Table, i: int) -> list[Given]:
 
 def _unprinted(text: str) -> Any:
     """Return the mapping or the list that a text prints, as in a CSV file; or the text."""
-    answers = printed_mapping(text)
-    if answers is None and text.lstrip().startswith(("['", '["', "[]")):
-        answers = printed_list(text)
-    return text if answers is None else answers
+    if (answers := printed_mapping(text)) is not None:
+        return answers
+    return [] if text.strip() == "[]" else listed(text)
 
 
 def _strange(table: Table, i: int, value: Any) -> DataError:

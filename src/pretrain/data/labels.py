@@ -331,7 +331,9 @@ class LabelMap:
         alien = len(strange) == len(texts) and not (joined or similar)
         if what == _GIVEN and own is None and alien:
             near = ""
-            keys = sorted(map(_key, unknown), key=_order)
+            numbers = {text: exact_number(text) for text in unknown}
+            keys = [text if number is None else number for text, number in numbers.items()]
+            keys.sort(key=lambda key: (isinstance(key, str), key))
             pairs = dict(zip(keys, self.labels[:12], strict=False))
             cure = (
                 "None of the labels is among the values, and nothing says which value is which label. Give a dict of "
@@ -446,12 +448,8 @@ def flattened(
 # ------------------------------------------------------------------------------------------------- values
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(_short(label) for label in labels[:12])
+    shown = ", ".join(label if len(label) <= 60 else label[:57] + "..." for label in labels[:12])
     return f"{shown}, ... ({len(labels)} in all)" if len(labels) > 12 else shown
 
 
@@ -470,16 +468,6 @@ def spelled(value: Any) -> str:
     return (
         str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
     )
-
-
-def _key(text: str) -> Any:
-    """Return a value of a column as the key of a dict of labels."""
-    number = exact_number(text)
-    return text if number is None else number
-
-
-def _order(key: Any) -> tuple[bool, Any]:
-    return isinstance(key, str), key
 
 
 def exact_number(text: str) -> int | float | None:
@@ -542,11 +530,9 @@ def _nameless(names: Sequence[str]) -> bool:
 def blanks_note(values: Iterable[Any], column: str) -> list[str]:
     """Return a line about labels with surrounding whitespace, which is stripped; an empty list if there are none."""
     padded = [value for value in values if isinstance(value, str) and value != value.strip()]
-    return (
-        [f"{column}: blanks around {len(padded):,} labels, such as {padded[0]!r}, are left out"]
-        if padded
-        else []
-    )
+    if not padded:
+        return []
+    return [f"{column}: blanks around {len(padded):,} labels, such as {padded[0]!r}, are left out"]
 
 
 def unlabelled_note(values: Sequence[Any], labels: Sequence[str], column: str) -> list[str]:
@@ -640,9 +626,7 @@ def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[
         DataError: the commas are ambiguous, as in ``1,234``.
     """
     values = [in_digits(value) for value in values]
-    texts = {
-        i: v.strip() for i, v in enumerate(values) if isinstance(v, str) and "," in v and v.strip()
-    }
+    texts = {i: v.strip() for i, v in enumerate(values) if isinstance(v, str) and "," in v}
     if not texts:
         return values
     every = [v.strip() for v in values if isinstance(v, str) and v.strip()]
@@ -659,12 +643,10 @@ def _decimal_points(values: Sequence[Any], where: Where, what: str) -> Sequence[
         note(
             f"{what}: {len(texts):,} numbers are read with a decimal comma, such as {next(iter(texts.values()))}"
         )
-        return [
-            v.replace(".", "").replace(",", ".") if i in texts else v for i, v in enumerate(values)
-        ]
-    if point:
-        return [v.replace(",", "") if i in texts else v for i, v in enumerate(values)]
-    return values
+    elif not point:
+        return values
+    spelling = str.maketrans({".": "", ",": "."} if comma else {",": ""})
+    return [v.translate(spelling) if i in texts else v for i, v in enumerate(values)]
 
 
 def _sorted_labels(cells: _Cells) -> tuple[str, ...]:
@@ -750,40 +732,35 @@ def _given(
         )
     if isinstance(given, Mapping):
         numbers = dict[Any, Any](given)
-        if all(type(k) is int for k in numbers.values()) and {*numbers.values()} == {
-            *range(len(numbers))
-        }:
+        whole = all(type(k) is int for k in numbers.values())
+        if whole and {*numbers.values()} == {*range(len(numbers))}:
             # From names to numbers, as label2id of transformers, in place of the reverse.
             given = sorted(numbers, key=numbers.__getitem__)
-    pairs = list(given.items()) if isinstance(given, Mapping) else [(name, name) for name in given]
-    spelled = _Cells(
-        [name for _, name in pairs], lambda i: f"label {i + 1} of labels", "name"
-    ).texts
+    mapped = isinstance(given, Mapping)
+    values, called = [*given], [*given.values()] if isinstance(given, Mapping) else [*given]
+    spelled = _Cells(called, lambda i: f"label {i + 1} of labels", "name").texts
     labels = tuple(dict.fromkeys(spelled))
-    if len(labels) < len(spelled) and not isinstance(given, Mapping):
+    if len(labels) < len(spelled) and not mapped:
         twice = next(name for k, name in enumerate(spelled) if name in spelled[:k])
         raise DataError(f"labels={_listed(spelled)} names {twice!r} twice; list every class once.")
     if len(labels) < 2:
         raise DataError(
             f"labels={_listed(spelled)} names one class only; training needs at least two."
         )
-    keys = _Cells([key for key, _ in pairs], lambda i: f"value {i + 1} of labels", "value").texts
+    keys = _Cells(values, lambda i: f"value {i + 1} of labels", "value").texts
     codes = {key: labels.index(name) for key, name in zip(keys, spelled, strict=True)}
     find = _id_finder(codes)
     if names is not None:
-        return LabelMap(labels, _renamed(names, codes, find, isinstance(given, Mapping)))
+        return LabelMap(labels, _renamed(names, codes, find, mapped))
     present, count = {_plain(text) for text in cells.texts}, len(labels)
-    found = any(find(text) is not None for text in cells.texts)
-    if isinstance(given, Mapping) or not present or found:
+    if mapped or not present or any(find(text) is not None for text in cells.texts):
         return LabelMap(labels, codes)
     if count == 2 and present <= {"false", "true"}:
         return LabelMap(labels, {"False": 0, "True": 1})
-    from_zero, from_one = set(range(count)), set(range(1, count + 1))
-    if present <= from_one and count in present:
-        return LabelMap(labels, {str(k + 1): k for k in range(count)})
-    if present <= from_zero and 0 in present:
-        return LabelMap(labels, {str(k): k for k in range(count)})
-    if present <= from_zero:
+    for first, telling in ((1, count), (0, 0)):
+        if telling in present and present <= {*range(first, first + count)}:
+            return LabelMap(labels, {str(k + first): k for k in range(count)})
+    if present <= {*range(count)}:
         raise DataError(
             f"{cells.column} holds the numbers {_listed(sorted(set(cells.texts)))}, which could count the {count} "
             "labels from 0 or from 1. Give a dict of number and label: "
@@ -823,23 +800,20 @@ def _of_checkpoint(
     """
     labels = tuple(str(label) for label in checkpoint)
     codes = {label.strip(): k for k, label in enumerate(labels)}
-    numbers, find = _positions(labels), _id_finder(codes)
     texts, at = cells.texts, cells.where
     if names is not None:
-        own = [str(name).strip() for name in names]
-        found = {str(i): k for i, name in enumerate(own) if (k := find(name)) is not None}
-        if len(found) == len(own):
-            if own == [
-                label.strip() for label in labels
-            ]:  # where several classes have one name, too
-                found = {str(i): i for i in range(len(own))}
-            return LabelMap(labels, (found if _positions(own) else {}) | codes)
-        texts, at = own, lambda i: f"class {i}"
-    elif all(find(text) is not None for text in texts):
-        return LabelMap(labels, codes)
-    elif all(_id_finder(numbers | codes)(text) is not None for text in texts):
-        return LabelMap(labels, numbers | codes)
-    i = next(i for i, text in enumerate(texts) if find(text) is None)
+        texts, at = [str(name).strip() for name in names], lambda i: f"class {i}"
+        if texts == [label.strip() for label in labels]:  # where several classes have one name, too
+            return LabelMap(labels, _positions(texts) | codes)
+    found = [*map(_id_finder(codes), texts)]
+    if None not in found:
+        numbered = names is not None and bool(_positions(texts))
+        by_number = {str(i): k for i, k in enumerate(found) if numbered and k is not None}
+        return LabelMap(labels, by_number | codes)
+    both = _positions(labels) | codes
+    if names is None and None not in map(_id_finder(both), texts):
+        return LabelMap(labels, both)
+    i = found.index(None)
     raise DataError(
         f"{at(i)}: {cells.column} {shortened(texts[i])} is not among the classes of the checkpoint, which is a "
         f"classifier already: {_listed(labels)}. Labels must be these names or their numbers from 0; to train "

@@ -625,7 +625,8 @@ def _word_and_tag(path: Path, sentences: Iterable[_Cells]) -> tuple[int, int]:
     marks, lasts = set[str](), set[str]()
     for rows in sentences:
         width, firsts = len(rows[0][-1]), [cells[0].strip() for *_, cells in rows]
-        counted = width > 2 and counted and firsts in _counts(len(rows))
+        counts = ([str(k + first) for k in range(len(rows))] for first in (0, 1))
+        counted = width > 2 and counted and firsts in counts
         if not counted and (width > 2 or not all(map(_TAG.fullmatch, firsts))):
             return 0, -1
         several |= len(rows) > 1
@@ -644,10 +645,6 @@ def _word_and_tag(path: Path, sentences: Iterable[_Cells]) -> tuple[int, int]:
         )
         return 1, 0
     return 0, -1
-
-
-def _counts(count: int) -> list[list[str]]:
-    return [[str(k + first) for k in range(count)] for first in (0, 1)]
 
 
 def _without_comments(path: Path, blocks: Iterable[_Block]) -> Iterator[_Block]:
