@@ -301,12 +301,7 @@ def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
     Raises:
         DataError: such a column has a value other than 0 and 1; names the row.
     """
-    columns, names = {}, {}
-    orders = {
-        role: table.orders[column]
-        for role, column in chosen.items()
-        if isinstance(column, str) and column in table.orders
-    }
+    columns, names, orders = {}, {}, {}
     for role, column in chosen.items():
         if isinstance(column, list):
             columns[role], names[role] = _one_column(table, column), list(column)
@@ -316,6 +311,8 @@ def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:
             note(line)
         if column in table.label_names:
             names[role] = table.label_names[column]
+        if column in table.orders:
+            orders[role] = table.orders[column]
     return replace(table.with_columns(columns, names), orders=orders, remarks={})
 
 
@@ -348,9 +345,7 @@ def label_strata(values: Sequence[Any]) -> list[Hashable]:
     """
     if values and all(isinstance(v, str) for v in values):
         found = [number_in(v) for v in values]
-        if all(v is not None for v in found) and not all(
-            v == int(v) for v in found if v is not None
-        ):
+        if None not in found and any(v is not None and not v.is_integer() for v in found):
             values = found
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     quantity = any(
@@ -361,13 +356,8 @@ def label_strata(values: Sequence[Any]) -> list[Hashable]:
         count = min(_BINS, max(1, len(order) // 2))
         edges = [order[len(order) * k // count] for k in range(1, count)]
         return [sum(v >= edge for edge in edges) if not is_missing(v) else None for v in values]
-    seen = Counter(
-        item
-        for v in values
-        if isinstance(v, list | tuple)
-        for item in v
-        if isinstance(item, Hashable)
-    )
+    lists = [v for v in values if isinstance(v, list | tuple)]
+    seen = Counter(item for v in lists for item in v if isinstance(item, Hashable))
 
     def key(value: Any) -> Hashable:
         if isinstance(value, list | tuple):

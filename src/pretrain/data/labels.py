@@ -881,16 +881,11 @@ def read_several(
         return MultiLabelColumn([list(value) for value in values])
     values = [_whole(value) for value in values]
     known = None if labels is None else {str(label).strip() for label in (*labels, *spellings)}
-    found = _Column(
-        values, where, names, labels, known, separator, always, single, form, strict
-    ).read()
+    column = _Column(values, where, names, labels, known, separator, always, single, form, strict)
+    found = column.read()
     items = [item for row in found.rows or () for item in row]
-    if (
-        found.form is None
-        and names is found.names is None
-        and items
-        and all(map(_is_number, items))
-    ):
+    unnamed = found.form is None and names is found.names is None
+    if unnamed and items and all(map(_is_number, items)):
         found.form = "numbers"
     return found
 

@@ -276,11 +276,9 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
         if shards := shards_of(source):
             return _of_split(source, shards, name, options)
         files = _table_files(source)
-        return (
-            _joined(files, name, options)
-            if len(files) > 1
-            else _read_file(files[0], name, **options)
-        )
+        if len(files) > 1:
+            return _joined(files, name, options)
+        return _read_file(files[0], name, **options)
     extra = [key for key, value in options.items() if value is not None and key != "columns"]
     tuples = isinstance(source, list | tuple) and source and isinstance(source[0], list | tuple)
     if extra or (options["columns"] is not None and not tuples):
@@ -661,9 +659,8 @@ def _delimited_table(path: Path, kind: str, encoding: str | None, **form: Any) -
     columns: dict[str, list[Any]] = {name: [] for name in names}
     while some := list(islice(rows, _TRANSPOSED)):
         lines += [line for line, _ in some]
-        for column, cells in zip(
-            columns.values(), zip(*(cells for _, cells in some), strict=True), strict=True
-        ):
+        turned = zip(*(cells for _, cells in some), strict=True)
+        for column, cells in zip(columns.values(), turned, strict=True):
             column.extend(cells)
     if form.get("columns") is not None and form.get("header") is None and _is_header(columns):
         tops = [column[0] for column in columns.values()]
@@ -821,17 +818,17 @@ def _json(path: Path, name: str, encoding: str | None) -> Table:
         if getattr(error.__cause__, "msg", "") == "Extra data":  # several values: JSON lines
             return _json_lines(path, encoding)
         raise
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        rows = value["data"]
-        if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
-            return _squad(path, rows)
+    data = value.get("data") if isinstance(value, dict) else None
+    first = data[0] if isinstance(data, list) and data else None
+    if isinstance(first, dict) and "paragraphs" in first:
+        return _squad(path, data)
     if captions := captions_of(value, path):
         return _of_file(path, captions)
     if parts := splits_of(value):
         return _json_split(path, parts, name)
     rows = unoriented(value, path)
-    if rows is value and isinstance(value, dict) and isinstance(value.get("data"), list):
-        rows = unoriented(value["data"], path)
+    if rows is value and isinstance(data, list):
+        rows = unoriented(data, path)
     return _json_table(path, rows)
 
 
@@ -937,12 +934,9 @@ def _declared(table: Any) -> dict[str, list[Any]]:
     orders = {}
     for name in counts.keys() & set(table.schema.names):
         chunks = table.column(name).unify_dictionaries().chunks
-        if (
-            chunks
-            and hasattr(chunks[0], "dictionary")
-            and len(chunks[0].dictionary) == counts[name]
-        ):
-            orders[name] = chunks[0].dictionary.to_pylist()
+        declared = getattr(chunks[0], "dictionary", None) if chunks else None
+        if declared is not None and len(declared) == counts[name]:
+            orders[name] = declared.to_pylist()
     return orders
 
 
