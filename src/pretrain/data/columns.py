@@ -51,9 +51,10 @@ def gathered_words(table: Table, words: str | None, tags: str | None) -> Table:
     """
     if words is None or not all(map(_is_word, table.columns[tags or words])):
         return table
-    found = ["".join(c for c in name.casefold() if c.isalpha()) for name in table.names]
-    free = [pair for pair in zip(table.names, found, strict=True) if pair[0] not in (words, tags)]
-    columns, documents = ([n for n, short in free if short in of] for of in (_SENTENCE, _DOCUMENT))
+    free = [name for name in table.names if name not in (words, tags)]
+    letters = {name: "".join(filter(str.isalpha, name.casefold())) for name in free}
+    columns = [name for name in free if letters[name] in _SENTENCE]
+    documents = [name for name in free if letters[name] in _DOCUMENT]
     if not columns or not all(isinstance(word, str) for word in table.columns[words]):
         return table
     of = [_filled(table.columns[name]) for name in documents]

@@ -81,6 +81,7 @@ LABEL_FORMS = ("vectors", "numbers")  # what lists of zeros and ones can be
 _SPELLED = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 Where = Callable[[int], str]
+_Parsed = Sequence[list[Any] | None]  # what each text prints, None where it is no list
 
 
 def _row(i: int) -> str:
@@ -953,18 +954,19 @@ class _Column:
     def _texts(self, texts: Sequence[str]) -> MultiLabelColumn:
         """Read texts that may each hold several labels; no rows if each is one label."""
         separator, notes = self.separator, list[str]()
+        parsed = [printed_list(text) for text in texts]
         cells = {text.strip() for text in texts if text.strip()}
         named = self.known is not None and cells <= {*self.known}
         if separator != "" and not named:
             numbers = self.form == "numbers" and self.strict
-            if numbers and all(printed_list(text) is None for text in texts):
+            if numbers and all(items is None for items in parsed):
                 found = self._written_numbers(texts)
             else:
-                found = self._written_vectors(texts)
+                found = self._written_vectors(texts, parsed)
             if found is not None:
                 return found
         if separator is None and not named and not self.single:
-            if (found := self._printed(texts)) is not None:
+            if (found := self._printed(texts, parsed)) is not None:
                 return found
             separator, notes = self._detect_separator(cells)
         rows = [_parts(text, separator) for text in texts] if separator else None
@@ -1161,9 +1163,8 @@ class _Column:
         """Return what may stand between numbers, None for blanks: the separator that is given, or the usual ones."""
         return (*_MARKS, None) if self.separator is None else (self.separator.strip() or None,)
 
-    def _written_vectors(self, texts: Sequence[str]) -> MultiLabelColumn | None:
+    def _written_vectors(self, texts: Sequence[str], parsed: _Parsed) -> MultiLabelColumn | None:
         """Read texts that are all vectors of zeros and ones, printed or with a mark between the places."""
-        parsed = [printed_list(text) for text in texts]
         undecided = self.separator is self.form is None
         if all(items is not None for items in parsed):
             if undecided and self.single and not self._one_hot([items or [] for items in parsed]):
@@ -1230,7 +1231,7 @@ class _Column:
 
     # Texts of names.
 
-    def _printed(self, texts: Sequence[str]) -> MultiLabelColumn | None:
+    def _printed(self, texts: Sequence[str], parsed: _Parsed) -> MultiLabelColumn | None:
         """Read texts that print lists or mappings."""
         chosen = [_choices(text) for text in texts]
         if any(found is not None for found in chosen):
@@ -1239,13 +1240,11 @@ class _Column:
         mapped = [printed_mapping(text) for text in texts]
         if all(isinstance(found, dict) for found in mapped):
             return self._mappings(mapped)
-        if all(printed_list(text) is None for text in texts):
+        if all(items is None for items in parsed):
             return None
         return self._printed_lists(texts, [printed_list(text, lone=True) for text in texts])
 
-    def _printed_lists(
-        self, texts: Sequence[str], parsed: Sequence[list[Any] | None]
-    ) -> MultiLabelColumn:
+    def _printed_lists(self, texts: Sequence[str], parsed: _Parsed) -> MultiLabelColumn:
         """Read a column of printed lists; raise DataError if it has other text too."""
         lists = [i for i, found in enumerate(parsed) if found is not None]
         other = next((i for i, found in enumerate(parsed) if found is None), None)

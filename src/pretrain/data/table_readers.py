@@ -280,19 +280,13 @@ def _other_delimiter(path: Path, delimiter: str, quoting: bool, encoding: str | 
     """Return the advice to use the delimiter by which all rows have the same number of cells; empty if none fits."""
     for mark in _DELIMITERS.replace(delimiter, ""):
         texts = (line.decode("utf-8", "replace") for _, line in _lines(path, encoding))
-        width, last = 0, 0
-        for width in _widths(texts, mark, quoting):
-            if width == 1 or width != (last or width):
-                break
-            last = width
-        else:
-            if width:
-                cure = f"write {delimiter!r} there"
-                if reads_with("delimiter"):
-                    cure = f"say so: {option('delimiter', mark)}"
-                return (
-                    f" If {mark!r} stands between columns, every row has {width} of them; {cure}."
-                )
+        widths = _widths(texts, mark, quoting)
+        width = next(widths, 1)
+        if width > 1 and all(other == width for other in widths):
+            cure = f"write {delimiter!r} there"
+            if reads_with("delimiter"):
+                cure = f"say so: {option('delimiter', mark)}"
+            return f" If {mark!r} stands between columns, every row has {width} of them; {cure}."
     return ""
 
 
@@ -449,13 +443,10 @@ def _quoted_rows(
     reader = csv.reader(decoded, delimiter=delimiter, strict=True)
     first = 1
     try:
-        while True:
-            first = reader.line_num + 1
-            row = next(reader, None)
-            if row is None:
-                return
+        for row in reader:
             if row:
                 yield first, row
+            first = reader.line_num + 1
     except csv.Error as error:
         message = str(error)
         cause = next((cause for part, cause in _CSV_CAUSES.items() if part in message), message)

@@ -139,18 +139,13 @@ class Table:
         """Return the rows `indices`, in that order; :meth:`where` still returns their original locations."""
         places = indices if self.places is None else [self.places[i] for i in indices]
         columns = {name: [column[i] for i in indices] for name, column in self.columns.items()}
-        return self.with_columns(columns, self.label_names, places=list(places))
+        return replace(self, columns=columns, places=list(places))
 
     def with_columns(
-        self,
-        columns: dict[str, list[Any]],
-        label_names: dict[str, list[str]],
-        *,
-        places: Sequence[int] | None = None,
+        self, columns: dict[str, list[Any]], label_names: dict[str, list[str]]
     ) -> Table:
-        """Return a table with other columns and the same source, and the same `places` unless given."""
-        kept = self.places if places is None else places
-        return replace(self, columns=columns, label_names=label_names, places=kept)
+        """Return a table with other columns of the same rows."""
+        return replace(self, columns=columns, label_names=label_names)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -311,40 +306,45 @@ def _resolve(source: Any, name: str, options: dict[str, Any]) -> Table:
 
 
 def _rows(source: Sequence[Any], name: str, columns: Sequence[str] | None) -> Table:
-    if columns is not None:
-        names = distinct("columns", list(columns))
-        for k, row in enumerate(source):
-            if not isinstance(row, list | tuple) or len(row) != len(names):
-                size = f" of {len(row)} values" if isinstance(row, list | tuple) else ""
-                raise DataError(
-                    f"row {k + 1} of {name} (index {k}) is a {type(row).__name__}{size}, but "
-                    f"{option('names', names)} names {len(names)}."
-                )
-        source = [dict(zip(names, row, strict=True)) for row in source]
-    source = [row._asdict() if hasattr(row, "_asdict") else row for row in source]
-    for k, row in enumerate(source):
-        if isinstance(row, Mapping):
-            if len({str(key) for key in row}) < len(row):
-                raise DataError(
-                    f"row {k + 1} of {name} (index {k}) has keys that are the same column as text: "
-                    f"{shortened(list(row))}. Rename one of them."
-                )
-            continue
-        if isinstance(row, str | Path) and Path(row).suffix:
-            cure = "Several files are not joined here: give one path."
-        elif isinstance(row, list | tuple):
-            names = numbered_names(len(row))
-            cure = f"Name the columns: {option('names', names)}, or give dicts."
-        else:
-            cure = 'Give dicts: [{"text": "...", "label": "..."}, ...].'
-        raise DataError(
-            f"row {k + 1} of {name} (index {k}) is {type(row).__name__} {shortened(row)}, which has no columns. {cure}"
-        )
+    names = None if columns is None else distinct("columns", list(columns))
+    fields = (
+        _fields(row, names, f"row {k} of {name} (index {k - 1})") for k, row in enumerate(source, 1)
+    )
     named = (
-        (f"row {k + 1} of a list (index {k})", plain_value(row)) for k, row in enumerate(source)
+        (f"row {k} of a list (index {k - 1})", plain_value(row)) for k, row in enumerate(fields, 1)
     )
     called = f"a list of {len(source):,} rows"
     return Table(called, columns_of_rows(named, name), origin="a list", unit="index")
+
+
+def _fields(row: Any, names: Sequence[str] | None, where: str) -> Mapping[Any, Any]:
+    """Return a row of a list as a mapping, for a tuple from the names of the columns.
+
+    Raises:
+        DataError: the row has no columns, or others than the names say.
+    """
+    if names is not None:
+        if not isinstance(row, list | tuple) or len(row) != len(names):
+            size = f" of {len(row)} values" if isinstance(row, list | tuple) else ""
+            raise DataError(
+                f"{where} is a {type(row).__name__}{size}, but {option('names', names)} names {len(names)}."
+            )
+        return dict(zip(names, row, strict=True))
+    row = row._asdict() if hasattr(row, "_asdict") else row
+    if isinstance(row, Mapping):
+        if len({str(key) for key in row}) < len(row):
+            raise DataError(
+                f"{where} has keys that are the same column as text: {shortened(list(row))}. Rename one of them."
+            )
+        return row
+    cure = 'Give dicts: [{"text": "...", "label": "..."}, ...].'
+    if isinstance(row, str | Path) and Path(row).suffix:
+        cure = "Several files are not joined here: give one path."
+    elif isinstance(row, list | tuple):
+        cure = f"Name the columns: {option('names', numbered_names(len(row)))}, or give dicts."
+    raise DataError(
+        f"{where} is {type(row).__name__} {shortened(row)}, which has no columns. {cure}"
+    )
 
 
 def _columns(source: Mapping[Any, Any], name: str) -> Table:
@@ -818,7 +818,7 @@ def _json(path: Path, name: str, encoding: str | None) -> Table:
         if getattr(error.__cause__, "msg", "") == "Extra data":  # several values: JSON lines
             return _json_lines(path, encoding)
         raise
-    data = value.get("data") if isinstance(value, dict) else None
+    data: Any = value.get("data") if isinstance(value, dict) else None
     first = data[0] if isinstance(data, list) and data else None
     if isinstance(first, dict) and "paragraphs" in first:
         return _squad(path, data)
