@@ -76,11 +76,10 @@ def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
     Raises:
         DataError: a caption has no image, or an entry lacks a key.
     """
-    keys = ("images", "annotations")
-    if not isinstance(value, dict) or not all(isinstance(value.get(k), list) for k in keys):
+    has = {"images": {"id", "file_name"}, "annotations": {"caption"}}
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), list) for k in has):
         return None
-    has = {"images": ("id", "file_name"), "annotations": ("caption",)}
-    if not all(any(isinstance(x, dict) and {*has[k]} & {*x} for x in value[k]) for k in keys):
+    if not all(any(isinstance(x, dict) and has[k] & {*x} for x in value[k]) for k in has):
         return None
     try:
         files = {one["id"]: str(one["file_name"]) for one in value["images"]}
@@ -88,12 +87,9 @@ def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:
         for one in value["annotations"]:
             captions[files[one["image_id"]]].append(one["caption"])
     except (KeyError, TypeError) as error:
-        missing = isinstance(error, KeyError)
-        wrong = (
-            f"{error} is missing or no image has it as its id"
-            if missing
-            else f"has a wrong entry ({error})"
-        )
+        wrong = f"has a wrong entry ({error})"
+        if isinstance(error, KeyError):
+            wrong = f"{error} is missing or no image has it as its id"
         raise DataError(
             f"{path} looks like a file of COCO's captions, but {wrong}. Each annotation needs image_id and caption, "
             "each image id and file_name."

@@ -527,9 +527,7 @@ def _compared(value: Any) -> str:
         return "\n".join(_compared(item) for item in value.values())
     if isinstance(value, list | tuple):
         words = all(isinstance(item, str) for item in value)
-        return (
-            normalised(" ".join(value)) if words else "\n".join(_compared(item) for item in value)
-        )
+        return normalised(" ".join(value)) if words else "\n".join(map(_compared, value))
     if hasattr(value, "digest"):  # an image
         return str(value.digest)
     return "" if is_missing(value) else str(value)

@@ -323,11 +323,9 @@ class LabelMap:
         similar = suggestion(first, self.labels)
         unlabelled = f" In public test sets {first} marks a row without a label."
         near = similar + unlabelled * (first in _UNLABELLED)
-        cure = (
-            f"Correct the row, or list every label, in order: {option('labels', [...])}."
-            if trains()
-            else "Correct the row, or leave it out: the model knows no other classes."
-        )
+        cure = "Correct the row, or leave it out: the model knows no other classes."
+        if trains():
+            cure = f"Correct the row, or list every label, in order: {option('labels', [...])}."
         joined = any(mark in text for text in unknown for mark in (*_MARKS, " "))
         alien = len(strange) == len(texts) and not (joined or similar)
         if what == _GIVEN and own is None and alien:
@@ -466,9 +464,8 @@ def _whole(value: Any) -> Any:
 def spelled(value: Any) -> str:
     """Return a value as text; whole floats as integers, since missing values turn integers into floats."""
     value = _whole(value)
-    return (
-        str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-    )
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value).strip()
 
 
 def exact_number(text: str) -> int | float | None:
@@ -661,10 +658,11 @@ def _sorted_labels(cells: _Cells) -> tuple[str, ...]:
     distinct = list(counts)
     if not distinct:
         raise DataError(f"{column} has no rows, so there are no classes.")
-    numbers = {text: number_in(text) for text in distinct}
-    all_numbers = all(number is not None for number in numbers.values())
-    parts = [t for t, number in numbers.items() if number is not None and not number.is_integer()]
-    if parts and all_numbers:
+    numbers = {text: x for text in distinct if (x := number_in(text)) is not None}
+    if len(numbers) < len(distinct):
+        numbers = {}  # some are names, so that none counts classes
+    parts = [text for text, number in numbers.items() if not number.is_integer()]
+    if parts:
         i = texts.index(parts[0])
         quantity = f": use {option('task', 'regression')}" * trains()
         raise DataError(
@@ -672,9 +670,9 @@ def _sorted_labels(cells: _Cells) -> tuple[str, ...]:
             f"quantity and not a class{quantity}. If they are names of {len(distinct)} classes, list them: "
             f"{option('labels', [...])}."
         )
-    values_of = {number: text for text, number in numbers.items() if number is not None}
+    values_of = {number: text for text, number in numbers.items()}
     # With -1, 0 and 1 alone, -1 is a class: the sentiment of a text is often written so.
-    if all_numbers and len(values_of) > 3 and sorted(values_of) == [*range(-1, len(values_of) - 1)]:
+    if len(values_of) > 3 and sorted(values_of) == [*range(-1, len(values_of) - 1)]:
         text = values_of[-1]
         raise DataError(
             f"{cells.place(texts.index(text))} {text} is no class: beside classes that are numbered from 0, it marks "
@@ -701,9 +699,7 @@ def _sorted_labels(cells: _Cells) -> tuple[str, ...]:
                 f"{column}: {twin!r} and {text!r} differ only in case, blanks, accents, invisible characters or the "
                 "form of a number and are two classes"
             )
-    if all_numbers:
-        return tuple(sorted(distinct, key=lambda text: (numbers[text] or 0.0, text)))
-    return tuple(sorted(distinct))
+    return tuple(sorted(distinct, key=lambda text: (numbers.get(text, 0.0), text)))
 
 
 def _in_order(labels: tuple[str, ...], order: Sequence[Any], column: str) -> tuple[str, ...]:
@@ -1107,11 +1103,9 @@ class _Column:
     def _check_vectors(self, rows: list[list[Any]], widths: set[int]) -> None:
         """Refuse rows that are no vectors, in a column that is known to hold vectors."""
         width = max(widths) if self.labels is None else len(self.labels)
-        reason = (
-            f"with {option('label_form', 'vectors')}, given or found in the training rows,"
-            if self.form
-            else "where other rows have vectors" + _or_numbers(rows)
-        )
+        reason = f"where other rows have vectors{_or_numbers(rows)}"
+        if self.form:
+            reason = f"with {option('label_form', 'vectors')}, given or found in the training rows,"
         for i, row in enumerate(rows):
             if len(row) != width or any(x not in (0, 1) for x in row if not is_missing(x)):
                 raise DataError(
@@ -1128,11 +1122,9 @@ class _Column:
             strange = next((x for x in items if not (named or x.isdecimal())), None)
             if twice is None and strange is None:
                 continue
-            fault = (
-                f"{twice} stands there twice"
-                if strange is None
-                else f"{shortened(strange)} is none"
-            )
+            fault = f"{twice} stands there twice"
+            if strange is not None:
+                fault = f"{shortened(strange)} is none"
             raise DataError(
                 f"{self.where(i)}: label is {shortened(self.values[i])}, and with {option('label_form', 'numbers')} it "
                 f"must hold the numbers of classes, each once: {fault}. Correct the row; if it is a vector of zeros "

@@ -220,10 +220,8 @@ def _values(value: Any, text: str) -> list[Any]:
 # ------------------------------------------------------------------------------------------------- CSV and TSV
 
 _DELIMITERS = ",;\t|"
-_CELL = re.compile(
-    r'(?:^|\t)("[^"]*(?:""[^"]*)*"|[^"\t]*)'
-)  # of a row in which tabs stand between cells
-
+# A cell of a row in which tabs stand between cells.
+_CELL = re.compile(r'(?:^|\t)("[^"]*(?:""[^"]*)*"|[^"\t]*)')
 
 _SAMPLED = 50  # lines by which a delimiter is chosen
 # The first line in which Excel names the delimiter; it is no row.
@@ -380,12 +378,12 @@ def csv_rows(
     for number, row in rows:
         if width and len(row) != width:
             what = {",": "comma", "\t": "tab", ";": "semicolon"}.get(delimiter, repr(delimiter))
-            advice = (
-                f"A text that holds a {what}, a quote or a line end must stand in double quotes; correct the quoting "
-                "of this row."
-                if quoting
-                else f"Quotes are ordinary characters in this file, so no text may hold a {what} or a line end."
-            )
+            advice = f"Quotes are ordinary characters in this file, so no text may hold a {what} or a line end."
+            if quoting:
+                advice = (
+                    f"A text that holds a {what}, a quote or a line end must stand in double quotes; correct the "
+                    "quoting of this row."
+                )
             advice += _other_delimiter(path, delimiter, quoting, encoding)
             raise DataError(
                 f"{path}:{number} has {len(row)} columns, but {first} has {width}. {advice}"
