@@ -16,6 +16,7 @@ __all__ = [
     "HELD_OUT",
     "TRAIN",
     "captions_of",
+    "is_rows",
     "may_hold_splits",
     "split_for",
     "splits_of",
@@ -55,13 +56,14 @@ def splits_of(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not (set(value) & set(TRAIN) or set(value) <= set(_SPLITS)):
         return {}
     full = {split: rows for split, rows in value.items() if rows != []}
-    return full if full and all(map(_is_rows, full.values())) else {}
+    return full if full and all(map(is_rows, full.values())) else {}
 
 
-def _is_rows(value: Any) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(isinstance(column, list) for column in value.values())
-    return isinstance(value, list) and isinstance(value[0], dict)
+def is_rows(value: Any) -> bool:
+    """Whether a value is a table (a list of dicts or tuples, or a dict of columns) and not a single column."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(column, list | tuple) for column in value.values())
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping | tuple)
 
 
 def split_for(splits: Mapping[str, Any], name: str) -> str | None:

@@ -224,14 +224,10 @@ def _absent(table: Table, role: str, column: str, roles: Sequence[Role]) -> str:
     near = suggestion(column, table.columns)
     known = {_folded(name) for item in roles for name in item.known}
     strange = not known & {_folded(name) for name in table.columns}
+    absent = f"{table.name} has no column {column!r} for {column_option(role, column)}"
     if table.hint and strange and not near:
-        return (
-            f"{table.name} has no column {column!r} for {column_option(role, column)}. {table.hint}"
-        )
-    return (
-        f"{table.name} has no column {column!r} for {column_option(role, column)}; columns present: "
-        f"{column_names(table.names)}.{near}"
-    )
+        return f"{absent}. {table.hint}"
+    return f"{absent}; columns present: {column_names(table.names)}.{near}"
 
 
 def _missing(

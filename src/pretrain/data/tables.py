@@ -20,6 +20,7 @@ from pretrain.data.json_shapes import (
     HELD_OUT,
     TRAIN,
     captions_of,
+    is_rows,
     may_hold_splits,
     split_for,
     splits_of,
@@ -227,7 +228,7 @@ def splits(source: Any) -> dict[str, Any]:
     named = any(part in TRAIN for part in source)
     kinds = (str, Path, Table) if named else (Path, Table)
     if all(
-        isinstance(value, kinds) or _is_data(value) or (named and _is_rows(value))
+        isinstance(value, kinds) or _is_data(value) or (named and is_rows(value))
         for value in source.values()
     ):
         return {str(part): value for part, value in source.items()}
@@ -241,13 +242,6 @@ def held_out_splits(source: Any) -> dict[str, tuple[str, Any]]:
         return {}
     found = {use: split_for(parts, use) for use in HELD_OUT}
     return {use: (part, parts[part]) for use, part in found.items() if part is not None}
-
-
-def _is_rows(value: Any) -> bool:
-    """Whether a value is a table (a list of dicts or tuples, or a dict of columns) and not a single column."""
-    if isinstance(value, Mapping):
-        return bool(value) and all(isinstance(column, list | tuple) for column in value.values())
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping | tuple)
 
 
 def _is_data(value: Any) -> bool:
