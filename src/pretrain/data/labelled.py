@@ -265,7 +265,10 @@ def _missing(
 
 def _guessed(table: Table, missing: Sequence[Role], left: Sequence[str]) -> dict[str, Any]:
     """Return columns as an example: that with the longest texts for an input, all of 0 and 1 for several labels."""
-    marks = _marked(table, left) if any(role.many for role in missing) else []
+    many = any(role.many for role in missing)
+    marks = [
+        name for name in left if many and all(is_on(v) is not None for v in table.columns[name])
+    ]
     free = [name for name in left if len(marks) < 2 or name not in marks]
     found: dict[str, Any] = {}
 
@@ -279,13 +282,6 @@ def _guessed(table: Table, missing: Sequence[Role], left: Sequence[str]) -> dict
             found[role.name] = free[0] if role.target else max(free, key=size)
             free = [name for name in free if name != found[role.name]] or free
     return found
-
-
-def _marked(table: Table, names: Sequence[str]) -> list[str]:
-    """Return the columns whose values are all 0 or 1, in any spelling."""
-    return [
-        name for name in names if all(is_on(value) is not None for value in table.columns[name])
-    ]
 
 
 def roles_table(table: Table, chosen: Mapping[str, Any]) -> Table:

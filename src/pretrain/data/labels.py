@@ -350,12 +350,7 @@ class LabelMap:
 
 
 class _Cells:
-    """The labels of a column as texts, and the location of their rows.
-
-    Args:
-        values: one string, number or bool per row.
-        where: returns the location of a row, for error messages.
-        column: name of the column, for error messages.
+    """The labels of a column as texts, and the location of their rows; the arguments are those of `LabelMap.learn`.
 
     Raises:
         DataError: a value is missing, or the values are of several kinds or of one that is no label.
@@ -574,18 +569,16 @@ def finite_numbers(
     Raises:
         DataError: a value is not a finite number, or exceeds ``LARGEST``; names the first such rows.
     """
-
-    def number(value: Any) -> float:
+    found = []
+    for value in _decimal_points(values, where, what):
         try:
-            return math.nan if isinstance(value, bool) and not bools else float(value)
+            found.append(math.nan if isinstance(value, bool) and not bools else float(value))
         except (TypeError, ValueError, OverflowError):
-            return math.nan
-
-    found = [number(value) for value in _decimal_points(values, where, what)]
-    wrong = [i for i, x in enumerate(found) if not math.isfinite(x)]
-    large = [i for i, x in enumerate(found) if math.isfinite(x) and abs(x) > LARGEST]
-    if not wrong and not large:
+            found.append(math.nan)
+    if all(abs(number) <= LARGEST for number in found):
         return found
+    wrong = [i for i, number in enumerate(found) if not math.isfinite(number)]
+    large = [i for i, number in enumerate(found) if LARGEST < abs(number) < math.inf]
     rows, fault = wrong, "are no finite numbers"
     if not wrong:
         rows, fault = large, f"are larger than single precision can train on ({LARGEST:g})"

@@ -909,9 +909,8 @@ def _parquet(path: Path) -> Table:
                 "strings."
             ) from error
     features = _features(table.schema.metadata)
-    orders = _declared(table)
-    made = _of_file(path, _in_modes(columns, features), label_names=_class_names(features))
-    return replace(made, orders=orders)
+    names_of, orders = _class_names(features), _declared(table)
+    return _of_file(path, _in_modes(columns, features), label_names=names_of, orders=orders)
 
 
 def _declared(table: Any) -> dict[str, list[Any]]:
