@@ -713,3 +713,10 @@ def test_commas_are_blamed_only_where_the_value_at_fault_has_one(values: list[st
     assert "comma" not in str(told.value)
     with pytest.raises(DataError, match="A comma is a decimal one only"):
         finite_numbers(["1,5", "2.5"], where, what="targets", cure="Correct it.")
+
+
+def test_known_names_are_names_whatever_they_look_like() -> None:
+    cells = ["[a]", "b, c", "[0, 1]", "[a]"]
+    for always, rows in ((False, None), (True, [[cell] for cell in cells])):
+        found = read_several(cells, where, labels=["[a]", "b, c", "[0, 1]"], always=always)
+        assert (found.rows, found.names, found.notes) == (rows, None, [])

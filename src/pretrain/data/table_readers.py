@@ -40,7 +40,7 @@ __all__ = [
     "without_headers",
 ]  # fmt: skip
 
-Sentence = tuple[int, list[str], list[str]]  # first line, words, tags
+Sentence = tuple[int, list[str], list[str]]  # line of the first word, words, tags
 
 
 # --------------------------------------------------------------------------------------------------------- JSON
