@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pretrain.config.check import place_in, types_of, with_digest, with_place, write_text
+from pretrain.config.check import (
+    place_in,
+    read_sections,
+    types_of,
+    with_digest,
+    with_place,
+    write_text,
+)
+from pretrain.config.strict_yaml import dump, parse
 from pretrain.errors import ConfigError
 
 __all__ = [
@@ -387,8 +395,6 @@ class Sections:
             ConfigError: the file cannot be read, a key is unknown (the nearest one is named), or a value
                 has the wrong type or is out of range.
         """
-        from pretrain.config.check import read_sections
-
         sections, origins = read_sections(cls.SECTIONS, source, overrides)
         settings = cls(**sections)
         vars(settings)["origins"] = origins
@@ -422,8 +428,6 @@ class Sections:
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load` reads back to equal settings."""
-        from pretrain.config.strict_yaml import dump
-
         return dump(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -460,8 +464,6 @@ class Sections:
 
 def began_without(path: Path, setting: str) -> bool:
     """Return whether a version that did not have this setting, ``section.name``, wrote the settings of a run."""
-    from pretrain.config.strict_yaml import parse
-
     section, _, name = setting.partition(".")
     return name not in (parse(path.read_text(encoding="utf-8"), str(path))[0].get(section) or {})
 
