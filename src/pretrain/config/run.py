@@ -7,6 +7,7 @@ impossible values raise an error that names the setting, before anything is allo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -29,7 +30,7 @@ from pretrain.config.check import (
     write_text,
 )
 from pretrain.config.strict_yaml import dump, parse
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataError, PretrainError
 
 __all__ = [
     "DataConfig",
@@ -483,6 +484,29 @@ def is_lost(path: str) -> bool:
         and not os.path.exists(place)
         and not glob.glob(path, recursive=True)
     )
+
+
+@contextlib.contextmanager
+def naming_paths(run_dir: Path, settings: Sections) -> Iterator[None]:
+    """Say of an error inside the block that a path of a run does not lead from here, where that is the cause.
+
+    Args:
+        run_dir: directory of the run.
+        settings: its settings, as ``of_run`` read them.
+
+    Raises:
+        DataError: in place of an error that names a relative path of the settings which does not exist.
+    """
+    try:
+        yield
+    except PretrainError as error:
+        lost = [path for path in settings.paths() if is_lost(path) and path in str(error)]
+        if not lost:
+            raise
+        raise DataError(
+            f"{lost[0]!r}, which {run_dir / 'run.yaml'} names, is not there. It is relative to the directory in which "
+            f"the run was started, and the command runs in {Path.cwd()}: run it there, or put the file back."
+        ) from error
 
 
 def _resolved_from(place: Path, value: Any) -> Any:

@@ -21,6 +21,7 @@ from pretrain.config.spelling import column as column_option
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
+from pretrain.evaluation import language
 from pretrain.evaluation.embeddings import retrieval, sts
 from pretrain.evaluation.pairs import minimal_pairs
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
@@ -31,7 +32,6 @@ from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, ta
 from pretrain.models.heads import LABELLED
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
-from pretrain.training import run as language
 from pretrain.utils.files import muted, note
 
 if TYPE_CHECKING:

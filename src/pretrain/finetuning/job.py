@@ -54,7 +54,7 @@ from pretrain.training.logging import check_loggers
 from pretrain.training.parallelize import run_lock
 from pretrain.training.precision import choose_device, evaluation_setting
 from pretrain.training.restore import load_weights
-from pretrain.training.run import (
+from pretrain.training.resuming import (
     check_same_run,
     has_begun,
     keep_settings,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import COMPARISON
+from pretrain.config.run import naming_paths
 from pretrain.config.spelling import FINETUNE, either, using
 from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
@@ -28,7 +29,7 @@ from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.closing import reported, time_and_units
 from pretrain.training.launch import on_devices, read_run
-from pretrain.training.run import has_begun, naming_paths
+from pretrain.training.resuming import has_begun
 from pretrain.training.state import isolated_torch_state
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page

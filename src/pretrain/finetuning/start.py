@@ -21,7 +21,7 @@ from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
 from pretrain.models.heads import LABELLED, SequenceHead
 from pretrain.nn.buffers import stored_tensors
-from pretrain.training.run import has_begun
+from pretrain.training.resuming import has_begun
 from pretrain.training.starting_model import open_source
 from pretrain.utils.files import note
 

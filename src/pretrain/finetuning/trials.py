@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.checkpoint.best import COMPARISON, TRIALS, write_choice
 from pretrain.distributed.world import current_world
 from pretrain.errors import CheckpointCorrupt, CheckpointError, Interrupted
-from pretrain.training.run import resumable, run_key
+from pretrain.training.resuming import resumable, run_key
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import unsealed, without_nan
 
