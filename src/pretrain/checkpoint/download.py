@@ -40,7 +40,7 @@ from pretrain.utils.hub_files import hub_errors, snapshot
 from pretrain.utils.hub_files import pinned as pinned_name
 from pretrain.utils.hub_names import HubName, hub_name
 
-__all__ = ["fetch_config", "fetch_model", "local_directory", "pinned", "terms"]
+__all__ = ["fetch_config", "fetch_model", "pinned", "terms"]
 
 # Read before the weights are fetched. Patterns of fnmatch, of paths inside the repository.
 _SMALL = (
@@ -81,11 +81,6 @@ def fetch_model(path: str | Path) -> tuple[Path, str]:
     elif name.revision != commit.revision:
         note(f"{commit} is used, which is in {_home(directory)}")
     return directory, str(commit)
-
-
-def local_directory(checkpoint: str | Path) -> Path:
-    """Return the path of a checkpoint; of a model of the Hub that of its directory in the cache."""
-    return Path(checkpoint) if hub_name(checkpoint) is None else fetch_model(checkpoint)[0]
 
 
 def fetch_config(path: str | Path) -> ModelDirectory:

@@ -38,6 +38,7 @@ from pretrain.models.base import Model
 from pretrain.models.config import drop_code
 from pretrain.models.heads import kind_of_class, labels_named_by
 from pretrain.models.sentences import SentenceSettings
+from pretrain.models.state import report_line
 from pretrain.utils.files import note, read_bytes, reading
 from pretrain.utils.tensors import read_header
 
@@ -55,12 +56,10 @@ __all__ = [
     "open_described",
     "recorded_columns",
     "recorded_objective",
-    "report_line",
 ]
 
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
-_SHOWN = 5  # tensor names listed in the report line
 
 
 def load(
@@ -278,22 +277,6 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
             "tokenizer=False)."
         )
     model.processor = tokenizer  # as published, whatever id it pads with
-
-
-def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
-    """Return the report line: tensors read, missing (newly initialised) and not used."""
-    parts = [f"{config.get('model_type')}: {count} tensors"]
-    for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
-        shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)
-        fresh = "newly initialised: " if label == "missing" else "not used: "
-        parts.append(f"{len(names)} {label}" + (f" ({fresh}{', '.join(shown)})" if names else ""))
-    if report.untied:
-        parts.append("head untied, because its weights differ from the embedding")
-    elif getattr(model.head, "tied", False):
-        parts.append("head tied")
-    if model.remarks:
-        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
-    return ", ".join(parts)
 
 
 def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:

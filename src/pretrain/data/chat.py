@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pretrain.data
 from pretrain.config.spelling import option
 from pretrain.data.labelled import Role
 from pretrain.errors import DataError, TokenizerError
@@ -96,8 +97,6 @@ class ChatTemplate:
     def __init__(
         self, source: str, tokens: Mapping[str, str], specials: Sequence[str] = ()
     ) -> None:
-        from pretrain.data.template_sandbox import Sandbox
-
         if len(source) > _SOURCE_LIMIT:
             raise DataError(
                 f"The chat template is too long ({len(source):,} characters, limit {_SOURCE_LIMIT:,}). Give another "
@@ -106,7 +105,7 @@ class ChatTemplate:
         self.source, self.tokens = source, dict(tokens)
         # Longest first, because one token may be a prefix of another.
         self.specials = tuple(sorted((t for t in specials if t), key=len, reverse=True))
-        self._sandbox = Sandbox()
+        self._sandbox = pretrain.data.template_sandbox.Sandbox()
         try:
             self._template = self._sandbox.template(source)
         except Exception as error:  # an untrusted program can raise anything
@@ -216,15 +215,13 @@ class ChatTemplate:
         Raises:
             DataError: the template fails, rejects the conversation, or exceeds the limits of the sandbox.
         """
-        from pretrain.data.template_sandbox import LimitExceeded
-
         chosen = self.given(tools)
         formed = [chosen._formed(_as_transformers(message)) for message in messages]
         values = chosen._variables(formed, tools, add_generation_prompt)
         place = f"{where}: the" if where else "The"
         try:
             return chosen._sandbox.render(chosen._template, values, marks)
-        except (LimitExceeded, RecursionError, MemoryError) as error:
+        except (pretrain.data.template_sandbox.LimitExceeded, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{place} chat template exceeds the limits of the sandbox: {_said(error)}. Give another template "
                 "(chat_template=); this one is broken or malicious."

@@ -24,7 +24,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from pretrain.data.paths import shortened_path
-from pretrain.data.sources import resolve_sources, sized_pieces, unused_options
+from pretrain.data.sources import Sample, resolve_sources, sized_pieces, unused_options
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
@@ -680,8 +680,6 @@ def train_tokenizer(
         TokenizerError: the kind is unknown, or the vocabulary is too small.
         DataError: a source cannot be read, or there is no text.
     """
-    from pretrain.data.pipeline import Sample
-
     sample = Sample(sample_bytes)
     found, _ = resolve_sources(sources, text=text, separator=separator, encoding=encoding)
     for line in unused_options(found, text, separator, encoding):

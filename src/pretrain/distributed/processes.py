@@ -31,6 +31,7 @@ from pretrain.distributed.handshake import (
     introduce,
     with_time_limit,
 )
+from pretrain.distributed.json_values import from_plain, to_plain
 from pretrain.distributed.store import absent, get, put, store_of_this_start, wait_for_all_ranks
 from pretrain.distributed.watchdog import SLOW, Watchdog
 from pretrain.distributed.world import World
@@ -273,7 +274,7 @@ class Processes(World):
     def all_gather_object(self, value: Any) -> list[Any]:
         if self.size == 1:
             return super().all_gather_object(value)
-        return gather_json(value, self.size, self._control)
+        return list(map(from_plain, gather_json(to_plain(value), self.size, self._control)))
 
     def on_rank_zero(self, make: Callable[[], T]) -> T | None:
         made, failure = self._tried_on_rank_zero(make)

@@ -16,6 +16,7 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.download import fetch_config
 from pretrain.checkpoint.resolve import run_with_settings
 from pretrain.config.check import check_count
+from pretrain.config.run import naming_paths
 from pretrain.config.spelling import EVALUATE, option, option_name, using
 from pretrain.config.spelling import column as column_option
 from pretrain.data.row_source import RowSource
@@ -276,7 +277,7 @@ def _held_out(path: Path, run_dir: Path | None, settings: TuneConfig | None, tas
         if not from_memory(source):
             with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
                 labels = classes_of(source, type(task))
-        with language.naming_paths(run_dir, settings):
+        with naming_paths(run_dir, settings):
             begun = begun_as(run_dir, type(task))
             data = open_data(settings, {}, type(task), labels, begun)
     if task.model.provenance.get("fingerprint") != data.fingerprint:

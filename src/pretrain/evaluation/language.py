@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.checkpoint import load
-from pretrain.checkpoint.download import local_directory
 from pretrain.checkpoint.resolve import run_with_settings
 from pretrain.config import DataConfig, RunConfig
 from pretrain.config.run import naming_paths
@@ -46,9 +45,10 @@ from pretrain.training.precision import (
 )
 from pretrain.training.restore import load_others
 from pretrain.training.run import check_labels, check_tokenizer, open_data
+from pretrain.training.starting_model import local_directory
 from pretrain.utils.files import note
 
-__all__ = ["evaluate", "no_run"]
+__all__ = ["evaluate", "names_function", "no_run"]
 
 # The import path of a function that returns rows, package.module:function; a hub source begins with "hub:".
 _FUNCTION = re.compile(r"(?!hub:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import training
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import COMPARISON
 from pretrain.config.run import naming_paths
@@ -28,7 +29,6 @@ from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.closing import reported, time_and_units
-from pretrain.training.launch import on_devices, read_run
 from pretrain.training.resuming import has_begun
 from pretrain.training.state import isolated_torch_state
 from pretrain.utils.files import muted, note
@@ -112,7 +112,7 @@ def finetune(
         if not has_begun(Path(settings.train.out)):
             check_idle(job.settings, job.data.learned.options.get("problem"))
         if devices != 1:
-            run = on_devices("finetune", job.settings, devices, hooks=hooks, quiet=quiet)
+            run = training.on_devices("finetune", job.settings, devices, hooks=hooks, quiet=quiet)
             if run is not None:  # those processes have written the report and the last words
                 result = job.read_back(run)
                 result.comparison = kept_comparison(job)
@@ -235,7 +235,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     page = folder / PAGE
     if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").endswith(_ANEW):
         return page
-    settings, run = TuneConfig.of_run(folder), read_run(folder)
+    settings, run = TuneConfig.of_run(folder), training.read_run(folder)
     settings.train.out = str(folder)
     sources = (settings.data.train, settings.data.valid, settings.data.test)
     start, best = None, run.best or run.checkpoint

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import training
 from pretrain.checkpoint.manifest import ADAPTER_CONFIG, run_checkpoints
 from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.checkpoint.resolve import RESULT
@@ -22,7 +23,6 @@ from pretrain.config.spelling import option
 from pretrain.errors import ConfigError
 from pretrain.models import own_family
 from pretrain.training.parallelize import flat
-from pretrain.training.starting_model import resolve_source
 from pretrain.training.state import Changed
 from pretrain.utils.directories import keep_foreign
 from pretrain.utils.files import note
@@ -185,4 +185,6 @@ def resolve_checkpoint(settings: Any) -> Any:
     if family is not None and ":" in family:
         own_family(family)
     before = settings_before(settings)
-    return resolve_source(checkpoint, None if before is None else before.model.checkpoint)
+    return training.starting_model.resolve_source(
+        checkpoint, None if before is None else before.model.checkpoint
+    )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.download import local_directory, terms
+from pretrain import training
 from pretrain.checkpoint.resolve import resolve_model_directory
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import began_without
@@ -42,7 +42,6 @@ from pretrain.training.early import (
     check_trained_head,
     prepared_in,
 )
-from pretrain.training.launch import on_devices
 from pretrain.training.parallelize import flat
 from pretrain.training.resuming import (
     check_same_run,
@@ -53,7 +52,6 @@ from pretrain.training.resuming import (
     run_key,
     settings_before,
 )
-from pretrain.training.starting_model import hash_weights, open_source, origin
 from pretrain.training.state import Run, isolated_torch_state
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
@@ -102,7 +100,7 @@ def train(
     if devices != 1:
         if not settings.train.out:
             resolve_by_data(settings, rows_of(settings, quiet=False))
-        if (run := on_devices("train", settings, devices, hooks=hooks)) is not None:
+        if (run := training.on_devices("train", settings, devices, hooks=hooks)) is not None:
             return run
     world = current_world()
     with muted(not world.is_rank_zero):
@@ -128,7 +126,7 @@ def train(
             about=about(settings, data),
             base=None
             if settings.model.checkpoint is None
-            else hash_weights(objective.model, opened=True),
+            else training.starting_model.hash_weights(objective.model, opened=True),
             world=world,
         )
         settings.train = trainer.train
@@ -225,7 +223,11 @@ def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
         return prepared
     tokenizer = data.tokenizer
     if settings.model.checkpoint is not None and tokenizer == "bpe":
-        tokenizer = str(resolve_model_directory(local_directory(settings.model.checkpoint)))
+        tokenizer = str(
+            resolve_model_directory(
+                training.starting_model.local_directory(settings.model.checkpoint)
+            )
+        )
     prepared_text: Prepared = prepare(
         data.train,
         source="text",
@@ -280,7 +282,7 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
             ":" in settings.model.family
         ):  # an objective of the user; one of ours is recorded in the checkpoint
             own_family(settings.model.family)
-        model = open_source(settings.model.checkpoint)
+        model = training.starting_model.open_source(settings.model.checkpoint)
         _say_unused(settings.model, model)
         check_trained_head(settings, model)
         if tokenizer is None:
@@ -379,9 +381,10 @@ def check_tokenizer(
     """
     expected = model.tokenizer
     if expected is not None and tokenizer.fingerprint != expected.fingerprint:
+        directory = training.starting_model.local_directory(checkpoint)
         raise TokenizerError(
             f"The data were prepared with another tokenizer ({len(tokenizer)} tokens) than that of {checkpoint} "
-            f"({len(expected)} tokens): every id would mean something else. {remedy}{local_directory(checkpoint)}"
+            f"({len(expected)} tokens): every id would mean something else. {remedy}{directory}"
         )
 
 
@@ -433,4 +436,6 @@ def vocabulary_of(tokenizer: Tokenizer, overrides: Mapping[str, Any]) -> dict[st
 def about(settings: RunConfig, data: Prepared | RowSource) -> dict[str, Any]:
     """Return what a checkpoint records about its origin."""
     start = settings.model.checkpoint
-    return data.about() | {"parent": origin(start), **terms(start or "")}
+    return data.about() | (
+        training.starting_model.recorded_origin(start) if start else {"parent": None}
+    )
