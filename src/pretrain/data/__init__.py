@@ -17,12 +17,14 @@ from pretrain.utils.on_use import on_use
 __getattr__ = on_use(
     __name__,
     {
+        "images": "pretrain.data.images",
         "table_readers": "pretrain.data.table_readers",  # plain text does without
         "template_sandbox": "pretrain.data.template_sandbox",  # imports jinja2, for conversations only
     },
 )
 
 if TYPE_CHECKING:
+    from pretrain.data import images as images
     from pretrain.data import table_readers as table_readers
     from pretrain.data import template_sandbox as template_sandbox
 

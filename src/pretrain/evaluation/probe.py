@@ -33,9 +33,9 @@ from pretrain.errors import (
     suggestion,
 )
 from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.finetuning.measure import reported_precision
 from pretrain.finetuning.rows import open_data
-from pretrain.finetuning.settings import from_keywords
 from pretrain.inference.images import image_vectors
 from pretrain.inference.predict import smaller_batch
 from pretrain.models.base import Model

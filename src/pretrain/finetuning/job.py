@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import distributed
+from pretrain import distributed, finetuning
 from pretrain.checkpoint.best import (
     BEST,
     SWEEP,
@@ -214,20 +214,7 @@ class Job:
             return self.build(**new)
         self.metric, self.unit = task.metric, task.unit_name
         if method.lora and not scratch:
-            from pretrain.lora import LoraConfig, apply_lora
-
-            targets = method.targets
-            apply_lora(
-                model,
-                LoraConfig(
-                    r=method.lora,
-                    alpha=method.alpha or 2 * method.lora,
-                    dropout=method.lora_dropout,
-                    targets=tuple(targets) if isinstance(targets, list) else targets,
-                    dora=method.dora,
-                ),
-                seed=seed,
-            )
+            finetuning.add_adapter(model, method, seed)
         if not scratch:
             freeze(model, method.freeze)
         return task

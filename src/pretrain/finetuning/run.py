@@ -23,8 +23,9 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.card import example_call
 from pretrain.finetuning.compare import check_comparison, compare_arms, kept_comparison
 from pretrain.finetuning.job import Job
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.finetuning.page import render
-from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
+from pretrain.finetuning.settings import TuneConfig, check_idle, from_memory
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import pretrain.data
 from pretrain.checkpoint import load
 from pretrain.config.check import check_count
 from pretrain.config.spelling import PREDICT, either, option, using
@@ -638,15 +639,13 @@ def _rows_beside(target: Path, chunk: Chunk, files: Collection[str]) -> Iterator
     if not files:  # of a task that reads texts
         yield from chunk.rows
         return
-    from pretrain.data.images.decode import FileItem
-
     origin = Path(chunk.table.origin)
     folder = origin.parent if origin.is_file() else None
     for i, row in enumerate(chunk.rows):
         placed = dict(row)
         for name, column in chunk.table.columns.items():
             cell, text, base = column[i], row.get(name), folder if name in files else None
-            if isinstance(cell, FileItem):
+            if isinstance(cell, pretrain.data.images.FileItem):
                 text, base = cell.source, Path()
             if base is None or not isinstance(text, str | Path) or not str(text).strip():
                 continue

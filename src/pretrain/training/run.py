@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pretrain.data
 from pretrain import training
 from pretrain.checkpoint.resolve import resolve_model_directory
 from pretrain.config import DataConfig, ModelConfig, RunConfig
@@ -394,10 +395,8 @@ def check_images(settings: RunConfig, data: RowSource) -> None:
     Raises:
         ConfigError: ``model.overrides`` names another size, or another number of channels.
     """
-    from pretrain.data.images.processor import ImageProcessor
-
     images = getattr(data.processor, "images", data.processor)
-    if not isinstance(images, ImageProcessor):
+    if not isinstance(images, pretrain.data.images.ImageProcessor):
         return
     returned = {"num_channels": ("channels", images.channels)}
     if images.size is not None and images.size[0] == images.size[1]:
