@@ -13,7 +13,6 @@ A template is the Jinja program that comes with a tokenizer (``chat_template.jin
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import re
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pretrain.data
 from pretrain.config.spelling import option
-from pretrain.data.labelled import Role
+from pretrain.data.labelled import Role, printed_messages
 from pretrain.errors import DataError, TokenizerError
 from pretrain.utils.files import note
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAT_ROLES", "REASONING", "ROLE_KEYS", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools",
-    "content_text", "default_template", "encode_rendered", "is_trained", "printed_messages", "template_of_file",
+    "content_text", "default_template", "encode_rendered", "is_trained", "template_of_file",
     "to_conversations", "typed_specials",
 ]  # fmt: skip
 
@@ -408,15 +407,6 @@ def to_conversations(
             found.append(asked + _answer(one.get("output"), place, answers))
         return found
     return [start + _answer(row.get("answer"), place, answers)]
-
-
-def printed_messages(text: str) -> Any:
-    """Return the list or object that a text prints as JSON or Python; any other text as it is."""
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            value = read(text.strip())
-            return value if isinstance(value, list | dict) else text
-    return text
 
 
 def _answer(value: Any, place: str, needed: bool) -> list[Message]:

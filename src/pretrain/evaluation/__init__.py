@@ -17,7 +17,7 @@ from pretrain.checkpoint.download import fetch_config
 from pretrain.checkpoint.resolve import run_with_settings
 from pretrain.config.check import check_count
 from pretrain.config.run import naming_paths
-from pretrain.config.spelling import EVALUATE, option, option_name, using
+from pretrain.config.spelling import EVALUATE, option, option_name, smaller_batch, using
 from pretrain.config.spelling import column as column_option
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
@@ -29,7 +29,7 @@ from pretrain.finetuning.measure import encoded, labelled, measure, reported_pre
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import begun_as, classes_of, starting_model
-from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, task_of
+from pretrain.inference.predict import rebuilt, recorded_task, task_of
 from pretrain.models.heads import LABELLED
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task

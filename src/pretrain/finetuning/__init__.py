@@ -1,6 +1,6 @@
 """Fine-tuning of a pre-trained model on a task, its report, and the comparison with training from scratch.
 
-What only some runs need is imported when it is used, under the name below.
+What only some runs need is imported when it is used, under the names below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from pretrain.utils.on_use import on_use
 
 if TYPE_CHECKING:
     from pretrain.finetuning.adapter import add_adapter
+    from pretrain.finetuning.compare import Comparison, check_comparison, compare_arms
 
-__all__ = ["add_adapter"]
+__all__ = ["Comparison", "add_adapter", "check_comparison", "compare_arms"]
 
-__getattr__ = on_use(__name__, {"add_adapter": "pretrain.finetuning.adapter"})
+__getattr__ = on_use(
+    __name__,
+    {
+        "Comparison": "pretrain.finetuning.compare",
+        "add_adapter": "pretrain.finetuning.adapter",
+        "check_comparison": "pretrain.finetuning.compare",
+        "compare_arms": "pretrain.finetuning.compare",
+    },
+)

@@ -44,7 +44,7 @@ from pretrain.finetuning.start import (
     used_unloaded_weights,
     write_counts,
 )
-from pretrain.finetuning.trials import ScoreFile, kept_trials_named, trials_key
+from pretrain.finetuning.trials import ScoreFile, kept_comparison, kept_trials_named, trials_key
 from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
@@ -484,7 +484,9 @@ class Job:
         silent, notes = replace(self, quiet=True), list(self.data.notes)
         task = silent.build(seed=self.settings.train.seed)
         held_out, tested = silent.held_out(task, notes)
-        return silent.finish(task, run, held_out, tested, notes, write=write)
+        result = silent.finish(task, run, held_out, tested, notes, write=write)
+        result.comparison = kept_comparison(self)
+        return result
 
     def overview(self, rows: TaskRows, task: Task) -> list[str]:
         """Summarise rows, lengths, labels and trained parameters in a few lines."""

@@ -28,7 +28,7 @@ from pretrain.data.labels import exact_number, printed_list, printed_mapping, sp
 from pretrain.data.shard_folders import shards_of
 from pretrain.data.tables import shown, splits
 from pretrain.errors import DataError
-from pretrain.inference.predict import has_columns
+from pretrain.inference.columns import has_columns
 from pretrain.utils.files import muted
 
 if TYPE_CHECKING:

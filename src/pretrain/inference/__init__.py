@@ -1,6 +1,6 @@
 """Inference with trained models: text generation, mask filling, embeddings and predictions.
 
-What only models of images need is imported when it is used, under the name below.
+What other packages seldom need is imported when it is used, under the names below.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from pretrain.utils.on_use import on_use
 
 if TYPE_CHECKING:
     from pretrain.inference.images import embed_pairs
+    from pretrain.inference.predict import predict_with
 
-__all__ = ["embed_pairs"]
+__all__ = ["embed_pairs", "predict_with"]
 
-__getattr__ = on_use(__name__, {"embed_pairs": "pretrain.inference.images"})
+__getattr__ = on_use(
+    __name__,
+    {"embed_pairs": "pretrain.inference.images", "predict_with": "pretrain.inference.predict"},
+)

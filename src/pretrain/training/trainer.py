@@ -42,6 +42,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from pretrain import training
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
 from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
@@ -52,7 +53,6 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
-from pretrain.nn.float8 import end_float8, use_float8
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
 from pretrain.training.compiling import decide_for
@@ -279,10 +279,9 @@ class Trainer:
                 unit=self.objective.unit_name,
                 loss_unit=self.objective.loss_unit,
             )
-            stack.callback(end_float8, self.objective)
             with contextlib.closing(self.journal), self._memory():
                 with self._stopped_at_once():
-                    resumed = self._set_up()
+                    resumed = self._set_up(stack)
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
                 if resumed and resume is not None:
                     world.on_rank_zero(resume)
@@ -296,7 +295,7 @@ class Trainer:
                     end(run)
                 return run
 
-    def _set_up(self) -> bool:
+    def _set_up(self, stack: contextlib.ExitStack) -> bool:
         """Set up precision, mesh, optimizers, batches and state in the order of their dependencies, and run all checks.
 
         Returns:
@@ -316,7 +315,7 @@ class Trainer:
         self.row_length = round(mean_length(self.train_data, self.objective))
         self.compiled = decide_for(self)
         with self.journal.starting("placing the model"):
-            self._place(checkpoint)
+            self._place(checkpoint, stack)
         self.layers = Layers(self.objective, self.optim)
         self.optimizers = build_optimizers(
             self.objective,
@@ -377,14 +376,15 @@ class Trainer:
         }
         return checkpoint is not None
 
-    def _place(self, checkpoint: Path | None) -> None:
+    def _place(self, checkpoint: Path | None, stack: contextlib.ExitStack) -> None:
         """Distribute the model over the ranks, in fp32, allocate its memory and set its weights."""
         if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
             self.objective.float()
         self.strategy = parallelize(self)
         if self.precision.name == "fp8":  # after it, because the sizes of shards count
-            self.say(use_float8(self.objective.model.backbone.blocks()))
+            self.say(training.use_float8(self.objective.model.backbone.blocks()))
+            stack.callback(training.end_float8, self.objective)
         self.eval_precision = evaluation_precision(
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )
