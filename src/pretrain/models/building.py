@@ -6,7 +6,7 @@ from typing import Any
 
 from pretrain.models import family_class
 from pretrain.models.base import Model
-from pretrain.models.heads import pretraining_head
+from pretrain.models.heads import placeholders, pretraining_head
 
 __all__ = ["build"]
 
@@ -52,7 +52,7 @@ def build(
         overrides = {**known, **overrides}
     config = cls.config_class.from_size(size, **overrides)
     if isinstance(labels, int):
-        labels = tuple(f"LABEL_{i}" for i in range(labels))
+        labels = placeholders(labels)
     if head == "auto":
         head = pretraining_head(cls.architectures, causal=cls.causal)
     model = Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer)

@@ -65,6 +65,10 @@ __all__ = ["train"]
 _VOCAB_MULTIPLE = 64
 # Automatic model sizes, below so many tokens of training text.
 _SIZES = {"tiny": 5e6, "mini": 5e7, "small": 1e9, "medium": 5e9, "base": math.inf}
+# Settings that are left to be chosen where they have this value.
+_AUTOMATIC = (
+    ("model", "size", "auto"), ("train", "limit", "auto"), ("train", "batch_rows", 0), ("optim", "lr", "auto"),
+)  # fmt: skip
 
 
 @using(TRAIN)
@@ -174,14 +178,10 @@ def keep_automatic(settings: RunConfig) -> None:
     before = settings_before(settings)
     if before is None:
         return
-    if settings.model.size == "auto":
-        settings.model.size = before.model.size
-    if settings.train.limit == "auto":
-        settings.train.limit = before.train.limit
-    if not settings.train.batch_rows:
-        settings.train.batch_rows = before.train.batch_rows
-    if settings.optim.lr == "auto":
-        settings.optim.lr = before.optim.lr
+    for section, name, unset in _AUTOMATIC:
+        part = getattr(settings, section)
+        if getattr(part, name) == unset:
+            setattr(part, name, getattr(getattr(before, section), name))
     if began_without(Path(settings.train.out) / "run.yaml", "train.recut"):
         settings.train.recut = False
 
@@ -276,53 +276,44 @@ def make_model(settings: RunConfig, data: Prepared | RowSource) -> Model:
         TokenizerError: the tokenizer of the data does not match the checkpoint.
         ConfigError: the checkpoint has no head for the objective, or ``model.overrides`` is not valid.
     """
-    head = objective_class(settings.objective.class_path).head_kind
-    tokenizer = data.tokenizer if isinstance(data, Prepared) else None
-    if settings.model.checkpoint is not None:
-        if (
-            ":" in settings.model.family
-        ):  # an objective of the user; one of ours is recorded in the checkpoint
+    checkpoint, text = settings.model.checkpoint, data if isinstance(data, Prepared) else None
+    words = getattr(data.processor, "tokenizer", None) if text is None else text.tokenizer
+    if checkpoint is not None:
+        if ":" in settings.model.family:  # others are recorded in the checkpoint
             own_family(settings.model.family)
-        model = training.starting_model.open_source(settings.model.checkpoint)
+        model = training.starting_model.open_source(checkpoint)
         _say_unused(settings.model, model)
         check_trained_head(settings, model)
-        if tokenizer is None:
-            check_labels(model, data)
-            if (words := getattr(data.processor, "tokenizer", None)) is not None:
-                check_tokenizer(
-                    words, model, settings.model.checkpoint,
-                    "Name it: data.source_args.tokenizer=",
-                )  # fmt: skip
-            model.processor = data.processor if model.processor is None else model.processor
-            return model
-        check_tokenizer(
-            tokenizer, model, settings.model.checkpoint, "Prepare them with data.tokenizer="
-        )
-        if len(tokenizer) > model.backbone.vocab_size:
+        check_labels(model, data)
+        if words is not None:
+            remedy = "Prepare them with data." if text is not None else "Name it: data.source_args."
+            check_tokenizer(words, model, checkpoint, f"{remedy}tokenizer=")
+        if text is not None and len(text.tokenizer) > model.backbone.vocab_size:
             raise TokenizerError(
-                f"The data's tokenizer has {len(tokenizer)} tokens, but {settings.model.checkpoint} has a vocabulary "
-                f"of {model.backbone.vocab_size} ids. Prepare the data with the checkpoint's own tokenizer."
+                f"The data's tokenizer has {len(text.tokenizer)} tokens, but {checkpoint} has a vocabulary of "
+                f"{model.backbone.vocab_size} ids. Prepare the data with the checkpoint's own tokenizer."
             )
-        model.tokenizer = tokenizer
+        if text is not None:
+            model.tokenizer = text.tokenizer
+        elif model.processor is None:
+            model.processor = data.processor
         return model
     check_overrides(settings.model.overrides)
-    family = family_class(settings.model.family)
-    if isinstance(data, Prepared):
-        overrides = vocabulary_of(data.tokenizer, settings.model.overrides)
-    else:
+    family, overrides = family_class(settings.model.family), settings.model.overrides
+    if not isinstance(data, Prepared):
         check_images(settings, data)
         # What the rows determine of a model: its labels, and the fields that the config of the family has.
         fields = {"labels", *(spec.name for spec in dataclasses.fields(family.config_class))}
         fixed = {name: value for name, value in data.overrides.items() if name in fields}
-        overrides = {**fixed, **settings.model.overrides}
-        if family.padded and "max_positions" not in settings.model.overrides:
-            overrides.pop("max_positions", None)  # other libraries pad to that of the family
-        if (words := getattr(data.processor, "tokenizer", None)) is not None:
-            overrides = vocabulary_of(words, overrides)
+        if family.padded:  # other libraries pad to that of the family
+            fixed.pop("max_positions", None)
+        overrides = {**fixed, **overrides}
+    if words is not None:
+        overrides = vocabulary_of(words, overrides)
     model = build(
         settings.model.family,
         resolve_size(settings.model, data),
-        head=head,
+        head=objective_class(settings.objective.class_path).head_kind,
         seed=settings.train.seed,
         # With several ranks, memory is allocated after sharding only.
         device="meta" if current_world().size > 1 else "cpu",
