@@ -32,9 +32,7 @@ from pretrain.objectives import (
     objective_class,
     objective_for,
 )
-from pretrain.training.early import (
-    prepared_in,
-)
+from pretrain.training.early import prepared_in
 from pretrain.training.evaluate import evaluate_rows
 from pretrain.training.plan import row_length
 from pretrain.training.precision import (

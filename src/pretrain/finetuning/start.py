@@ -16,13 +16,8 @@ from pretrain.errors import ConfigError, ModelError, PretrainError
 from pretrain.models import family_class
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
-from pretrain.models.heads import (
-    LABELLED,
-    SequenceHead,
-    kind_of_class,
-    labels_named_by,
-    placeholders,
-)
+from pretrain.models.config import placeholders
+from pretrain.models.heads import LABELLED, SequenceHead, kind_of_class, labels_named_by
 from pretrain.nn.buffers import stored_tensors
 from pretrain.training.resuming import has_begun
 from pretrain.training.starting_model import open_source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "recorded_mapping",
     "roles_known",
     "roles_read",
+    "roles_with",
     "say_unread",
 ]
 
@@ -77,6 +78,15 @@ def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
             note(f"the column {names[0]!r} is not read: the model was trained without {role.name}")
 
 
+def roles_with(roles: Iterable[Role], known: Collection[str]) -> list[Role]:
+    """Return roles without those of second inputs that are not known; those that are must be in all rows."""
+    return [
+        replace(role, required=True) if role.constant else role
+        for role in roles
+        if not role.constant or role.name in known
+    ]
+
+
 def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
     """Return the input roles that the model was trained with, as far as that is recorded, and those that are given.
 
@@ -85,8 +95,4 @@ def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
     recorded = recorded_mapping(task.model, "columns")
     if not recorded:
         return roles_read(task)
-    return [
-        replace(role, required=True) if role.constant else role
-        for role in roles_read(task)
-        if not role.constant or role.name in recorded or role.name in given
-    ]
+    return roles_with(roles_read(task), {*recorded, *given})

@@ -6,7 +6,8 @@ from typing import Any
 
 from pretrain.models import family_class
 from pretrain.models.base import Model
-from pretrain.models.heads import placeholders, pretraining_head
+from pretrain.models.config import placeholders
+from pretrain.models.heads import pretraining_head
 
 __all__ = ["build"]
 

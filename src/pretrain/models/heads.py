@@ -32,7 +32,6 @@ __all__ = [
     "kind_named_by",
     "kind_of_class",
     "labels_named_by",
-    "placeholders",
     "pool_documents",
     "pretraining_head",
     "text_architectures",
@@ -382,11 +381,6 @@ def kind_of_class(name: str) -> str | None:
     return next((kind for ending, kind in ARCHITECTURES.items() if name.endswith(ending)), None)
 
 
-def placeholders(count: int) -> tuple[str, ...]:
-    """Return the names of classes that have none, as transformers generates them."""
-    return tuple(f"LABEL_{i}" for i in range(count))
-
-
 def labels_named_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the class names of ``id2label``, or ``num_labels`` generated ones."""
     table = config.get("id2label")
@@ -407,4 +401,4 @@ def labels_named_by(config: Mapping[str, Any]) -> tuple[str, ...]:
         raise ConfigError(
             f"config.json: 'num_labels' is {count!r}; it must be a positive whole number."
         )
-    return placeholders(count)
+    return tuple(f"LABEL_{i}" for i in range(count))

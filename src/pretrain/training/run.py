@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pretrain.data
-from pretrain import training
+from pretrain import training, utils
 from pretrain.checkpoint.resolve import resolve_model_directory
 from pretrain.config import DataConfig, ModelConfig, RunConfig
 from pretrain.config.run import began_without
@@ -29,11 +29,7 @@ from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError, TokenizerError
 from pretrain.models import build, family_class, own_family
 from pretrain.models.base import Model
-from pretrain.objectives import (
-    Objective,
-    build_objective,
-    objective_class,
-)
+from pretrain.objectives import Objective, build_objective, objective_class
 from pretrain.training.closing import closing_lines
 from pretrain.training.early import (
     PLAIN_SIZE,
@@ -56,7 +52,6 @@ from pretrain.training.resuming import (
 from pretrain.training.state import Run, isolated_torch_state
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.files import muted, note
-from pretrain.utils.hub_files import pinned
 from pretrain.utils.hub_names import hub_name
 
 __all__ = ["train"]
@@ -213,7 +208,9 @@ def resolve_tokenizer(settings: RunConfig) -> str:
     if hub_name(tokenizer) is None:
         return tokenizer
     earlier = None if before is None else before.data.tokenizer
-    return current_world().broadcast_result(lambda: pinned(tokenizer, earlier, HUB_FILES))
+    return current_world().broadcast_result(
+        lambda: utils.hub_files.pinned(tokenizer, earlier, HUB_FILES)
+    )
 
 
 def open_data(settings: RunConfig, *, quiet: bool = False) -> Prepared:
