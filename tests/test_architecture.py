@@ -20,6 +20,7 @@ from architecture import (
     PRE_TRAIN,
     TEXTS,
     circle,
+    delayed_imports,
     folder_graph,
     observed,
     set_on_trainers,
@@ -131,6 +132,15 @@ def test_only_the_hub_finds_our_modules_by_name():
             ):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} names {node.value}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_functions_import_no_module_of_ours():
+    """What only some runs need is named in the ``__init__`` of its folder, see `on_use`.
+
+    The kernel of Triton may fail to be imported, and the command line may be interrupted while it is.
+    """
+    places = {where.rpartition(":")[0] for where in delayed_imports()}
+    assert places == {"__main__.py", "nn/loss.py"}
 
 
 def test_a_trainer_sets_its_own_attributes():

@@ -17,9 +17,9 @@ from pretrain.utils.on_use import on_use
 __getattr__ = on_use(
     __name__,
     {
-        "images": "pretrain.data.images",
-        "table_readers": "pretrain.data.table_readers",  # plain text does without
-        "template_sandbox": "pretrain.data.template_sandbox",  # imports jinja2, for conversations only
+        "pretrain.data.images": (),
+        "pretrain.data.table_readers": (),  # plain text does without
+        "pretrain.data.template_sandbox": (),  # imports jinja2, for conversations only
     },
 )
 

@@ -22,10 +22,10 @@ __all__ = ["Launched", "ParallelStrategy", "Processes", "copy_whole", "is_first_
 __getattr__ = on_use(
     __name__,
     {
-        "Launched": "pretrain.distributed.launch",
-        "ParallelStrategy": "pretrain.distributed.parallel_strategy",
-        "Processes": "pretrain.distributed.processes",
-        "copy_whole": "pretrain.distributed.whole_parameters",
-        "is_first_error": "pretrain.distributed.first_error",
+        "pretrain.distributed.first_error": ("is_first_error",),
+        "pretrain.distributed.launch": ("Launched",),
+        "pretrain.distributed.parallel_strategy": ("ParallelStrategy",),
+        "pretrain.distributed.processes": ("Processes",),
+        "pretrain.distributed.whole_parameters": ("copy_whole",),
     },
 )

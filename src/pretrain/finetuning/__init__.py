@@ -18,9 +18,7 @@ __all__ = ["Comparison", "add_adapter", "check_comparison", "compare_arms"]
 __getattr__ = on_use(
     __name__,
     {
-        "Comparison": "pretrain.finetuning.compare",
-        "add_adapter": "pretrain.finetuning.adapter",
-        "check_comparison": "pretrain.finetuning.compare",
-        "compare_arms": "pretrain.finetuning.compare",
+        "pretrain.finetuning.adapter": ("add_adapter",),
+        "pretrain.finetuning.compare": ("Comparison", "check_comparison", "compare_arms"),
     },
 )

@@ -17,5 +17,8 @@ __all__ = ["embed_pairs", "predict_with"]
 
 __getattr__ = on_use(
     __name__,
-    {"embed_pairs": "pretrain.inference.images", "predict_with": "pretrain.inference.predict"},
+    {
+        "pretrain.inference.images": ("embed_pairs",),
+        "pretrain.inference.predict": ("predict_with",),
+    },
 )

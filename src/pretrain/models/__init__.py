@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "build", "family_class", "own_family"]
 
-__getattr__ = on_use(__name__, {"build": "pretrain.models.building"})
+__getattr__ = on_use(__name__, {"pretrain.models.building": ("build",)})
 
 FAMILIES = {
     "gpt2": "pretrain.models.gpt2:GPT2",

@@ -42,11 +42,7 @@ __all__ = [
 ]
 
 __getattr__ = on_use(
-    __name__,
-    {
-        "check_options": "pretrain.objectives.task_classes",
-        "task_class": "pretrain.objectives.task_classes",
-    },
+    __name__, {"pretrain.objectives.task_classes": ("check_options", "task_class")}
 )
 
 # Built-in fine-tuning tasks; a custom task is named by its import path.

@@ -19,10 +19,8 @@ __all__ = ["end_float8", "on_devices", "read_run", "use_float8"]
 __getattr__ = on_use(
     __name__,
     {
-        "end_float8": "pretrain.training.float8",
-        "on_devices": "pretrain.training.launch",
-        "read_run": "pretrain.training.launch",
-        "starting_model": "pretrain.training.starting_model",
-        "use_float8": "pretrain.training.float8",
+        "pretrain.training.float8": ("end_float8", "use_float8"),
+        "pretrain.training.launch": ("on_devices", "read_run"),
+        "pretrain.training.starting_model": (),
     },
 )

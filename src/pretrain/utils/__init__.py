@@ -13,4 +13,4 @@ from pretrain.utils.on_use import on_use
 if TYPE_CHECKING:
     from pretrain.utils import hub_files as hub_files
 
-__getattr__ = on_use(__name__, {"hub_files": "pretrain.utils.hub_files"})
+__getattr__ = on_use(__name__, {"pretrain.utils.hub_files": ()})

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 __all__ = ["on_use"]
 
 
-def on_use(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package with these names.
+def on_use(package: str, places: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a package.
 
     Args:
         package: the package.
-        places: name -> the module that has it, or that it is.
+        places: module -> names of it that the package has too; a module of the package is a name itself.
     """
 
     def find(name: str) -> Any:
-        if name not in places:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(places[name])
-        return module if places[name] == f"{package}.{name}" else getattr(module, name)
+        for place, names in places.items():
+            if place == f"{package}.{name}":
+                return importlib.import_module(place)
+            if name in names:
+                return getattr(importlib.import_module(place), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find
