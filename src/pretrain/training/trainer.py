@@ -279,9 +279,11 @@ class Trainer:
                 unit=self.objective.unit_name,
                 loss_unit=self.objective.loss_unit,
             )
+            if self.train.precision == "fp8":
+                stack.callback(training.end_float8, self.objective)
             with contextlib.closing(self.journal), self._memory():
                 with self._stopped_at_once():
-                    resumed = self._set_up(stack)
+                    resumed = self._set_up()
                 self.journal.open_log(self.state.step if resumed else None, self.state.log)
                 if resumed and resume is not None:
                     world.on_rank_zero(resume)
@@ -295,7 +297,7 @@ class Trainer:
                     end(run)
                 return run
 
-    def _set_up(self, stack: contextlib.ExitStack) -> bool:
+    def _set_up(self) -> bool:
         """Set up precision, mesh, optimizers, batches and state in the order of their dependencies, and run all checks.
 
         Returns:
@@ -315,7 +317,7 @@ class Trainer:
         self.row_length = round(mean_length(self.train_data, self.objective))
         self.compiled = decide_for(self)
         with self.journal.starting("placing the model"):
-            self._place(checkpoint, stack)
+            self._place(checkpoint)
         self.layers = Layers(self.objective, self.optim)
         self.optimizers = build_optimizers(
             self.objective,
@@ -376,7 +378,7 @@ class Trainer:
         }
         return checkpoint is not None
 
-    def _place(self, checkpoint: Path | None, stack: contextlib.ExitStack) -> None:
+    def _place(self, checkpoint: Path | None) -> None:
         """Distribute the model over the ranks, in fp32, allocate its memory and set its weights."""
         if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
             self.say("the weights are converted to fp32: half-precision weights lose small updates")
@@ -384,7 +386,6 @@ class Trainer:
         self.strategy = parallelize(self)
         if self.precision.name == "fp8":  # after it, because the sizes of shards count
             self.say(training.use_float8(self.objective.model.backbone.blocks()))
-            stack.callback(training.end_float8, self.objective)
         self.eval_precision = evaluation_precision(
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )
