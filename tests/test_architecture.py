@@ -457,6 +457,8 @@ def test_a_run_of_one_process_loads_only_what_it_uses(tmp_path: Path):
         "launch",
     )
     unused = {"data/table_readers", "data/tables", "checkpoint/adapter_files", "metrics"}
+    unused |= {"checkpoint/loading", "checkpoint/download", "models/sentences", "utils/hub_files"}
+    unused |= {"training/starting_model", "training/launch", "training/float8"}
     unused |= {f"distributed/{name}" for name in several}
     assert not loaded & unused
     assert not [
@@ -471,6 +473,8 @@ def test_fine_tuning_on_texts_loads_nothing_of_images(tmp_path: Path):
     loaded = [Path(file).relative_to(SRC).as_posix() for file in files]
     assert "finetuning/remarks.py" in loaded
     assert not [name for name in loaded if "image" in name or "audio" in name]
+    unused = {"data/prepare.py", "data/chat.py", "inference/predict.py", "finetuning/compare.py"}
+    assert not {*loaded} & unused
 
 
 def test_everything_public_resolves_and_costs_little_more_than_torch():
