@@ -20,6 +20,7 @@ from architecture import (
     PRE_TRAIN,
     TEXTS,
     circle,
+    delayed_imports,
     folder_graph,
     observed,
     set_on_trainers,
@@ -131,6 +132,15 @@ def test_only_the_hub_finds_our_modules_by_name():
             ):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} names {node.value}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_functions_import_no_module_of_ours():
+    """What only some runs need is named in the ``__init__`` of its folder, see `on_use`.
+
+    The kernel of Triton may fail to be imported, and the command line may be interrupted while it is.
+    """
+    places = {where.rpartition(":")[0] for where in delayed_imports()}
+    assert places == {"__main__.py", "nn/loss.py"}
 
 
 def test_a_trainer_sets_its_own_attributes():
@@ -447,6 +457,8 @@ def test_a_run_of_one_process_loads_only_what_it_uses(tmp_path: Path):
         "launch",
     )
     unused = {"data/table_readers", "data/tables", "checkpoint/adapter_files", "metrics"}
+    unused |= {"checkpoint/loading", "checkpoint/download", "models/sentences", "utils/hub_files"}
+    unused |= {"training/starting_model", "training/launch", "training/float8"}
     unused |= {f"distributed/{name}" for name in several}
     assert not loaded & unused
     assert not [
@@ -461,6 +473,8 @@ def test_fine_tuning_on_texts_loads_nothing_of_images(tmp_path: Path):
     loaded = [Path(file).relative_to(SRC).as_posix() for file in files]
     assert "finetuning/remarks.py" in loaded
     assert not [name for name in loaded if "image" in name or "audio" in name]
+    unused = {"data/prepare.py", "data/chat.py", "inference/predict.py", "finetuning/compare.py"}
+    assert not {*loaded} & unused
 
 
 def test_everything_public_resolves_and_costs_little_more_than_torch():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pretrain import errors
 from pretrain.printing import Console, printable, printable_pieces, wrapped
-from pretrain.training.logging import Progress
+from pretrain.training.progress import Progress
 from pretrain.utils.files import note
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

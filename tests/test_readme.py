@@ -15,9 +15,9 @@ import pytest
 
 import pretrain
 import tiny
-from pretrain import objectives
 from pretrain.cli import main as cli
 from pretrain.finetuning.settings import TuneConfig
+from pretrain.objectives import task_classes
 from reader import PAGES, ROOT, add_model, fill
 
 BLOCK = re.compile(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", re.S)
@@ -161,7 +161,7 @@ def test_the_task_of_the_guide_trains(place):
         answer = tuned.predict("AHAHAH sea")
         wrong = [row["score"] for row in tuned.errors(100)]
         # A directory never names code: who opens it names the class.
-        objectives._OWN_TASKS.clear()
+        task_classes._OWN_TASKS.clear()
         loud = pretrain.load("runs/loud", quiet=True)
         with pytest.raises(
             pretrain.PretrainError, match="no task 'shouting'.*package.module:Class"
@@ -172,14 +172,14 @@ def test_the_task_of_the_guide_trains(place):
             answer["loudness"], abs=1e-5
         )
         Path("more.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
-        objectives._OWN_TASKS.clear()
+        task_classes._OWN_TASKS.clear()
         for words in (
             ["predict", "runs/loud", "more.jsonl"],
             ["evaluate", "runs/loud", "--data", "more.jsonl"],
         ):
             assert cli.main(words) == 2
             assert cli.main([*words, "--task", named]) == 0
-            objectives._OWN_TASKS.clear()
+            task_classes._OWN_TASKS.clear()
     finally:
         sys.path.remove(str(place))
         sys.modules.pop("shouting_of_the_guide", None)

@@ -6,53 +6,40 @@ The names below are the public interface. They are imported on first use, so tha
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from pretrain import data  # a callable package: pretrain.data("reviews.csv")
+from pretrain.utils.on_use import on_use
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "MaskedLM": "pretrain.objectives.masked_lm",
-    "Model": "pretrain.models.base",
-    "NextToken": "pretrain.objectives.next_token",
-    "Objective": "pretrain.objectives.base",
-    "Prepared": "pretrain.data.prepare",
-    "PretrainError": "pretrain.errors",
-    "RowSource": "pretrain.data.row_source",
-    "RunConfig": "pretrain.config",
-    "Tokenizer": "pretrain.data.tokenizer",
-    "Trainer": "pretrain.training.trainer",
-    "bench": "pretrain.training.bench",
-    "build": "pretrain.models",
-    "evaluate": "pretrain.evaluation",
-    "export": "pretrain.exporting.run",
-    "finetune": "pretrain.finetuning.run",
-    "inspect": "pretrain.checkpoint",
-    "load": "pretrain.checkpoint",
-    "lr_range_test": "pretrain.training.lr_range",
-    "prepare": "pretrain.data.prepare",
-    "probe": "pretrain.evaluation.probe",
-    "sizes": "pretrain.training.sizes",
-    "train": "pretrain.training.run",
-    "train_tokenizer": "pretrain.data.tokenizer",
+_PLACES: dict[str, tuple[str, ...]] = {
+    "pretrain.checkpoint": ("inspect", "load"),
+    "pretrain.config": ("RunConfig",),
+    "pretrain.data.prepare": ("Prepared", "prepare"),
+    "pretrain.data.row_source": ("RowSource",),
+    "pretrain.data.tokenizer": ("Tokenizer", "train_tokenizer"),
+    "pretrain.errors": ("PretrainError",),
+    "pretrain.evaluation": ("evaluate",),
+    "pretrain.evaluation.probe": ("probe",),
+    "pretrain.exporting.run": ("export",),
+    "pretrain.finetuning.run": ("finetune",),
+    "pretrain.lora": (),
+    "pretrain.metrics": (),
+    "pretrain.models": ("build",),
+    "pretrain.models.base": ("Model",),
+    "pretrain.objectives.base": ("Objective",),
+    "pretrain.objectives.masked_lm": ("MaskedLM",),
+    "pretrain.objectives.next_token": ("NextToken",),
+    "pretrain.training.bench": ("bench",),
+    "pretrain.training.lr_range": ("lr_range_test",),
+    "pretrain.training.run": ("train",),
+    "pretrain.training.sizes": ("sizes",),
+    "pretrain.training.trainer": ("Trainer",),
 }
 
-_MODULES = ("lora", "metrics")  # imported on first use, like the names above
+__all__ = ["__version__", "data", "lora", "metrics"]
+__all__ += [name for names in _PLACES.values() for name in names]
 
-__all__ = ["__version__", "data", *_MODULES, *_PUBLIC]  # noqa: PLE0604
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"pretrain.{name}")
-    module = _PUBLIC.get(name)
-    if module is None:
-        raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+__getattr__ = on_use(__name__, _PLACES)
 
 
 def __dir__() -> list[str]:

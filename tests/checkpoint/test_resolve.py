@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.checkpoint import TrainingState, inspect, load, read_training, save_checkpoint
 from pretrain.checkpoint.best import BEST
+from pretrain.checkpoint.meta_loading import open_on_meta
 from pretrain.checkpoint.peers import SINGLE_PROCESS
 from pretrain.checkpoint.resolve import (
     enclosing_run,
@@ -20,7 +21,6 @@ from pretrain.checkpoint.resolve import (
     training_state_directory,
 )
 from pretrain.checkpoint.result import write_result
-from pretrain.checkpoint.sharded_loading import open_on_meta
 from pretrain.errors import PretrainError
 
 

@@ -35,6 +35,7 @@ from pretrain.checkpoint import (
     verify,
 )
 from pretrain.checkpoint.draft import Draft, FilePlan, draft_of, split_evenly
+from pretrain.checkpoint.meta_loading import open_on_meta
 from pretrain.checkpoint.peers import SINGLE_PROCESS, TensorSharding
 from pretrain.checkpoint.saving import gathered
 from pretrain.checkpoint.sharded_loading import (
@@ -42,7 +43,6 @@ from pretrain.checkpoint.sharded_loading import (
     hash_by_ranks,
     latest_on_all_ranks,
     load_slices,
-    open_on_meta,
     read_training_slices,
 )
 from pretrain.data.tokenizer import train_from_texts

@@ -14,7 +14,8 @@ from pretrain.config import RunConfig, strict_yaml
 from pretrain.config.aliases import NAMES, VALUES, Advice, SettingAlias, find
 from pretrain.config.check import settings_in, type_of
 from pretrain.errors import ConfigError
-from pretrain.finetuning.settings import TuneConfig, from_keywords
+from pretrain.finetuning.keywords import from_keywords
+from pretrain.finetuning.settings import TuneConfig
 from pretrain.models import FAMILIES, family_class
 from pretrain.objectives import TASKS, objective_class, task_class
 

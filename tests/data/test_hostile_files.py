@@ -15,10 +15,10 @@ import pytest
 
 import pretrain
 from pretrain.data.paths import FileHashes, find_files
-from pretrain.data.pipeline import Sample, sample_filter, scan_sources
+from pretrain.data.pipeline import sample_filter, scan_sources
 from pretrain.data.prepare import Prepared
 from pretrain.data.readers import Reading, read_file
-from pretrain.data.sources import FileSource, HubSource, PythonSource, resolve_sources
+from pretrain.data.sources import FileSource, HubSource, PythonSource, Sample, resolve_sources
 from pretrain.errors import DataError, PretrainError
 
 LONG = "A long text. " * 30

@@ -38,7 +38,7 @@ from pretrain.data.shards import Prepared
 from pretrain.errors import PretrainError
 from pretrain.finetuning.settings import TuneConfig
 from pretrain.report.history import read_history
-from pretrain.training.run import check_same_run
+from pretrain.training.resuming import check_same_run
 
 OUTCOMES = (
     *("error", "named, same result", "named, other result", "same result", "SILENT", "CRASH"),

@@ -20,7 +20,7 @@ from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.compare import _baselines, stratified_subset
 from pretrain.finetuning.job import Job
-from pretrain.finetuning.settings import from_keywords
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.objectives.classification import Classification, encode_texts
 from pretrain.training.state import Run
 

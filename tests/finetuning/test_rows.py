@@ -17,8 +17,8 @@ from finetuning.conftest import ANIMALS, model_of, rows_of
 from pretrain.config.spelling import FINETUNE, Interface, using
 from pretrain.data.tables import read_table
 from pretrain.errors import ConfigError, DataError
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.finetuning.rows import Data, encode, open_data
-from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import begun_as
 from pretrain.objectives import check_options, task_class
 from pretrain.objectives.captioning import Captioning

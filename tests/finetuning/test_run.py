@@ -24,7 +24,7 @@ from pretrain.errors import CheckpointError, ConfigError, DataError, Interrupted
 from pretrain.finetuning import job as running
 from pretrain.finetuning.run import follow_up, report
 from pretrain.objectives.classification import Classification
-from pretrain.training.run import check_free
+from pretrain.training.resuming import check_free
 
 
 def tune(

@@ -12,7 +12,8 @@ from finetuning.conftest import rows_of
 from pretrain.config import OptimConfig, TrainConfig
 from pretrain.config.spelling import Interface, using
 from pretrain.errors import ConfigError
-from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords
+from pretrain.finetuning.keywords import from_keywords
+from pretrain.finetuning.settings import TuneConfig, check_idle
 from pretrain.objectives import check_options
 from pretrain.objectives.classification import Classification
 

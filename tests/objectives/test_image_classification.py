@@ -27,7 +27,7 @@ from pretrain.data.loader import row_rngs
 from pretrain.data.tables import Table
 from pretrain.errors import ConfigError, DataError, ModelError
 from pretrain.finetuning.job import Job
-from pretrain.finetuning.settings import from_keywords
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.models.backbone import Backbone
 from pretrain.models.vit import ViT
 from pretrain.objectives.image_classification import ImageClassification

@@ -16,8 +16,8 @@ from pretrain.config.spelling import Interface, using
 from pretrain.data.images.source import labelled_images
 from pretrain.data.loader import row_rngs
 from pretrain.errors import ConfigError, DataError
+from pretrain.evaluation.language import evaluate
 from pretrain.objectives.image_classification import ImageClassification
-from pretrain.training.run import evaluate
 
 RNG = np.random.default_rng(0)
 NAMES = ["top", "bottom", "left", "right"]

@@ -18,9 +18,9 @@ import torch
 import pretrain
 from pretrain.data.tokenizer import train_from_texts
 from pretrain.errors import Interrupted, TrainingError
+from pretrain.evaluation.language import no_run
 from pretrain.objectives import Objective
 from pretrain.objectives.base import Loss
-from pretrain.training.run import no_run
 from pretrain.training.trainer import Hook, Trainer
 from pretrain.utils.run_log import read_log
 from tiny import Rows, losses, objective, trainer

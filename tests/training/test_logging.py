@@ -27,7 +27,8 @@ from pretrain.printing import discard
 from pretrain.training import live
 from pretrain.training.launch import read_run
 from pretrain.training.live import LiveView
-from pretrain.training.logging import Journal, Progress, RunLog, make_loggers
+from pretrain.training.logging import Journal, RunLog, make_loggers
+from pretrain.training.progress import Progress
 from pretrain.training.state import RunState
 from pretrain.utils.files import note
 from pretrain.utils.run_log import read_log

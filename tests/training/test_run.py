@@ -26,6 +26,7 @@ from pretrain.errors import (
     TokenizerError,
     TrainingError,
 )
+from pretrain.evaluation import language
 from pretrain.objectives import build_objective
 from pretrain.report.history import on_as_many
 from pretrain.training import optim
@@ -553,9 +554,9 @@ def test_another_objective_than_that_of_the_run_is_named(
     model = pretrain.load(run.path, quiet=True)
     model.extra_config["pretrain"]["objective"] = {"name": "TokenAfterNext"}
     capfd.readouterr()
-    running.evaluate(run.path, model=model)
+    language.evaluate(run.path, model=model)
     assert "trained with TokenAfterNext, and is measured with NextToken" in capfd.readouterr().err
-    running.evaluate(run.path, model=model, objective="NextToken")
+    language.evaluate(run.path, model=model, objective="NextToken")
     assert "measured with" not in capfd.readouterr().err
 
 
@@ -700,9 +701,9 @@ def test_an_own_objective_is_evaluated_with_the_arguments_of_its_run(
     scaled = pretrain.evaluate(copy, held, objective=path)["loss"]
     assert scaled == pytest.approx(3 * plain, rel=1e-5)
     del model.extra_config["pretrain"]["objective"]["init_args"]  # as earlier versions
-    assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
+    assert language.evaluate(run.path, objective=path, model=model)["loss"] == want
     with pytest.raises(ConfigError, match=r"needs scale, and neither config.json.*describe\(\)"):
-        running.evaluate(copy, str(held), objective=path, model=model)
+        language.evaluate(copy, str(held), objective=path, model=model)
 
 
 FACTS = """
@@ -740,11 +741,11 @@ def test_an_own_objective_may_describe_facts_that_are_no_arguments(
     model = pretrain.load(run.path, quiet=True)
     record = model.extra_config["pretrain"]["objective"]
     assert record == {"name": "Facts", "layers": record["layers"], "init_args": given}
-    assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
+    assert language.evaluate(run.path, objective=path, model=model)["loss"] == want
     del record["init_args"]  # as earlier versions
-    assert running.evaluate(run.path, objective=path, model=model)["loss"] == want
+    assert language.evaluate(run.path, objective=path, model=model)["loss"] == want
     with pytest.raises(ConfigError, match=r"^Deep wants a deeper model\.$"):
-        running.evaluate(run.path, objective="own_facts:Deep", model=model)
+        language.evaluate(run.path, objective="own_facts:Deep", model=model)
 
 
 def test_the_loss_on_all_rows_is_not_compared_with_that_of_a_sample(

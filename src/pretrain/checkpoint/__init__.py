@@ -15,8 +15,9 @@ The names below are imported on first use, so that reading a manifest does not i
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain.utils.on_use import on_use
 
 if TYPE_CHECKING:
     from pretrain.checkpoint import adapter_files as adapter_files
@@ -44,21 +45,16 @@ __all__ = [
     "verify",
 ]
 
-_PLACES = {
-    "pretrain.checkpoint.loading": ("inspect", "load"),
-    "pretrain.checkpoint.manifest": ("latest", "rotate", "verify"),
-    "pretrain.checkpoint.saving": ("Saver", "estimated_size", "save_checkpoint", "save_model"),
-    "pretrain.checkpoint.sharded_loading": ("read_training",),
-    "pretrain.checkpoint.training_state": ("TrainingState",),
-    "pretrain.utils.directories": ("check_writable",),
-    "pretrain.utils.runlock": ("RunLock",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "adapter_files":
-        return importlib.import_module("pretrain.checkpoint.adapter_files")
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module 'pretrain.checkpoint' has no attribute {name!r}")
+__getattr__ = on_use(
+    __name__,
+    {
+        "pretrain.checkpoint.adapter_files": (),
+        "pretrain.checkpoint.loading": ("inspect", "load"),
+        "pretrain.checkpoint.manifest": ("latest", "rotate", "verify"),
+        "pretrain.checkpoint.saving": ("Saver", "estimated_size", "save_checkpoint", "save_model"),
+        "pretrain.checkpoint.sharded_loading": ("read_training",),
+        "pretrain.checkpoint.training_state": ("TrainingState",),
+        "pretrain.utils.directories": ("check_writable",),
+        "pretrain.utils.runlock": ("RunLock",),
+    },
+)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.config.strict_yaml import parse
 from pretrain.errors import ConfigError
 
 __all__ = ["HUB_LICENCES", "TERMS", "card_terms", "licence_fields"]
@@ -33,8 +34,6 @@ _LIMIT = 200  # characters of a value
 
 def card_terms(card: str) -> dict[str, Any]:
     """Return licence and languages from the front matter of a model card; a value of another form is left out."""
-    from pretrain.config.strict_yaml import parse  # yaml, which most programs do not need
-
     head = _HEAD.match(card)
     try:
         fields = parse(head[1], "the model card")[0] if head else None

@@ -33,11 +33,11 @@ from pretrain.checkpoint.model_directory import (
 from pretrain.checkpoint.resolve import model_candidates, resolve_model_directory
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
-from pretrain.models import family_class, own_family
+from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.models.config import drop_code
-from pretrain.models.heads import kind_of_class, labels_named_by
 from pretrain.models.sentences import SentenceSettings
+from pretrain.models.state import report_line
 from pretrain.utils.files import note, read_bytes, reading
 from pretrain.utils.tensors import read_header
 
@@ -47,20 +47,15 @@ if TYPE_CHECKING:
 __all__ = [
     "INDEX",
     "SINGLE",
+    "configuration",
     "inspect",
     "is_finite",
-    "kind_and_family",
     "load",
-    "named_classes",
     "open_described",
-    "recorded_columns",
-    "recorded_objective",
-    "report_line",
 ]
 
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
-_SHOWN = 5  # tensor names listed in the report line
 
 
 def load(
@@ -276,72 +271,16 @@ def _open_tokenizer(model: Model, directory: ModelDirectory) -> None:
     model.processor = tokenizer  # as published, whatever id it pads with
 
 
-def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
-    """Return the report line: tensors read, missing (newly initialised) and not used."""
-    parts = [f"{config.get('model_type')}: {count} tensors"]
-    for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
-        shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)
-        fresh = "newly initialised: " if label == "missing" else "not used: "
-        parts.append(f"{len(names)} {label}" + (f" ({fresh}{', '.join(shown)})" if names else ""))
-    if report.untied:
-        parts.append("head untied, because its weights differ from the embedding")
-    elif getattr(model.head, "tied", False):
-        parts.append("head tied")
-    if model.remarks:
-        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
-    return ", ".join(parts)
+def configuration(path: str | Path) -> Mapping[str, Any]:
+    """Return config.json of a checkpoint, of the best one of a run, or of the base of an adapter.
 
-
-def named_classes(path: str | Path) -> tuple[str | None, tuple[str, ...]]:
-    """Return the kind of head of a checkpoint and the names of its classes, read from its configuration only.
-
-    Placeholder names (``LABEL_0``) count as no names. If the files cannot be read, the result is ``(None, ())``, and
-    `load` will raise the error.
+    It is empty if the files cannot be read, of which `load` will raise the error.
     """
     try:
-        config = _configuration(path)
-        labels = labels_named_by(config) if config.get("id2label") else ()
-        kind = _kind_of(config)
-    except (PretrainError, OSError, ValueError, TypeError, LookupError):
-        return None, ()
-    return kind, () if labels == tuple(f"LABEL_{i}" for i in range(len(labels))) else labels
-
-
-def recorded_objective(path: str | Path) -> Mapping[str, Any]:
-    """Return the record of the objective of a checkpoint as ``named_classes`` does; empty if there is none."""
-    return _recorded(path, "objective")
-
-
-def recorded_columns(path: str | Path) -> Mapping[str, Any]:
-    """Return role -> column of the rows of a checkpoint as ``named_classes`` does; empty if there are none."""
-    return _recorded(path, "columns")
-
-
-def _recorded(path: str | Path, key: str) -> Mapping[str, Any]:
-    try:
-        record = _configuration(path)["pretrain"][key]
+        directory = fetch_config(path)
+        return directory.model_config() if directory.is_adapter else directory.json("config.json")
     except (PretrainError, OSError, ValueError, TypeError, LookupError):
         return {}
-    return record if isinstance(record, Mapping) else {}
-
-
-def kind_and_family(path: str | Path) -> tuple[str | None, type[Backbone] | None]:
-    """Return the kind of head of a checkpoint and the class of its family, as ``named_classes`` does."""
-    try:
-        config = _configuration(path)
-        return _kind_of(config), family_class(str(config["model_type"]), path_allowed=False)
-    except (PretrainError, OSError, ValueError, TypeError, LookupError):
-        return None, None
-
-
-def _configuration(path: str | Path) -> Mapping[str, Any]:
-    """Return config.json of a checkpoint, of the best one of a run, or of the base of an adapter."""
-    directory = fetch_config(path)
-    return directory.model_config() if directory.is_adapter else directory.json("config.json")
-
-
-def _kind_of(config: Mapping[str, Any]) -> str | None:
-    return kind_of_class(str((config.get("architectures") or [""])[0]))
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.checkpoint.licences import card_terms, licence_fields
+from pretrain.config.strict_yaml import dump
 from pretrain.utils.hub_names import hub_name
 
 __all__ = [
@@ -213,8 +214,6 @@ def base_model(checkpoint: str) -> str | None:
 
 def front_matter(fields: Mapping[str, Any]) -> str:
     """Return plain data as YAML between fences; None and [] are left out, lone surrogates are replaced."""
-    from pretrain.config.strict_yaml import dump
-
     kept = {key: value for key, value in fields.items() if value not in (None, [])}
     encodable = json.dumps(kept, ensure_ascii=False).encode("utf-8", "replace")
     return f"---\n{dump(json.loads(encodable))}---\n"

@@ -25,11 +25,8 @@ from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.checkpoint import manifest
-from pretrain.checkpoint.download import fetch_model
-from pretrain.checkpoint.loading import open_described, report_line
 from pretrain.checkpoint.model_directory import ModelDirectory, check_index, refuse_non_finite
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers, TensorSharding, errors_on_all_ranks
-from pretrain.checkpoint.resolve import model_candidates
 from pretrain.checkpoint.training_state import (
     TrainingState,
     check_training_folder,
@@ -37,9 +34,9 @@ from pretrain.checkpoint.training_state import (
     read_state,
     tensor_files,
 )
-from pretrain.errors import AdapterFound, CheckpointCorrupt, CheckpointError
+from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.models.names import Entry, LoadReport, check_stored, slice_from_disk
-from pretrain.models.state import heads_apart, match_disk_state, match_tying, modern_keys
+from pretrain.models.state import heads_apart, match_disk_state, modern_keys, report_line
 from pretrain.nn.buffers import stored_tensors
 from pretrain.nn.device import local
 from pretrain.nn.layout import ShardLayout, ShardSlice, whole
@@ -61,9 +58,10 @@ __all__ = [
     "hash_by_ranks",
     "latest_on_all_ranks",
     "load_slices",
-    "open_on_meta",
     "read_training",
     "read_training_slices",
+    "stored_of",
+    "verify_on_all_ranks",
 ]
 
 _BLOCK = 64 << 20  # bytes; block size in which two tensors are compared
@@ -89,7 +87,7 @@ def latest_on_all_ranks(run_dir: str | Path, peers: Peers) -> Path | None:
     for name in peers.all_gather_object(names)[0]:
         path = directory / str(name)
         try:
-            _verify_on_all_ranks(path, peers)
+            verify_on_all_ranks(path, peers)
         except CheckpointError as error:
             broken.append((path, error))
         else:
@@ -107,7 +105,12 @@ def latest_on_all_ranks(run_dir: str | Path, peers: Peers) -> Path | None:
     return None
 
 
-def _verify_on_all_ranks(path: Path, peers: Peers, *, training: bool = True) -> None:
+def verify_on_all_ranks(path: Path, peers: Peers, *, training: bool = True) -> None:
+    """Verify the files of a checkpoint, each on one rank; without ``training`` those of the model alone.
+
+    Raises:
+        CheckpointCorrupt: a file is missing or damaged. On all ranks.
+    """
     with errors_on_all_ranks(peers), files.reading(path):
         listed = manifest.read_manifest(path)
         if training:
@@ -129,62 +132,8 @@ def _verify_on_all_ranks(path: Path, peers: Peers, *, training: bool = True) -> 
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def open_on_meta(path: str | Path, peers: Peers, *, head: str | None = None) -> tuple[Model, Path]:
-    """Open a model without its weights: from a run, a checkpoint, or a Hugging Face directory with a whole model.
-
-    All ranks must call it, with the same arguments. The head is untied if the stored weights of the head differ from
-    the embedding, as in ``load``.
-
-    Args:
-        path: a directory; of a run, the checkpoint that ``load`` would choose.
-        peers: the ranks.
-        head: kind of head to use instead of the stored one.
-
-    Returns:
-        The model on the meta device, with the names of the missing parameters in ``fresh``, and the directory to pass
-        to ``load_slices`` once the model is sharded.
-
-    Raises:
-        CheckpointError: see ``pretrain.checkpoint.load``.
-        AdapterFound: the directory holds an adapter.
-    """
-    with errors_on_all_ranks(peers), files.reading(path):
-        directory, named = fetch_model(path)
-        candidates = [candidate.name for candidate in model_candidates(directory)]
-    for name in peers.all_gather_object(candidates)[0]:
-        try:
-            if os.path.lexists(directory / name / manifest.NAME):
-                _verify_on_all_ranks(directory / name, peers, training=False)
-            return _open_on_meta(directory / name, str(Path(path) / name), peers, head)
-        except CheckpointCorrupt as error:
-            if peers.rank == 0:
-                manifest.report_skipped(directory / name, error)
-    return _open_on_meta(directory, named, peers, head)
-
-
-def _open_on_meta(path: Path, named: str, peers: Peers, head: str | None) -> tuple[Model, Path]:
-    with ExitStack() as stack:
-        with errors_on_all_ranks(peers), files.reading(path), files.muted(peers.rank != 0):
-            directory = ModelDirectory(path, verify=True)
-            if directory.is_adapter:
-                raise AdapterFound(
-                    f"{named} holds an adapter, which cannot be loaded in shards. Use load(), which opens it on its "
-                    "base."
-                )
-            model, _, names = open_described(directory, head=head, tokenizer=True)
-            model.source, model.files_hash = named, directory.weights_hash(names)
-            stored = stack.enter_context(_stored(directory, names))
-        untied = match_tying(
-            model, modern_keys(model, stored), lambda a, b: stored.same(a, b, peers)
-        )
-        if untied and peers.rank == 0:
-            note(f"{named}: head untied, because its weights differ from the embedding")
-        with errors_on_all_ranks(peers):
-            _, model.fresh = match_disk_state(model, list(stored), lambda entry, key: None)
-    return model.eval(), path
-
-
-def _stored(directory: ModelDirectory, names: Iterable[str]) -> StoredTensors:
+def stored_of(directory: ModelDirectory, names: Iterable[str]) -> StoredTensors:
+    """Return the tensors of files of a directory, to be read in parts."""
     return StoredTensors({name: directory.real(name) for name in names})
 
 
@@ -235,7 +184,7 @@ def load_slices(
     with ExitStack() as stack:
         with errors_on_all_ranks(peers), files.reading(path):
             names = directory.weight_files()
-            stored = stack.enter_context(_stored(directory, names))
+            stored = stack.enter_context(stored_of(directory, names))
             for name, expected in names.items():
                 check_index(directory, name, expected, stored.holds[name])
         if directory.manifest is not None and not verified:

@@ -26,6 +26,7 @@ from pretrain.config.aliases import (
     use_value,
 )
 from pretrain.config.spelling import either
+from pretrain.config.strict_yaml import MAX_BYTES, parse
 from pretrain.errors import ConfigError, nearest, suggestion
 from pretrain.utils.files import note, replace_file
 
@@ -62,8 +63,6 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         ConfigError: the file is missing, not a regular file, too large, not UTF-8, not YAML, or has no sections.
     """
-    from pretrain.config.strict_yaml import MAX_BYTES, parse
-
     try:
         kind = path.stat()
         if not stat.S_ISREG(kind.st_mode):

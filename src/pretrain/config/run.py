@@ -7,6 +7,7 @@ impossible values raise an error that names the setting, before anything is allo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -15,13 +16,21 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pretrain.config.check import place_in, types_of, with_digest, with_place, write_text
-from pretrain.errors import ConfigError
+from pretrain.config.check import (
+    place_in,
+    read_sections,
+    types_of,
+    with_digest,
+    with_place,
+    write_text,
+)
+from pretrain.config.strict_yaml import dump, parse
+from pretrain.errors import ConfigError, DataError, PretrainError
 
 __all__ = [
     "DataConfig",
@@ -387,8 +396,6 @@ class Sections:
             ConfigError: the file cannot be read, a key is unknown (the nearest one is named), or a value
                 has the wrong type or is out of range.
         """
-        from pretrain.config.check import read_sections
-
         sections, origins = read_sections(cls.SECTIONS, source, overrides)
         settings = cls(**sections)
         vars(settings)["origins"] = origins
@@ -422,8 +429,6 @@ class Sections:
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load` reads back to equal settings."""
-        from pretrain.config.strict_yaml import dump
-
         return dump(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -460,8 +465,6 @@ class Sections:
 
 def began_without(path: Path, setting: str) -> bool:
     """Return whether a version that did not have this setting, ``section.name``, wrote the settings of a run."""
-    from pretrain.config.strict_yaml import parse
-
     section, _, name = setting.partition(".")
     return name not in (parse(path.read_text(encoding="utf-8"), str(path))[0].get(section) or {})
 
@@ -481,6 +484,29 @@ def is_lost(path: str) -> bool:
         and not os.path.exists(place)
         and not glob.glob(path, recursive=True)
     )
+
+
+@contextlib.contextmanager
+def naming_paths(run_dir: Path, settings: Sections) -> Iterator[None]:
+    """Say of an error inside the block that a path of a run does not lead from here, where that is the cause.
+
+    Args:
+        run_dir: directory of the run.
+        settings: its settings, as ``of_run`` read them.
+
+    Raises:
+        DataError: in place of an error that names a relative path of the settings which does not exist.
+    """
+    try:
+        yield
+    except PretrainError as error:
+        lost = [path for path in settings.paths() if is_lost(path) and path in str(error)]
+        if not lost:
+            raise
+        raise DataError(
+            f"{lost[0]!r}, which {run_dir / 'run.yaml'} names, is not there. It is relative to the directory in which "
+            f"the run was started, and the command runs in {Path.cwd()}: run it there, or put the file back."
+        ) from error
 
 
 def _resolved_from(place: Path, value: Any) -> Any:

@@ -29,6 +29,7 @@ __all__ = [
     "option",
     "option_name",
     "reads_with",
+    "smaller_batch",
     "trains",
     "using",
     "within",
@@ -194,3 +195,10 @@ def _yaml(value: Any, inside: bool = False) -> str:
 
 def _pair(key: Any, value: Any, spell: Any) -> str:
     return "..." if key is ... else f"{spell(key)}: {spell(value)}"
+
+
+def smaller_batch(batch_rows: int) -> str:
+    """Return the advice for a batch that does not fit into memory."""
+    if batch_rows == 1:
+        return "One row alone does not fit: use a machine with more memory, or shorter texts."
+    return f"Take fewer rows at a time: {option('batch_rows', max(1, batch_rows // 4))}."

@@ -3,17 +3,20 @@
 PyYAML follows YAML 1.1, where ``2e-5`` is a string, ``010`` is eight, ``12:30`` is 750 and ``on`` is a boolean, and
 where the last of duplicate keys silently wins. The loader here resolves scalars by the core schema of YAML 1.2 (section
 10.3.2) and rejects tags, anchors (which let a short file expand without bound), duplicate keys and excessive sizes.
+PyYAML is imported when the first document is read or written, because most programs do neither.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
-
-import yaml
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = ["MAX_BYTES", "Key", "dump", "parse"]
 
@@ -34,22 +37,28 @@ _CORE_SCHEMA = (
 )
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe loader that resolves scalars by the core schema of YAML 1.2."""
+@cache
+def _classes() -> tuple[Any, Any]:
+    """Return a safe loader that resolves scalars by the core schema of YAML 1.2, and a safe dumper.
 
-    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+    The dumper quotes strings which YAML 1.1 or 1.2 would read as another type, and writes no aliases.
+    """
+    import yaml
 
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """A safe dumper that quotes strings which YAML 1.1 or 1.2 would read as another type, and writes no aliases."""
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _name, _pattern, _first in _CORE_SCHEMA:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+    for name, pattern, first in _CORE_SCHEMA:
+        for kind in (Loader, Dumper):
+            kind.add_implicit_resolver(_TAG + name, re.compile(pattern), first)
+    Loader.add_constructor(_TAG + "int", _construct_int)
+    Dumper.add_representer(str, _represent_str)
+    Dumper.add_representer(float, _represent_float)
+    return Loader, Dumper
 
 
 def _construct_int(loader: Any, node: yaml.ScalarNode) -> int:
@@ -67,11 +76,6 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_float(value)
 
 
-_Loader.add_constructor(_TAG + "int", _construct_int)
-_Dumper.add_representer(str, _represent_str)
-_Dumper.add_representer(float, _represent_float)
-
-
 def parse(text: str, name: str = "settings") -> tuple[Any, dict[Key, int]]:
     """Read one YAML document.
 
@@ -85,12 +89,14 @@ def parse(text: str, name: str = "settings") -> tuple[Any, dict[Key, int]]:
     Raises:
         ConfigError: the text is not YAML, or uses YAML features beyond plain data.
     """
+    import yaml
+
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise ConfigError(f"{name} is larger than {MAX_BYTES >> 20} MB; is it a config?")
     lines: dict[Key, int] = {}
     try:
         _check_events(text, name)
-        loader = _Loader(text)
+        loader = _classes()[0](text)
         node = loader.get_single_node()
         if node is None:
             return None, lines
@@ -109,8 +115,10 @@ def _error(name: str, mark: Any, message: str) -> ConfigError:
 
 def _check_events(text: str, name: str) -> None:
     """Reject anything but plain data in the event stream, before nodes and values take memory."""
+    import yaml
+
     depth = num_documents = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=_classes()[0]):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         num_documents += isinstance(event, yaml.DocumentStartEvent)
@@ -132,6 +140,8 @@ def _check_events(text: str, name: str) -> None:
 
 def _check_node(node: yaml.Node, path: Key, lines: dict[Key, int], name: str) -> None:
     """Reject duplicate keys, invalid keys and excessive numbers; make every key a string and record its line."""
+    import yaml
+
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
             _check_node(item, (*path, str(i)), lines, name)
@@ -163,8 +173,12 @@ def dump(value: Any) -> str:
     Raises:
         ConfigError: the value contains something other than plain data.
     """
+    import yaml
+
     try:
-        text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        text: str = yaml.dump(
+            value, Dumper=_classes()[1], sort_keys=False, allow_unicode=True, width=100
+        )
     except yaml.YAMLError as error:
         raise ConfigError(f"These settings are not plain data: {error}.") from None
     return text

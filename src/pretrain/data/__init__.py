@@ -9,9 +9,24 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.hub import function
+from pretrain.utils.on_use import on_use
+
+__getattr__ = on_use(
+    __name__,
+    {
+        "pretrain.data.images": (),
+        "pretrain.data.table_readers": (),  # plain text does without
+        "pretrain.data.template_sandbox": (),  # imports jinja2, for conversations only
+    },
+)
+
+if TYPE_CHECKING:
+    from pretrain.data import images as images
+    from pretrain.data import table_readers as table_readers
+    from pretrain.data import template_sandbox as template_sandbox
 
 
 class _Callable(types.ModuleType):

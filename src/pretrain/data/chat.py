@@ -13,7 +13,6 @@ A template is the Jinja program that comes with a tokenizer (``chat_template.jin
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import re
@@ -21,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pretrain.data
 from pretrain.config.spelling import option
-from pretrain.data.labelled import Role
+from pretrain.data.labelled import Role, printed_messages
 from pretrain.errors import DataError, TokenizerError
 from pretrain.utils.files import note
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHAT_ROLES", "REASONING", "ROLE_KEYS", "TOOLS", "ChatTemplate", "Message", "as_messages", "as_tools",
-    "content_text", "default_template", "encode_rendered", "is_trained", "printed_messages", "template_of_file",
+    "content_text", "default_template", "encode_rendered", "is_trained", "template_of_file",
     "to_conversations", "typed_specials",
 ]  # fmt: skip
 
@@ -96,8 +96,6 @@ class ChatTemplate:
     def __init__(
         self, source: str, tokens: Mapping[str, str], specials: Sequence[str] = ()
     ) -> None:
-        from pretrain.data.template_sandbox import Sandbox
-
         if len(source) > _SOURCE_LIMIT:
             raise DataError(
                 f"The chat template is too long ({len(source):,} characters, limit {_SOURCE_LIMIT:,}). Give another "
@@ -106,7 +104,7 @@ class ChatTemplate:
         self.source, self.tokens = source, dict(tokens)
         # Longest first, because one token may be a prefix of another.
         self.specials = tuple(sorted((t for t in specials if t), key=len, reverse=True))
-        self._sandbox = Sandbox()
+        self._sandbox = pretrain.data.template_sandbox.Sandbox()
         try:
             self._template = self._sandbox.template(source)
         except Exception as error:  # an untrusted program can raise anything
@@ -216,15 +214,13 @@ class ChatTemplate:
         Raises:
             DataError: the template fails, rejects the conversation, or exceeds the limits of the sandbox.
         """
-        from pretrain.data.template_sandbox import LimitExceeded
-
         chosen = self.given(tools)
         formed = [chosen._formed(_as_transformers(message)) for message in messages]
         values = chosen._variables(formed, tools, add_generation_prompt)
         place = f"{where}: the" if where else "The"
         try:
             return chosen._sandbox.render(chosen._template, values, marks)
-        except (LimitExceeded, RecursionError, MemoryError) as error:
+        except (pretrain.data.template_sandbox.LimitExceeded, RecursionError, MemoryError) as error:
             raise DataError(
                 f"{place} chat template exceeds the limits of the sandbox: {_said(error)}. Give another template "
                 "(chat_template=); this one is broken or malicious."
@@ -411,15 +407,6 @@ def to_conversations(
             found.append(asked + _answer(one.get("output"), place, answers))
         return found
     return [start + _answer(row.get("answer"), place, answers)]
-
-
-def printed_messages(text: str) -> Any:
-    """Return the list or object that a text prints as JSON or Python; any other text as it is."""
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            value = read(text.strip())
-            return value if isinstance(value, list | dict) else text
-    return text
 
 
 def _answer(value: Any, place: str, needed: bool) -> list[Message]:

@@ -10,28 +10,19 @@ from typing import Any
 
 from pretrain.data.encodings import open_text
 from pretrain.data.readers import table_kind
+from pretrain.data.shard_folders import SPLITS, TRAIN
 from pretrain.errors import DataError
 
 __all__ = [
-    "HELD_OUT",
-    "TRAIN",
     "captions_of",
     "is_rows",
     "may_hold_splits",
-    "split_for",
     "splits_of",
     "unoriented",
 ]
 
-TRAIN = ("train", "training")
-HELD_OUT = {
-    "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
-    "test": ("test", "testing", "test_matched"),
-}
-_USES = {"train": TRAIN, **HELD_OUT}
-_SPLITS = [split for splits in _USES.values() for split in splits]
 _HEAD = 4096  # bytes, in which the first key of a file stands
-_FIRST_SPLIT = re.compile(rf'(?:\ufeff)?\s*{{\s*"(?:{"|".join(_SPLITS)})\w*"\s*:\s*[\[{{]')
+_FIRST_SPLIT = re.compile(rf'(?:\ufeff)?\s*{{\s*"(?:{"|".join(SPLITS)})\w*"\s*:\s*[\[{{]')
 _INDEX = re.compile(r"-?\d[\d.:TZ+\- ]*")  # a key of an index of pandas: a number or a date
 _CURE = "Write a list of objects (pandas: to_json(path, orient='records'))."
 
@@ -53,7 +44,7 @@ def may_hold_splits(source: Any) -> bool:
 
 def splits_of(value: Any) -> dict[str, Any]:
     """Return the splits, each with rows or columns, of an object with ``train`` or with usual names only; else {}."""
-    if not isinstance(value, dict) or not (set(value) & set(TRAIN) or set(value) <= set(_SPLITS)):
+    if not isinstance(value, dict) or not (set(value) & set(TRAIN) or set(value) <= set(SPLITS)):
         return {}
     full = {split: rows for split, rows in value.items() if rows != []}
     return full if full and all(map(is_rows, full.values())) else {}
@@ -64,12 +55,6 @@ def is_rows(value: Any) -> bool:
     if isinstance(value, Mapping):
         return bool(value) and all(isinstance(column, list | tuple) for column in value.values())
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping | tuple)
-
-
-def split_for(splits: Mapping[str, Any], name: str) -> str | None:
-    """Return the split for the rows ``name``, which are ``train``, ``validation``, ``test`` or others."""
-    use = {"validation": "valid"}.get(name, name)
-    return next((split for split in _USES.get(use, ()) if split in splits), None)
 
 
 def captions_of(value: Any, path: Path) -> dict[str, list[Any]] | None:

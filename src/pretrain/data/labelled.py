@@ -5,7 +5,10 @@ Columns are recognised by names that are common in public data sets; nothing els
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
+import json
 import math
 import unicodedata
 from collections import Counter
@@ -30,7 +33,7 @@ from pretrain.utils.files import note
 
 __all__ = [
     "Role", "choose_columns", "column_names", "drop_duplicates", "field_names", "is_missing", "label_strata",
-    "make_tag_map", "normalised", "roles_table", "split", "text_id",
+    "make_tag_map", "normalised", "printed_messages", "roles_table", "split", "text_id",
 ]  # fmt: skip
 
 _BINS = 10  # strata of a continuous target
@@ -571,3 +574,12 @@ def drop_duplicates(
         f"{train.name}: {count:,} of {len(train):,} training rows also stand in the {what} rows and are left out"
     )
     return train.take(kept), count
+
+
+def printed_messages(text: str) -> Any:
+    """Return the list or object that a text prints as JSON or Python; any other text as it is."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            value = read(text.strip())
+            return value if isinstance(value, list | dict) else text
+    return text

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +26,13 @@ from pretrain.data.manifests import read_sealed, write_sealed
 from pretrain.data.order import mix64
 from pretrain.data.packing import pack
 from pretrain.data.shards import SPLITS, token_dtype
-from pretrain.data.sources import PIECE_CHARS, Source, options_read, sized_pieces
+from pretrain.data.sources import PIECE_CHARS, Sample, Source, options_read, sized_pieces
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.data.workers import encode_batches
 from pretrain.errors import DataError
 from pretrain.utils.files import open_writable, replace_file
 
 __all__ = [
-    "Sample",
     "Scan",
     "TokeniseJournal",
     "pack_split",
@@ -50,43 +48,6 @@ _BATCH_PIECES = 16_384
 # With less text than this, starting child processes takes longer than they save.
 _SMALL_BYTES = 16 << 20
 Progress = Callable[[int], Any]
-
-
-class Sample:
-    """A deterministic uniform sample of at most ``limit`` bytes of text: the pieces with the lowest hash."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.size = 0
-        self._top = 1 << 32
-        self._kept: list[tuple[int, int, int, str, int]] = []
-
-    def add(self, text: str, document: int, start: int) -> None:
-        """Add a piece, which begins at character ``start`` of ``document``, if its hash is low enough."""
-        data = text.encode("utf-8")
-        key = zlib.crc32(data)
-        if not data or key >= self._top:
-            return
-        self._kept.append((key, document, start, text, len(data)))
-        self.size += len(data)
-        if self.size > self.limit + (self.limit >> 2):
-            self._trim()
-
-    def _trim(self) -> None:
-        self._kept.sort()
-        while self.size > self.limit and len(self._kept) > 1:
-            self._top = self._kept[-1][0]
-            self.size -= self._kept.pop()[4]
-
-    def texts(
-        self, keep: Callable[[int, int], int] = lambda document, start: PIECE_CHARS
-    ) -> list[str]:
-        """Return the first ``keep(document, start)`` characters of each piece, in reading order."""
-        if self.size > self.limit:
-            self._trim()
-        chosen = sorted(self._kept, key=lambda entry: entry[1:3])
-        kept = (entry[3][: max(0, keep(entry[1], entry[2]))] for entry in chosen)
-        return [text for text in kept if text]
 
 
 @dataclass

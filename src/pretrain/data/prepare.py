@@ -27,7 +27,6 @@ from pretrain.data.flat_files import write_sums
 from pretrain.data.manifests import MANIFEST, file_record, write_sealed
 from pretrain.data.paths import FileHashes, cache_home
 from pretrain.data.pipeline import (
-    Sample,
     Scan,
     TokeniseJournal,
     pack_split,
@@ -37,7 +36,7 @@ from pretrain.data.pipeline import (
     unigram_baseline,
 )
 from pretrain.data.shards import FORMAT, SPLITS, Prepared, read_manifest
-from pretrain.data.sources import Source, check_columns, resolve_sources, unused_options
+from pretrain.data.sources import Sample, Source, check_columns, resolve_sources, unused_options
 from pretrain.data.tokenizer import SAMPLE_BYTES, Tokenizer
 from pretrain.data.tokenizer_build import KINDS
 from pretrain.data.workdir import build, disk_errors, foreign, sweep

@@ -17,6 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pretrain.data
 from pretrain.config.spelling import column as column_option
 from pretrain.data.encodings import (
     COMPRESSIONS,
@@ -106,13 +107,11 @@ def read_file(path: Path, how: Reading) -> Iterator[Piece]:
         return _separated(blocks, separator, how)
     if kind == "html":
         return _html(path, how)
-    from pretrain.data import table_readers  # plain text does without
-
     if kind == "jsonl":
-        return table_readers.json_texts(path, how)
+        return pretrain.data.table_readers.json_texts(path, how)
     if kind == "parquet":
-        return table_readers.parquet_texts(path, how)
-    return table_readers.delimited_texts(path, kind, how)
+        return pretrain.data.table_readers.parquet_texts(path, how)
+    return pretrain.data.table_readers.delimited_texts(path, kind, how)
 
 
 # --------------------------------------------------------------------------------------------------- plain text

@@ -18,6 +18,7 @@ from pretrain.data.parquet_rows import ParquetRows
 from pretrain.data.readers import table_kind
 from pretrain.errors import DataError
 from pretrain.utils.files import Sink, replacing, temporary_name
+from pretrain.utils.imports import pillow
 from pretrain.utils.strict_json import without_nan
 
 __all__ = ["WRITABLE", "RowWriter"]
@@ -151,8 +152,6 @@ class RowWriter:
         """Write a mask, bytes (H, W), to a file and return its path beside the output; other values as they are."""
         if getattr(value, "ndim", 0) != 2:
             return value
-        from pretrain.data.images.decode import pillow
-
         if not self.masks:
             found = self._folder.iterdir() if self._folder.exists() else iter(())
             if other := next((p.name for p in found if not _MASK.fullmatch(p.name)), None):

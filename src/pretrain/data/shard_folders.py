@@ -1,22 +1,43 @@
-"""Folders of parquet files as the Hub holds data sets: shards of each split, in the folder or in ``data`` below it."""
+"""Names of splits, and folders of parquet files as the Hub holds data sets: shards of each split, also in ``data``."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.data.json_shapes import HELD_OUT, TRAIN, split_for
 from pretrain.data.paths import hidden
 from pretrain.data.readers import table_kind
 
-__all__ = ["absent_shards", "parts_of_shards", "pattern_of", "shards_of", "splits_among"]
+__all__ = [
+    "HELD_OUT",
+    "SPLITS",
+    "TRAIN",
+    "absent_shards",
+    "parts_of_shards",
+    "pattern_of",
+    "shards_of",
+    "split_for",
+    "splits_among",
+]
 
 _SHARD = re.compile(r"(.+?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")  # train-00000-of-00003
-_SPLITS = {*TRAIN, *(name for names in HELD_OUT.values() for name in names)}
+TRAIN = ("train", "training")
+HELD_OUT = {
+    "valid": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
+    "test": ("test", "testing", "test_matched"),
+}
+_USES = {"train": TRAIN, **HELD_OUT}
+SPLITS = tuple(split for splits in _USES.values() for split in splits)
 _TABLES = ("csv", "tsv", "jsonl")
+
+
+def split_for(splits: Mapping[str, Any], name: str) -> str | None:
+    """Return the split for the rows ``name``, which are ``train``, ``validation``, ``test`` or others."""
+    use = {"validation": "valid"}.get(name, name)
+    return next((split for split in _USES.get(use, ()) if split in splits), None)
 
 
 def shards_of(source: Any) -> dict[str, list[Path]]:
@@ -41,7 +62,7 @@ def _files(place: Path) -> list[Path]:
     """Return the files of a folder and those of folders in it that are called like a split, sorted."""
     try:
         inside = sorted(p for p in place.iterdir() if not hidden(p.name))
-        below = [p for p in inside if p.name.lower() in _SPLITS and p.is_dir()]
+        below = [p for p in inside if p.name.lower() in SPLITS and p.is_dir()]
         return [*inside, *(p for one in below for p in sorted(one.iterdir()) if not hidden(p.name))]
     except OSError:  # there is none, or it cannot be read, which is said where its files are named
         return []
@@ -63,7 +84,7 @@ def _split(file: Path, place: Path) -> str:
         return file.parent.name.lower()
     shard = _SHARD.fullmatch(file.stem)
     words = [shard[1]] if shard else [file.stem, re.split(r"[-_. ]", file.stem)[0]]
-    named = next((word.lower() for word in words if word.lower() in _SPLITS), "")
+    named = next((word.lower() for word in words if word.lower() in SPLITS), "")
     return named or (shard[1] if shard else "")
 
 
@@ -81,7 +102,7 @@ def splits_among(files: Sequence[Path]) -> list[str]:
     """Return the splits that the names of files, or those of their folders, tell."""
     folders = (file.parent.name.lower() for file in files)
     found = (
-        f if f in _SPLITS else _split(file, file.parent)
+        f if f in SPLITS else _split(file, file.parent)
         for f, file in zip(folders, files, strict=True)
     )
     return [*dict.fromkeys(filter(None, found))]
@@ -96,4 +117,4 @@ def absent_shards(files: Sequence[Path]) -> int:
 def parts_of_shards(source: Any) -> list[str]:
     """Return which of ``train``, ``valid`` and ``test`` a folder has shards of."""
     shards = shards_of(source)
-    return [use for use in ("train", *HELD_OUT) if split_for(shards, use)]
+    return [use for use in _USES if split_for(shards, use)]

@@ -14,6 +14,7 @@ import os
 import sys
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,8 @@ from pretrain.errors import DataError
 from pretrain.utils.files import note, replacing
 
 __all__ = [
-    "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Source", "options_read",
-    "resolve_sources", "sized_pieces", "unused_options",
+    "DatasetSource", "FileHashes", "FileSource", "HubSource", "MemorySource", "PythonSource", "Sample", "Source",
+    "options_read", "resolve_sources", "sized_pieces", "unused_options",
 ]  # fmt: skip
 
 PIECE_CHARS = 32_768
@@ -420,6 +421,43 @@ def sized_pieces(pieces: Iterator[Piece], limit: int = PIECE_CHARS) -> Iterator[
         if end:
             yield rest, True
             rest = ""
+
+
+class Sample:
+    """A deterministic uniform sample of at most ``limit`` bytes of text: the pieces with the lowest hash."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._top = 1 << 32
+        self._kept: list[tuple[int, int, int, str, int]] = []
+
+    def add(self, text: str, document: int, start: int) -> None:
+        """Add a piece, which begins at character ``start`` of ``document``, if its hash is low enough."""
+        data = text.encode("utf-8")
+        key = zlib.crc32(data)
+        if not data or key >= self._top:
+            return
+        self._kept.append((key, document, start, text, len(data)))
+        self.size += len(data)
+        if self.size > self.limit + (self.limit >> 2):
+            self._trim()
+
+    def _trim(self) -> None:
+        self._kept.sort()
+        while self.size > self.limit and len(self._kept) > 1:
+            self._top = self._kept[-1][0]
+            self.size -= self._kept.pop()[4]
+
+    def texts(
+        self, keep: Callable[[int, int], int] = lambda document, start: PIECE_CHARS
+    ) -> list[str]:
+        """Return the first ``keep(document, start)`` characters of each piece, in reading order."""
+        if self.size > self.limit:
+            self._trim()
+        chosen = sorted(self._kept, key=lambda entry: entry[1:3])
+        kept = (entry[3][: max(0, keep(entry[1], entry[2]))] for entry in chosen)
+        return [text for text in kept if text]
 
 
 def _boundary(text: str, first: int, last: int) -> int:

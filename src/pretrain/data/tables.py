@@ -17,12 +17,9 @@ from typing import Any
 
 from pretrain.config.spelling import either, option, option_name, reads_with
 from pretrain.data.json_shapes import (
-    HELD_OUT,
-    TRAIN,
     captions_of,
     is_rows,
     may_hold_splits,
-    split_for,
     splits_of,
     unoriented,
 )
@@ -35,10 +32,13 @@ from pretrain.data.readers import (
     table_kind,
 )
 from pretrain.data.shard_folders import (
+    HELD_OUT,
+    TRAIN,
     absent_shards,
     parts_of_shards,
     pattern_of,
     shards_of,
+    split_for,
     splits_among,
 )
 from pretrain.data.table_readers import (

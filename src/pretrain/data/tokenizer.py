@@ -23,8 +23,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from pretrain import utils
 from pretrain.data.paths import shortened_path
-from pretrain.data.sources import resolve_sources, sized_pieces, unused_options
+from pretrain.data.sources import Sample, resolve_sources, sized_pieces, unused_options
 from pretrain.data.tokenizer_build import (
     KINDS,
     KNOWN,
@@ -40,7 +41,6 @@ from pretrain.data.tokenizer_files import ROLE_KEYS, open_directory, open_file
 from pretrain.data.word_boundaries import WordFinder, token_bytes
 from pretrain.errors import DataError, TokenizerError, did_you_mean
 from pretrain.utils.files import note, replace_file
-from pretrain.utils.hub_files import snapshot
 from pretrain.utils.hub_names import hub_hint, hub_name
 
 __all__ = ["HUB_FILES", "KINDS", "Tokenizer", "train_from_texts", "train_tokenizer"]
@@ -551,7 +551,7 @@ class Tokenizer:
             CheckpointError: the files cannot be fetched.
         """
         if (name := hub_name(path)) is not None:
-            fetched = snapshot(name, HUB_FILES)
+            fetched = utils.hub_files.snapshot(name, HUB_FILES)
             made = cls.from_directory(fetched)
             made.source = str(replace(name, revision=fetched.name))
             if made.source != str(name):
@@ -680,8 +680,6 @@ def train_tokenizer(
         TokenizerError: the kind is unknown, or the vocabulary is too small.
         DataError: a source cannot be read, or there is no text.
     """
-    from pretrain.data.pipeline import Sample
-
     sample = Sample(sample_bytes)
     found, _ = resolve_sources(sources, text=text, separator=separator, encoding=encoding)
     for line in unused_options(found, text, separator, encoding):

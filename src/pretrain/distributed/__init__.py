@@ -6,26 +6,26 @@ it.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pretrain.utils.on_use import on_use
 
 if TYPE_CHECKING:
+    from pretrain.distributed.first_error import is_first_error
     from pretrain.distributed.launch import Launched
     from pretrain.distributed.parallel_strategy import ParallelStrategy
     from pretrain.distributed.processes import Processes
     from pretrain.distributed.whole_parameters import copy_whole
 
-__all__ = ["Launched", "ParallelStrategy", "Processes", "copy_whole"]
+__all__ = ["Launched", "ParallelStrategy", "Processes", "copy_whole", "is_first_error"]
 
-_PLACES = {
-    "Launched": "pretrain.distributed.launch",
-    "ParallelStrategy": "pretrain.distributed.parallel_strategy",
-    "Processes": "pretrain.distributed.processes",
-    "copy_whole": "pretrain.distributed.whole_parameters",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'pretrain.distributed' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+__getattr__ = on_use(
+    __name__,
+    {
+        "pretrain.distributed.first_error": ("is_first_error",),
+        "pretrain.distributed.launch": ("Launched",),
+        "pretrain.distributed.parallel_strategy": ("ParallelStrategy",),
+        "pretrain.distributed.processes": ("Processes",),
+        "pretrain.distributed.whole_parameters": ("copy_whole",),
+    },
+)

@@ -15,9 +15,9 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from pretrain.errors import ConfigError, DistributedError, PretrainError
+from pretrain import distributed
+from pretrain.errors import ConfigError, PretrainError
 
 __all__ = [
     "ERROR",
@@ -37,8 +37,6 @@ GRACE = 600
 """Seconds within which a run that was asked to stop must save."""
 
 _PROCESSES = 64  # most processes that are started on a CPU
-_SECONDS = 2.0  # seconds within which all processes fail that fail by the same cause
-_REACH = 5.0  # seconds to connect to the others, if that has not been done yet
 
 
 def launched() -> bool:
@@ -129,19 +127,8 @@ def prints_error(error: PretrainError) -> bool:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
-    printed = rank > 0 and error.everywhere
-    from pretrain.distributed.store import absent, get, put
-    from pretrain.distributed.world import current_world, world_is_known
-
-    if not world_is_known() and isinstance(error, DistributedError):
-        return not printed  # the error is that the other processes cannot be reached
-    with contextlib.suppress(PretrainError, RuntimeError):
-        world: Any = current_world(_REACH)  # several processes
-        put(world.store, f"error/{rank}", str(error))
-        late = absent(world.store, "error", range(world.size), _SECONDS)
-        lower = [get(world.store, f"error/{one}") for one in range(rank) if one not in late]
-        printed = printed or str(error) in lower
-    return not printed
+    # Every process asks, because the others wait for its error.
+    return distributed.is_first_error(error, rank) and not (rank > 0 and error.everywhere)
 
 
 # ---------------------------------------------------------------------------------------------------- the program

@@ -31,6 +31,7 @@ from pretrain.distributed.handshake import (
     introduce,
     with_time_limit,
 )
+from pretrain.distributed.json_values import from_plain, to_plain
 from pretrain.distributed.store import (
     absent,
     get,
@@ -264,11 +265,12 @@ class Processes(World):
         return list(tensor.tolist())
 
     def all_gather_object(self, value: Any, *, progress: bool = True) -> list[Any]:
+        """Return the values of all ranks, in rank order: JSON values, which may hold tensors and tuples."""
         if progress:
             self.heartbeat()
         if self.size == 1:
             return super().all_gather_object(value)
-        return gather_json(value, self.size, self._control)
+        return list(map(from_plain, gather_json(to_plain(value), self.size, self._control)))
 
     def gather(
         self, shards: Sequence[Tensor], owners: Sequence[int], ranks: Sequence[int]

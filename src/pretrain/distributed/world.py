@@ -155,7 +155,7 @@ class World(Peers):
         return int(self.all_reduce_sum([value if self.is_rank_zero else 0])[0])
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank zero's JSON value on all ranks."""
+        """Return rank zero's value on all ranks, see `all_gather_object`."""
         return self.all_gather_object(value if self.is_rank_zero else None)[0]
 
     def on_rank_zero(self, make: Callable[[], T]) -> T | None:

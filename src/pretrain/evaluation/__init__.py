@@ -16,22 +16,23 @@ from pretrain.checkpoint import load
 from pretrain.checkpoint.download import fetch_config
 from pretrain.checkpoint.resolve import run_with_settings
 from pretrain.config.check import check_count
-from pretrain.config.spelling import EVALUATE, option, option_name, using
+from pretrain.config.run import naming_paths
+from pretrain.config.spelling import EVALUATE, option, option_name, smaller_batch, using
 from pretrain.config.spelling import column as column_option
 from pretrain.data.row_source import RowSource
 from pretrain.distributed.slurm import is_task
 from pretrain.errors import CheckpointError, ConfigError, DataError, ModelError, naming_memory
+from pretrain.evaluation import language
 from pretrain.evaluation.embeddings import retrieval, sts
 from pretrain.evaluation.pairs import minimal_pairs
 from pretrain.finetuning.measure import encoded, labelled, measure, reported_precision
 from pretrain.finetuning.rows import open_data
 from pretrain.finetuning.settings import TuneConfig, TuneTrain, from_memory
 from pretrain.finetuning.start import begun_as, classes_of, starting_model
-from pretrain.inference.predict import rebuilt, recorded_task, smaller_batch, task_of
+from pretrain.inference.predict import rebuilt, recorded_task, task_of
 from pretrain.models.heads import LABELLED
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
-from pretrain.training import run as language
 from pretrain.utils.files import muted, note
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def _held_out(path: Path, run_dir: Path | None, settings: TuneConfig | None, tas
         if not from_memory(source):
             with contextlib.suppress(CheckpointError):  # what it was trained from may be gone
                 labels = classes_of(source, type(task))
-        with language.naming_paths(run_dir, settings):
+        with naming_paths(run_dir, settings):
             begun = begun_as(run_dir, type(task))
             data = open_data(settings, {}, type(task), labels, begun)
     if task.model.provenance.get("fingerprint") != data.fingerprint:

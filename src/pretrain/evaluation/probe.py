@@ -21,7 +21,7 @@ import numpy as np
 
 from pretrain import metrics
 from pretrain.checkpoint import load
-from pretrain.config.spelling import PROBE, either, option, using
+from pretrain.config.spelling import PROBE, either, option, smaller_batch, using
 from pretrain.data.images.rows import decoded
 from pretrain.data.labelled import drop_duplicates, label_strata, split
 from pretrain.errors import (
@@ -33,11 +33,10 @@ from pretrain.errors import (
     suggestion,
 )
 from pretrain.finetuning.baseline import embeddings, of_pairs, probe_baseline
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.finetuning.measure import reported_precision
 from pretrain.finetuning.rows import open_data
-from pretrain.finetuning.settings import from_keywords
 from pretrain.inference.images import image_vectors
-from pretrain.inference.predict import smaller_batch
 from pretrain.models.base import Model
 from pretrain.models.clip import TwoTowers
 from pretrain.models.image_backbone import ImageBackbone

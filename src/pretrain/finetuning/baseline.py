@@ -201,9 +201,7 @@ def lsa_baseline(
 
 def embeddings(model: Model, **options: Any) -> Vectors:
     """Return a function from texts to their vectors, see ``embed``."""
-    from pretrain.inference.generate import embed
-
-    return lambda texts: embed(model, texts, **options).numpy()
+    return lambda texts: model.embed(texts, **options).numpy()
 
 
 def probe_baseline(

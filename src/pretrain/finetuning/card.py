@@ -24,9 +24,9 @@ from pretrain.checkpoint.model_card import (
     one_line,
 )
 from pretrain.checkpoint.resolve import run_by_name
-from pretrain.data.chat import printed_messages
+from pretrain.data.labelled import printed_messages
 from pretrain.finetuning.settings import from_memory
-from pretrain.inference.predict import roles_read
+from pretrain.inference.columns import roles_read
 
 if TYPE_CHECKING:
     from pretrain.finetuning.result import Finetuned

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pretrain.checkpoint.best import COMPARISON, rates_of_run
+from pretrain.checkpoint.best import COMPARISON
 from pretrain.config import parse_limit
 from pretrain.config.spelling import option, option_name
 from pretrain.errors import (
@@ -61,7 +61,6 @@ __all__ = [
     "Notes",
     "check_comparison",
     "compare_arms",
-    "kept_comparison",
     "stratified_subset",
 ]
 
@@ -218,19 +217,6 @@ def compare_arms(job: Job, label_counts: Sequence[int] | None, seeds: int) -> Co
     job.compared_lr = saved["lr"]
     trials.end(asdict(comparison), saved)
     return comparison
-
-
-def kept_comparison(job: Job) -> Comparison | None:
-    """Return the comparison in the run directory of a job; None if it is of other settings or another run."""
-    out = Path(job.settings.train.out)
-    body = ScoreFile(out / COMPARISON).body
-    if (
-        "comparison" not in body
-        or body["key"] != trials_key(job)
-        or body["lr"] != rates_of_run(out).get("lr")
-    ):
-        return None
-    return Comparison.from_json(body["comparison"])
 
 
 def _counts(label_counts: Sequence[int] | None, rows: int, recurring: int) -> list[int]:

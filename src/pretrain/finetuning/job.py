@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain import distributed
+from pretrain import distributed, finetuning
 from pretrain.checkpoint.best import (
     BEST,
     SWEEP,
@@ -44,7 +44,7 @@ from pretrain.finetuning.start import (
     used_unloaded_weights,
     write_counts,
 )
-from pretrain.finetuning.trials import ScoreFile, kept_trials_named, trials_key
+from pretrain.finetuning.trials import ScoreFile, kept_comparison, kept_trials_named, trials_key
 from pretrain.models import own_family
 from pretrain.models.base import Model
 from pretrain.objectives import check_monitor, check_options, task_class
@@ -54,7 +54,7 @@ from pretrain.training.logging import check_loggers
 from pretrain.training.parallelize import run_lock
 from pretrain.training.precision import choose_device, evaluation_setting
 from pretrain.training.restore import load_weights
-from pretrain.training.run import (
+from pretrain.training.resuming import (
     check_same_run,
     has_begun,
     keep_settings,
@@ -214,20 +214,7 @@ class Job:
             return self.build(**new)
         self.metric, self.unit = task.metric, task.unit_name
         if method.lora and not scratch:
-            from pretrain.lora import LoraConfig, apply_lora
-
-            targets = method.targets
-            apply_lora(
-                model,
-                LoraConfig(
-                    r=method.lora,
-                    alpha=method.alpha or 2 * method.lora,
-                    dropout=method.lora_dropout,
-                    targets=tuple(targets) if isinstance(targets, list) else targets,
-                    dora=method.dora,
-                ),
-                seed=seed,
-            )
+            finetuning.add_adapter(model, method, seed)
         if not scratch:
             freeze(model, method.freeze)
         return task
@@ -497,7 +484,9 @@ class Job:
         silent, notes = replace(self, quiet=True), list(self.data.notes)
         task = silent.build(seed=self.settings.train.seed)
         held_out, tested = silent.held_out(task, notes)
-        return silent.finish(task, run, held_out, tested, notes, write=write)
+        result = silent.finish(task, run, held_out, tested, notes, write=write)
+        result.comparison = kept_comparison(self)
+        return result
 
     def overview(self, rows: TaskRows, task: Task) -> list[str]:
         """Summarise rows, lengths, labels and trained parameters in a few lines."""

@@ -7,19 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.config.spelling import smaller_batch
 from pretrain.data.encodings import check_encoding
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import needs_encoding
 from pretrain.data.tables import held_out_splits, parts_of_file
 from pretrain.errors import DataError, naming_memory
 from pretrain.finetuning.rows import check_labelled, encode
-from pretrain.inference.predict import (
-    columns_of,
-    has_columns,
-    roles_known,
-    say_unread,
-    smaller_batch,
-)
+from pretrain.inference.columns import columns_of, has_columns, roles_known, say_unread
 from pretrain.nn.device import tokens_at_once
 from pretrain.objectives.tasks import Task
 from pretrain.training.evaluate import evaluate_rows

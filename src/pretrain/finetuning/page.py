@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoint.best import run_state
 from pretrain.checkpoint.model_card import COUNTS
+from pretrain.config.strict_yaml import dump
 from pretrain.distributed.world import current_world
 from pretrain.errors import DataError
 from pretrain.finetuning.card import example_call, measured_parts, model_card
@@ -253,8 +254,6 @@ def command(result: Finetuned) -> str:
 
 
 def _repeat(result: Finetuned) -> str:
-    from pretrain.config.strict_yaml import dump  # yaml, which most programs do not need
-
     settings = dump(result.settings.to_dict())
     return card(pre(command(result)), details("all settings", pre(settings)))
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pretrain.config.spelling import FINETUNE, using
 from pretrain.data.chat import ROLE_KEYS
 from pretrain.finetuning.job import Job
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.finetuning.rows import open_data
-from pretrain.finetuning.settings import from_keywords
 from pretrain.finetuning.start import classes_of
 from pretrain.objectives import check_options, task_class
 from pretrain.printing import coloured, printable

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain import inference
 from pretrain.checkpoint.draft import finite_json
 from pretrain.checkpoint.result import write_result
 from pretrain.config.spelling import PROBE, using
@@ -22,7 +23,6 @@ from pretrain.finetuning.card import measured_parts, model_card
 from pretrain.finetuning.measure import encoded, labelled, measure_as_in_run
 from pretrain.finetuning.page import write_report
 from pretrain.finetuning.remarks import classical_baseline, remarks
-from pretrain.inference.predict import predict_with
 from pretrain.metrics import confusion_matrix, per_class
 from pretrain.printing import aligned, printable
 from pretrain.report.history import loss_svg, plot_history, sort_records
@@ -154,7 +154,7 @@ class Finetuned:
 
     def predict(self, inputs: Any, **options: Any) -> Any:
         """Answer one input with a dict, or several with a list of dicts; see ``pretrain.inference.predict.predict``."""
-        return predict_with(self.task, inputs, **options)
+        return inference.predict_with(self.task, inputs, **options)
 
     @property
     def judged(self) -> Table:

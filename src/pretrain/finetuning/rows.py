@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from pretrain.data.labels import exact_number, printed_list, printed_mapping, sp
 from pretrain.data.shard_folders import shards_of
 from pretrain.data.tables import shown, splits
 from pretrain.errors import DataError
-from pretrain.inference.predict import has_columns
+from pretrain.inference.columns import has_columns, roles_with
 from pretrain.utils.files import muted
 
 if TYPE_CHECKING:
@@ -362,12 +362,7 @@ def _by_role(table: Table, every: Sequence[Role], columns: Mapping[str, Any]) ->
     there.
     """
     known = {role: column for role, column in columns.items() if has_columns(table, column)}
-    roles = [
-        replace(role, required=True) if role.constant else role
-        for role in every
-        if not role.constant or role.name in columns
-    ]
-    return roles_table(table, choose_columns(table, roles, known))
+    return roles_table(table, choose_columns(table, roles_with(every, columns), known))
 
 
 def _fingerprint(*tables: Table | None) -> str:

@@ -12,23 +12,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import finetuning, training
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import COMPARISON
+from pretrain.config.run import naming_paths
 from pretrain.config.spelling import FINETUNE, either, using
 from pretrain.distributed.launched import count_devices
 from pretrain.distributed.world import current_world
 from pretrain.errors import ConfigError, DataError
 from pretrain.finetuning.card import example_call
-from pretrain.finetuning.compare import check_comparison, compare_arms, kept_comparison
 from pretrain.finetuning.job import Job
+from pretrain.finetuning.keywords import from_keywords
 from pretrain.finetuning.page import render
-from pretrain.finetuning.settings import TuneConfig, check_idle, from_keywords, from_memory
+from pretrain.finetuning.settings import TuneConfig, check_idle, from_memory
+from pretrain.finetuning.trials import kept_comparison
 from pretrain.objectives import task_class
 from pretrain.objectives.tasks import Task
 from pretrain.report.run_report import PAGE
 from pretrain.training.closing import reported, time_and_units
-from pretrain.training.launch import on_devices, read_run
-from pretrain.training.run import has_begun, naming_paths
+from pretrain.training.resuming import has_begun
 from pretrain.training.state import isolated_torch_state
 from pretrain.utils.files import muted, note
 from pretrain.utils.html import write_page
@@ -101,7 +103,7 @@ def finetune(
     arguments = {"train": data, "valid": valid, "test": test, "out": out, **keywords}
     settings, objects = from_keywords(config, model, task, arguments)
     if compare is not None:
-        check_comparison(compare, settings, label_counts, seeds)
+        finetuning.check_comparison(compare, settings, label_counts, seeds)
     quiet = quiet or not current_world().is_rank_zero
     if devices != 1:
         check_devices(model, objects, compare)
@@ -111,14 +113,14 @@ def finetune(
         if not has_begun(Path(settings.train.out)):
             check_idle(job.settings, job.data.learned.options.get("problem"))
         if devices != 1:
-            run = on_devices("finetune", job.settings, devices, hooks=hooks, quiet=quiet)
+            run = training.on_devices("finetune", job.settings, devices, hooks=hooks, quiet=quiet)
             if run is not None:  # those processes have written the report and the last words
-                result = job.read_back(run)
-                result.comparison = kept_comparison(job)
-                return result
+                return job.read_back(run)
         with job.alone():
             # The comparison comes first, because the run uses the learning rate that it chooses.
-            comparison = None if compare is None else compare_arms(job, label_counts, seeds)
+            comparison = (
+                None if compare is None else finetuning.compare_arms(job, label_counts, seeds)
+            )
             result = job.train(hooks)
         result.comparison = comparison or kept_comparison(job)
         for line in current_world().broadcast_result(lambda: closing_lines(result)):
@@ -234,7 +236,7 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     page = folder / PAGE
     if page.is_file() and not page.read_text(encoding="utf-8", errors="replace").endswith(_ANEW):
         return page
-    settings, run = TuneConfig.of_run(folder), read_run(folder)
+    settings, run = TuneConfig.of_run(folder), training.read_run(folder)
     settings.train.out = str(folder)
     sources = (settings.data.train, settings.data.valid, settings.data.test)
     start, best = None, run.best or run.checkpoint
@@ -252,7 +254,6 @@ def report(run_dir: str | os.PathLike[str]) -> Path:
     with muted(), naming_paths(folder, settings):
         job = Job.open(start, settings, {}, quiet=True)
         result = job.read_back(run, write=False)
-        result.comparison = kept_comparison(job)
     if result.model.extra_config["pretrain"].get("fingerprint") != result.fingerprint:
         raise DataError(
             f"The rows of {', '.join(dict.fromkeys(job.data.names.values()))} are not those of {folder}: a file has "

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.loading import (
-    kind_and_family,
-    named_classes,
-    recorded_columns,
-    recorded_objective,
-)
+from pretrain.checkpoint.loading import configuration
 from pretrain.config.spelling import option_name
-from pretrain.errors import ConfigError, ModelError
+from pretrain.errors import ConfigError, ModelError, PretrainError
+from pretrain.models import family_class
 from pretrain.models.backbone import Backbone
 from pretrain.models.base import Model, check_head
-from pretrain.models.heads import LABELLED, SequenceHead
+from pretrain.models.config import placeholders
+from pretrain.models.heads import LABELLED, SequenceHead, kind_of_class, labels_named_by
 from pretrain.nn.buffers import stored_tensors
-from pretrain.training.run import has_begun
+from pretrain.training.resuming import has_begun
 from pretrain.training.starting_model import open_source
 from pretrain.utils.files import note
 
@@ -105,12 +103,7 @@ def check_fits(source: Any, task: type[Task]) -> None:
     Raises:
         ModelError: its family has no such head.
     """
-    kind: str | None = None
-    family: type[Backbone] | None = None
-    if isinstance(source, Model):
-        kind, family = source.head_kind, type(source.backbone)
-    elif isinstance(source, str | os.PathLike):
-        kind, family = kind_and_family(os.fspath(source))
+    kind, family, _ = _known(source)
     if task.head_kind in (None, kind) or family is None:
         return
     if task.head_kind not in family.successors:
@@ -124,15 +117,36 @@ def classes_of(source: Any, task: type[Task]) -> tuple[str, ...] | None:
     """Classes of a checkpoint that already has the head of the task; None if it has not, or its classes are unnamed."""
     if task.head_kind not in LABELLED:
         return None
-    if isinstance(source, Model):
-        kind, labels = source.head_kind, tuple(source.labels or ())
-        made_up = labels == tuple(f"LABEL_{i}" for i in range(len(labels)))
-        labels = () if made_up else labels
-    elif isinstance(source, str | os.PathLike):
-        kind, labels = named_classes(os.fspath(source))
-    else:
-        return None
+    kind, _, labels = _known(source)
     return labels if kind == task.head_kind and len(labels) > 1 else None
+
+
+def _known(source: Any) -> tuple[str | None, type[Backbone] | None, tuple[str, ...]]:
+    """Return the kind of head of a model or checkpoint, its family and its classes, of which placeholders are none.
+
+    Of a checkpoint only the configuration is read. What that does not tell is left out: opening it will say why.
+    """
+    kind: str | None = None
+    family: type[Backbone] | None = None
+    labels: tuple[str, ...] = ()
+    if isinstance(source, Model):
+        kind, family, labels = source.head_kind, type(source.backbone), tuple(source.labels or ())
+    elif isinstance(source, str | os.PathLike) and (config := configuration(os.fspath(source))):
+        unread = (PretrainError, ValueError, TypeError, LookupError)
+        with contextlib.suppress(*unread):
+            kind = kind_of_class(str((config.get("architectures") or [""])[0]))
+        with contextlib.suppress(*unread):
+            family = family_class(str(config["model_type"]), path_allowed=False)
+        with contextlib.suppress(*unread):
+            labels = labels_named_by(config) if config.get("id2label") else ()
+    return kind, family, () if labels == placeholders(len(labels)) else labels
+
+
+def _recorded(path: str | os.PathLike[str], key: str) -> Mapping[str, Any]:
+    """Return a mapping that a checkpoint records of its training; empty if there is none."""
+    block = configuration(os.fspath(path)).get("pretrain")
+    record = block.get(key) if isinstance(block, Mapping) else None
+    return record if isinstance(record, Mapping) else {}
 
 
 def begun_as(out: Path | None, task: type[Task], source: Any = None) -> dict[str, Any]:
@@ -141,14 +155,13 @@ def begun_as(out: Path | None, task: type[Task], source: Any = None) -> dict[str
     A run that begins with a directory ``source`` whose head was trained for the same task goes on with its objective.
     """
     if out is None or not has_begun(out):
-        record = (
-            recorded_objective(os.fspath(source)) if isinstance(source, str | os.PathLike) else {}
-        )
+        is_path = isinstance(source, str | os.PathLike)
+        record = _recorded(source, "objective") if is_path else {}
         return {"begun_objective": record} if record.get("name") == task.__name__ else {}
-    kind, labels = named_classes(out)
+    kind, _, labels = _known(out)
     facts: dict[str, Any] = {
-        "begun_objective": recorded_objective(out),
-        "begun_columns": recorded_columns(out),
+        "begun_objective": _recorded(out, "objective"),
+        "begun_columns": _recorded(out, "columns"),
     }
     return facts | ({"begun_labels": labels} if labels and kind == task.head_kind else {})
 
@@ -206,7 +219,7 @@ def _set_labels(model: Model, labels: tuple[str, ...]) -> None:
     if model.labels == labels:
         return
     head: Any = model.head
-    made_up = model.labels == tuple(f"LABEL_{i}" for i in range(len(labels)))
+    made_up = model.labels == placeholders(len(labels))
     fits = len(model.labels or ()) == len(labels)
     if not fits or not (made_up or "head.classifier.weight" in model.fresh):
         from torch import nn

@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.best import COMPARISON, TRIALS, write_choice
+from pretrain import finetuning
+from pretrain.checkpoint.best import COMPARISON, TRIALS, rates_of_run, write_choice
 from pretrain.distributed.world import current_world
 from pretrain.errors import CheckpointCorrupt, CheckpointError, Interrupted
-from pretrain.training.run import resumable, run_key
+from pretrain.training.resuming import resumable, run_key
 from pretrain.utils.files import note, read_bytes
 from pretrain.utils.strict_json import unsealed, without_nan
 
 if TYPE_CHECKING:
+    from pretrain.finetuning.compare import Comparison
     from pretrain.finetuning.job import Job
 
-__all__ = ["ScoreFile", "kept_trials_named", "trials_key"]
+__all__ = ["ScoreFile", "kept_comparison", "kept_trials_named", "trials_key"]
 
 
 class ScoreFile:
@@ -142,3 +144,16 @@ def trials_key(job: Job) -> str:
         if f"{section}.{name}" not in left_out and value is not None
     }
     return run_key({**settings, "weights": job.weights}, job.data.fingerprint)
+
+
+def kept_comparison(job: Job) -> Comparison | None:
+    """Return the comparison in the run directory of a job; None if it is of other settings or another run."""
+    out = Path(job.settings.train.out)
+    body = ScoreFile(out / COMPARISON).body
+    if (
+        "comparison" not in body
+        or body["key"] != trials_key(job)
+        or body["lr"] != rates_of_run(out).get("lr")
+    ):
+        return None
+    return finetuning.Comparison.from_json(body["comparison"])

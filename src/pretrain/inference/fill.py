@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pretrain import inference
 from pretrain.config.check import check_count
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, ModelError
@@ -173,14 +174,12 @@ def embed_counting(
     """Return what ``embed`` returns and the number of texts that were cut, without printing a note."""
     check_count("batch_size", batch_size)
     if model.backbone.default_task is not None:
-        from pretrain.inference.images import embed_pairs
-
         options = {"pooling": pooling, "prompt": prompt, "prompt_name": prompt_name}
         if given := [key for key, value in options.items() if value is not None]:
             raise ConfigError(
                 f"A {model.backbone.model_type} model has vectors of its own: leave {given[0]!r} out."
             )
-        return embed_pairs(model, texts, batch_size, normalize is not False)
+        return inference.embed_pairs(model, texts, batch_size, normalize is not False)
     stored = model.sentences or SentenceSettings()
     if pooling is None and stored.missing:
         raise ModelError(

@@ -15,15 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import pretrain.data
 from pretrain.checkpoint import load
 from pretrain.config.check import check_count
-from pretrain.config.spelling import PREDICT, either, option, using
-from pretrain.data.labelled import Role, choose_columns, field_names, roles_table
+from pretrain.config.spelling import PREDICT, either, option, smaller_batch, using
+from pretrain.data.labelled import choose_columns, field_names, roles_table
 from pretrain.data.paths import path_from, tar_files
 from pretrain.data.readers import COMPRESSIONS, TABLE_FORMATS, table_kind
 from pretrain.data.row_writer import WRITABLE, RowWriter
 from pretrain.data.tables import Chunk, Table, in_chunks, splits, stream_chunks
 from pretrain.errors import ConfigError, DataError, ModelError, naming_memory
+from pretrain.inference.columns import (
+    columns_of,
+    columns_read,
+    columns_wanted,
+    recorded_mapping,
+    roles_known,
+    roles_read,
+)
 from pretrain.objectives import build_objective, task_class
 from pretrain.objectives.tasks import Task
 from pretrain.printing import console, in_notebook
@@ -36,19 +45,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_target",
-    "columns_of",
-    "has_columns",
     "opened_model",
     "predict",
     "predict_file",
     "predict_with",
     "rebuilt",
     "recorded_task",
-    "roles_known",
-    "roles_read",
     "row_bar",
-    "say_unread",
-    "smaller_batch",
     "task_of",
 ]
 
@@ -74,14 +77,8 @@ def task_of(model: Model) -> Task:
     """
     name = recorded_task(model)
     if name is not None:
-        return _build(model, name, _recorded(model, "objective"))
+        return _build(model, name, recorded_mapping(model, "objective"))
     return _build(model, *_by_head(model))
-
-
-def _recorded(model: Model, key: str) -> Mapping[str, Any]:
-    """Return a mapping that config.json records of the training: ``objective``, or role -> column in ``columns``."""
-    recorded = model.provenance.get(key)
-    return recorded if isinstance(recorded, Mapping) else {}
 
 
 def recorded_task(model: Model) -> str | None:
@@ -90,7 +87,7 @@ def recorded_task(model: Model) -> str | None:
     Raises:
         ConfigError: the task is not of this package, and the caller has not named its class.
     """
-    name = _recorded(model, "objective").get("task")
+    name = recorded_mapping(model, "objective").get("task")
     if not isinstance(name, str):
         return None
     kind = task_class(name, path_allowed=False).head_kind
@@ -265,13 +262,6 @@ def _answers(
         raise ConfigError(f"The task {task.name} has no such option: {error}.") from error
 
 
-def smaller_batch(batch_rows: int) -> str:
-    """Return the advice for a batch that does not fit into memory."""
-    if batch_rows == 1:
-        return "One row alone does not fit: use a machine with more memory, or shorter texts."
-    return f"Take fewer rows at a time: {option('batch_rows', max(1, batch_rows // 4))}."
-
-
 def opened_model(checkpoint: Any, device: str, *, quiet: bool) -> Model:
     """Return the model of a directory, or a model as it is, on a device."""
     given = not isinstance(checkpoint, str | os.PathLike)
@@ -303,65 +293,6 @@ def _say_unanswered(task: Task, empty: int, count: int) -> None:
             reasons["no text"] += others
         told = ", ".join(f"{reason} ({number:,})" for reason, number in reasons.most_common())
         note(f"{empty:,} of {count:,} inputs get no answer: {told}")
-
-
-def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return role -> column: the caller's choice, or else the column of the training data if the table has it."""
-    remembered = {
-        role: column
-        for role, column in _recorded(model, "columns").items()
-        if has_columns(table, column) and column not in given.values()
-    }
-    return {**remembered, **given}
-
-
-def has_columns(table: Table, column: Any) -> bool:
-    """Return whether a table has a column, or all of a list of columns."""
-    names = column if isinstance(column, list) else [column]
-    return all(isinstance(name, str) and name in table.columns for name in names)
-
-
-def roles_read(task: Task | type[Task]) -> list[Role]:
-    """Return the input roles of a task, without its targets."""
-    return [role for role in task.roles if not role.target]
-
-
-def columns_read(
-    task: Task, table: Table, given: Mapping[str, Any], *, quiet: bool
-) -> dict[str, Any]:
-    """Return the columns of a table that the task reads: those of ``columns_of``, then those recognised by name."""
-    roles = roles_known(task, given)
-    say_unread(task, table, roles)
-    return choose_columns(table, roles, _wanted(task, table, given), quiet=quiet)
-
-
-def _wanted(task: Task, table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
-    known = {role.name for role in roles_known(task, given)}
-    wanted = columns_of(task.model, table, given)
-    return {role: c for role, c in wanted.items() if role in known or role in given}
-
-
-def say_unread(task: Task, table: Table, roles: Sequence[Role]) -> None:
-    """Name the columns that look like inputs of the task and belong to none of ``roles``."""
-    known = {role.name for role in roles}
-    for role in roles_read(task):
-        if role.name not in known and (names := [n for n in role.known if n in table.columns]):
-            note(f"the column {names[0]!r} is not read: the model was trained without {role.name}")
-
-
-def roles_known(task: Task, given: Mapping[str, Any]) -> list[Role]:
-    """Return the input roles that the model was trained with, as far as that is recorded, and those that are given.
-
-    A second text that all training rows had is required: without it the answers would be those to another input.
-    """
-    recorded = _recorded(task.model, "columns")
-    if not recorded:
-        return roles_read(task)
-    return [
-        replace(role, required=True) if role.constant else role
-        for role in roles_read(task)
-        if not role.constant or role.name in recorded or role.name in given
-    ]
 
 
 def _by_words(task: Task) -> bool:
@@ -418,7 +349,7 @@ def _is_named(task: Task, row: Any, columns: Mapping[str, str]) -> bool:
     if not hasattr(row, "_asdict"):
         return False
     fields = Table("inputs", {name: [] for name in row._fields})
-    return bool(field_names(row, roles_known(task, columns), _wanted(task, fields, columns)))
+    return bool(field_names(row, roles_known(task, columns), columns_wanted(task, fields, columns)))
 
 
 def _say_file_name(text: str) -> None:
@@ -440,7 +371,7 @@ def _are_columns(task: Task, inputs: Mapping[Any, Any]) -> bool:
     if any(isinstance(v, list) and v and _is_turn(v[0]) for v in values):
         return False
     first = roles_read(task)[0]
-    names = {first.name, *first.known, _recorded(task.model, "columns").get(first.name)}
+    names = {first.name, *first.known, recorded_mapping(task.model, "columns").get(first.name)}
     if any(task.is_one(value) for key, value in inputs.items() if key in names):
         return False
     if any(key in names and _are_arrays(task, value) for key, value in inputs.items()):
@@ -638,15 +569,13 @@ def _rows_beside(target: Path, chunk: Chunk, files: Collection[str]) -> Iterator
     if not files:  # of a task that reads texts
         yield from chunk.rows
         return
-    from pretrain.data.images.decode import FileItem
-
     origin = Path(chunk.table.origin)
     folder = origin.parent if origin.is_file() else None
     for i, row in enumerate(chunk.rows):
         placed = dict(row)
         for name, column in chunk.table.columns.items():
             cell, text, base = column[i], row.get(name), folder if name in files else None
-            if isinstance(cell, FileItem):
+            if isinstance(cell, pretrain.data.images.FileItem):
                 text, base = cell.source, Path()
             if base is None or not isinstance(text, str | Path) or not str(text).strip():
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config.spelling import SEARCH, STREAM, option, using
+from pretrain.config.spelling import SEARCH, STREAM, option, smaller_batch, using
 from pretrain.data.labelled import choose_columns, roles_table
 from pretrain.data.readers import decode_line, file_format, lines, table_kind
 from pretrain.data.row_writer import RowWriter
@@ -25,7 +25,7 @@ from pretrain.data.tables import stream_chunks
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import DataError, naming_memory
 from pretrain.inference.fill import cut_texts, embed_counting
-from pretrain.inference.predict import check_target, opened_model, row_bar, smaller_batch
+from pretrain.inference.predict import check_target, opened_model, row_bar
 from pretrain.inference.vectors import Hit, search
 from pretrain.objectives.classification import TEXT
 from pretrain.objectives.tasks import read_texts

@@ -7,17 +7,20 @@ path, ``"package.module:Class"``.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, did_you_mean
+from pretrain.models.backbone import Backbone
 from pretrain.utils.imports import import_named
+from pretrain.utils.on_use import on_use
 
 if TYPE_CHECKING:
-    from pretrain.models.backbone import Backbone
-    from pretrain.models.base import Model
+    from pretrain.models.building import build
 
 __all__ = ["FAMILIES", "build", "family_class", "own_family"]
+
+__getattr__ = on_use(__name__, {"pretrain.models.building": ("build",)})
 
 FAMILIES = {
     "gpt2": "pretrain.models.gpt2:GPT2",
@@ -57,8 +60,6 @@ def family_class(family: str | type[Backbone], *, path_allowed: bool = True) -> 
     Raises:
         ConfigError: there is no such family, or the path does not name a backbone.
     """
-    from pretrain.models.backbone import Backbone
-
     if isinstance(family, str):
         if family in _OWN:
             return _OWN[family]
@@ -96,59 +97,3 @@ def own_family(family: str | type[Backbone]) -> type[Backbone]:
             f"cannot tell them apart. Give the class a model_type of its own, and save the model again."
         )
     return found
-
-
-def build(
-    family: str,
-    size: str | None = None,
-    *,
-    head: str | None = "auto",
-    seed: int = 0,
-    tokenizer: Any = None,
-    labels: Any = None,
-    device: str = "cpu",
-    **overrides: Any,
-) -> Model:
-    """Build and initialise a model.
-
-    Args:
-        family: a key of ``FAMILIES``, or ``"package.module:Class"`` of your own backbone.
-        size: a key of ``pretrain.models.config.SIZES``; None uses the defaults of the family.
-        head: one of ``HEAD_KINDS``, None for the backbone alone; ``"auto"`` is the one that the family is pre-trained
-            with, or none if it has no such head.
-        seed: seed of the initial weights.
-        tokenizer: stored as ``model.tokenizer``; sets ``vocab_size`` and the special ids unless they are overridden.
-        labels: class names of a classification head, or their number.
-        device: device of the weights; on ``"meta"`` they take no memory until a trainer has sharded the model.
-        **overrides: fields of the family's config.
-
-    Raises:
-        ConfigError: unknown family, size or field, or inconsistent sizes.
-        ModelError: the family has no such head.
-    """
-    from pretrain.models.base import Model
-    from pretrain.models.heads import pretraining_head
-
-    cls = family_class(family)
-    if head is not None and head in cls.successors:
-        cls = family_class(cls.successors[head])
-    if tokenizer is not None:
-        known = {"vocab_size": len(tokenizer)}
-        known |= {
-            k: v
-            for k in ("pad_id", "bos_id", "eos_id")
-            if (v := getattr(tokenizer, k, None)) is not None
-        }
-        overrides = {**known, **overrides}
-    config = cls.config_class.from_size(size, **overrides)
-    if isinstance(labels, int):
-        labels = tuple(f"LABEL_{i}" for i in range(labels))
-    if head == "auto":
-        head = pretraining_head(cls.architectures, causal=cls.causal)
-    model = Model.build(cls, config, head=head, labels=labels, tokenizer=tokenizer)
-    if tokenizer is None:
-        model.processor = cls.default_processor(config)
-    if device != "meta":
-        return model.materialize(seed, device)
-    model.start = lambda shared: shared.init_weights(seed)
-    return model

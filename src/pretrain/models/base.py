@@ -28,12 +28,12 @@ from pretrain.models.config import (
 )
 from pretrain.models.heads import HEAD_KINDS, LABELLED, SequenceHead, kind_named_by, labels_named_by
 from pretrain.models.names import LoadReport, Name
-from pretrain.models.sentences import SentenceSettings
 from pretrain.nn.buffers import parameters_on_meta
 from pretrain.nn.device import local
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer import Tokenizer
+    from pretrain.models.sentences import SentenceSettings
 
 __all__ = [
     "HEAD_KINDS",

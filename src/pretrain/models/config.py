@@ -24,6 +24,7 @@ __all__ = [
     "ConfigReader",
     "Key",
     "drop_code",
+    "placeholders",
     "round_up",
     "written_keys",
 ]
@@ -559,3 +560,8 @@ class ConfigReader:
     def rest(self) -> dict[str, Any]:
         """Return the keys that were not read; they are kept as data and written back on saving."""
         return {k: v for k, v in self._config.items() if k not in self._used}
+
+
+def placeholders(count: int) -> tuple[str, ...]:
+    """Return the names of classes that have none, as transformers generates them."""
+    return tuple(f"LABEL_{i}" for i in range(count))

@@ -43,6 +43,7 @@ __all__ = [
     "match_disk_state",
     "match_tying",
     "modern_keys",
+    "report_line",
     "tied_embedding",
     "untie",
 ]
@@ -55,6 +56,7 @@ _BUFFERS = (
     "rotary_emb.inv_freq",
     "token_type_ids",
 )
+_SHOWN = 5  # tensor names listed in the report line
 
 
 def entries_of(model: Model) -> list[Entry]:
@@ -343,3 +345,19 @@ def _refuse_incomplete(model: Model, absent: list[Entry], unexpected: list[str])
 
 def _tied(model: Model) -> bool:
     return not isinstance(model.head, LanguageHead) or model.head.tied
+
+
+def report_line(model: Model, config: Mapping[str, Any], count: int, report: Any) -> str:
+    """Return the report line: tensors read, missing (newly initialised) and not used."""
+    parts = [f"{config.get('model_type')}: {count} tensors"]
+    for label, names in (("missing", report.missing), ("unexpected", report.unexpected)):
+        shown = sorted(names)[:_SHOWN] + ["..."] * (len(names) > _SHOWN)
+        fresh = "newly initialised: " if label == "missing" else "not used: "
+        parts.append(f"{len(names)} {label}" + (f" ({fresh}{', '.join(shown)})" if names else ""))
+    if report.untied:
+        parts.append("head untied, because its weights differ from the embedding")
+    elif getattr(model.head, "tied", False):
+        parts.append("head tied")
+    if model.remarks:
+        parts.append(f"without effect in config.json: {', '.join(model.remarks)}")
+    return ", ".join(parts)

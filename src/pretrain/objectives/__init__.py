@@ -1,29 +1,29 @@
 """Training objectives, one per file: each combines a model with its loss.
 
 ``OBJECTIVES`` holds the short names that a configuration may use; any other class is named by its import path.
+The functions on tasks of fine-tuning, which pre-training does without, are imported when they are used.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
-from pretrain.config.aliases import VALUES, Advice
 from pretrain.config.check import check_value
-from pretrain.config.spelling import either, option, option_name
+from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, did_you_mean, suggestion
 from pretrain.objectives.base import Loss, Objective
 from pretrain.utils.imports import call_named, import_named
+from pretrain.utils.on_use import on_use
 from pretrain.utils.strict_json import as_json
 
 if TYPE_CHECKING:
-    from pretrain.objectives.tasks import Task
+    from pretrain.objectives.task_classes import check_options, task_class
 
 __all__ = [
     "OBJECTIVES",
@@ -40,6 +40,10 @@ __all__ = [
     "objective_for",
     "task_class",
 ]
+
+__getattr__ = on_use(
+    __name__, {"pretrain.objectives.task_classes": ("check_options", "task_class")}
+)
 
 # Built-in fine-tuning tasks; a custom task is named by its import path.
 TASKS = {
@@ -58,8 +62,6 @@ TASKS = {
     "image-text-retrieval": "pretrain.objectives.image_text_retrieval.ImageTextRetrieval",
     "captioning": "pretrain.objectives.captioning.Captioning",
 }
-# name -> class of the tasks that the caller of this process has named.
-_OWN_TASKS: dict[str, type[Task]] = {}
 OBJECTIVES = {
     "NextToken": "pretrain.objectives.next_token.NextToken",
     "MaskedLM": "pretrain.objectives.masked_lm.MaskedLM",
@@ -117,50 +119,6 @@ def objective_class(class_path: str) -> type[Objective]:
     return found
 
 
-def task_class(
-    name: str | type[Task], *, path_allowed: bool = True, others: Iterable[str] = ()
-) -> type[Task]:
-    """Return the class of a task.
-
-    An own class becomes known to this process: models whose config.json records its ``name`` are used with it.
-
-    Args:
-        name: a key of ``TASKS``, the import path of a class, or a class.
-        path_allowed: False if the name comes from a file, because a file must never select code to import.
-        others: names that the caller knows besides, for the message.
-
-    Raises:
-        ConfigError: there is no such task.
-    """
-    from pretrain.objectives.tasks import Task
-
-    if not isinstance(name, str | type):
-        raise ConfigError(
-            f"The task is a {type(name).__name__}, {name!r:.60}; give a name, one of {', '.join(TASKS)}, or a "
-            "class."
-        )
-    if isinstance(name, type):
-        found: type[Objective] = name
-    elif name in _OWN_TASKS:
-        return _OWN_TASKS[name]
-    elif name not in TASKS and not (path_allowed and re.search("[.:]", name)):
-        aliases = [word for word, ours in VALUES["task.name"].items() if type(ours) is not Advice]
-        raise ConfigError(
-            f"There is no task {name!r}."
-            + did_you_mean(name, [*TASKS, *others], aliases)
-            + f" If it is your own, name its class: {option('task', 'package.module:Class')}."
-        )
-    else:
-        found = objective_class(TASKS.get(name, name))
-    if not issubclass(found, Task):
-        raise ConfigError(
-            f"{name!r} is an objective but not a subclass of pretrain.objectives.tasks.Task."
-        )
-    if found.name not in TASKS:
-        _OWN_TASKS[found.name] = found
-    return found
-
-
 def objective_for(head_kind: str | None) -> str | None:
     """Short name of the objective that trains this kind of head, or None; several train models without a head."""
     if head_kind is None:
@@ -213,21 +171,6 @@ def arguments(cls: type[Objective]) -> tuple[dict[str, inspect.Parameter], bool]
         if name not in ("self", "model") and p.kind not in rest
     }
     return named, inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def check_options(
-    task: type[Task], options: Mapping[str, Any], spell: Callable[[str], str] = option_name
-) -> None:
-    """Check the options of a task against its signature; errors spell them as the user wrote them, by ``spell``.
-
-    Raises:
-        ConfigError: an unknown option (the nearest is suggested), or a value of the wrong type.
-    """
-    if "max_length" in options:
-        raise ConfigError(
-            f"{spell('max_length')} is not an option of the task, but of the data: {option('max_length')}."
-        )
-    check_arguments(task, options, spell, task.row_options)
 
 
 def check_arguments(

@@ -25,13 +25,12 @@ from pretrain.data.chat import (
     as_tools,
     encode_rendered,
     is_trained,
-    printed_messages,
     template_of_file,
     to_conversations,
     typed_specials,
 )
 from pretrain.data.chat_spans import SpansNotFound, assistant_spans, readable, unread_keys
-from pretrain.data.labelled import Role
+from pretrain.data.labelled import Role, printed_messages
 from pretrain.data.tables import Table
 from pretrain.data.task_rows import TaskRows
 from pretrain.errors import ConfigError, DataError, ModelError, suggestion

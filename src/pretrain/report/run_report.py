@@ -21,6 +21,7 @@ from pretrain.checkpoint.best import run_state
 from pretrain.checkpoint.model_card import auto_class
 from pretrain.checkpoint.resolve import models_of_run
 from pretrain.config.check import name_change
+from pretrain.config.strict_yaml import parse
 from pretrain.errors import ConfigError, DataError
 from pretrain.printing import clock
 from pretrain.report.history import History, loss_svg, number, read_history
@@ -116,8 +117,6 @@ def render(run_dir: str | os.PathLike[str]) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    from pretrain.config.strict_yaml import parse  # yaml, which most programs do not need
-
     try:
         text = (folder / "run.yaml").read_text(encoding="utf-8")
         name_change(folder / "run.yaml", text)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain import training
 from pretrain.checkpoint.manifest import NAME as MANIFEST
 from pretrain.config import DataConfig, RunConfig
 from pretrain.config.aliases import VALUES
@@ -21,7 +22,6 @@ from pretrain.models.base import Model, check_head
 from pretrain.objectives import OBJECTIVES, check_monitor, check_objective, objective_class
 from pretrain.training.logging import check_loggers
 from pretrain.training.precision import choose_device
-from pretrain.training.starting_model import open_source, outline
 from pretrain.utils.hub_names import hub_name
 
 __all__ = [
@@ -66,7 +66,7 @@ def check_early(settings: RunConfig, rows: RowSource | None = None, devices: int
     if model.checkpoint is not None:
         if hub_name(model.checkpoint) is None:  # others are fetched first
             if not os.path.exists(model.checkpoint):
-                open_source(model.checkpoint)  # raises
+                training.starting_model.open_source(model.checkpoint)  # raises
             check_checkpoint(settings, rows)
         return
     family = family_class(model.family)
@@ -100,7 +100,10 @@ def check_checkpoint(settings: RunConfig, rows: RowSource | None = None) -> None
         ConfigError: it has not.
     """
     checkpoint = settings.model.checkpoint
-    if checkpoint is not None and (model := outline(checkpoint)) is not None:
+    if (
+        checkpoint is not None
+        and (model := training.starting_model.outline(checkpoint)) is not None
+    ):
         check_trained_head(settings, model)
         if rows is None and settings.data.source is None:
             check_positions(settings, model)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pretrain.data.loader import Examples, row_rngs
-from pretrain.distributed.json_values import from_plain, to_plain
 from pretrain.errors import DataError, NoTargets, TrainingError
 from pretrain.objectives.base import Loss
 from pretrain.training.feed import check_batch, to_device
@@ -160,16 +159,9 @@ def _together(
 ) -> tuple[float, float, dict[str, Any]]:
     """Return total, targets and metrics over all batches, summed in order: the same numbers on every rank."""
     if strategy is not None:
-        own_losses = {
-            str(k): [float(loss.total), float(loss.count), to_plain(loss.metrics)]
-            for k, loss in losses.items()
-            if strategy.world.tp_rank == 0
-        }
-        losses = {
-            int(k): Loss(torch.tensor(total), torch.tensor(count), from_plain(metrics))
-            for part in strategy.world.all_gather_object(own_losses)
-            for k, (total, count, metrics) in part.items()
-        }
+        own = {k: (loss.total, loss.count, loss.metrics) for k, loss in losses.items()}
+        gathered = strategy.world.all_gather_object(own if strategy.world.tp_rank == 0 else {})
+        losses = {k: Loss(*parts) for part in gathered for k, parts in part.items()}
     total, count = 0.0, 0.0
     metrics: dict[str, Any] = {}
     for k in range(batches):

@@ -21,7 +21,7 @@ from pretrain.checkpoint.resolve import RESULT
 from pretrain.distributed.launched import count_devices, launched
 from pretrain.errors import ConfigError, Interrupted
 from pretrain.training.live import open_screen
-from pretrain.training.logging import Progress, Silence
+from pretrain.training.progress import Progress, Silence
 from pretrain.training.relay import replay
 from pretrain.training.state import Run, RunState, catch_signals, last_metrics
 from pretrain.utils.files import note, printable

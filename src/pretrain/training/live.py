@@ -1,7 +1,7 @@
 """Live view of a run in a notebook: progress, loss curve and a table of evaluations, redrawn in place.
 
 The view is self-contained HTML without scripts, so that a saved notebook keeps its last state. Outside of notebooks,
-and if the notebook fails to display it, the plain lines of `pretrain.training.logging` are used.
+and if the notebook fails to display it, the plain lines of `pretrain.training.progress` are used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from pretrain.distributed.launched import SCREEN
 from pretrain.printing import aligned, clock, in_notebook, printable
-from pretrain.training.logging import Progress
+from pretrain.training.progress import Progress
 from pretrain.training.relay import Relay
 from pretrain.training.state import RunState
 from pretrain.utils.curves import Series, curve_svg

@@ -2,7 +2,7 @@
 
 Weights, moments and reductions are always fp32; only the arithmetic of the forward and backward pass changes.
 fp16 needs loss scaling (arXiv 1710.03740); bf16 does not. fp8 is bf16 with the products of the blocks in float8, in
-training only (``pretrain.nn.float8``).
+training only (``pretrain.training.float8``).
 """
 
 from __future__ import annotations

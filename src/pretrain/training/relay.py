@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.training.logging import Progress
+from pretrain.training.progress import Progress
 from pretrain.training.state import RunState
 from pretrain.utils.run_log import read_log
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint import load
 from pretrain.checkpoint.best import state_of
-from pretrain.checkpoint.download import fetch_config, fetch_model, pinned
+from pretrain.checkpoint.download import fetch_config, fetch_model, pinned, terms
 from pretrain.checkpoint.manifest import read_manifest, run_checkpoints
+from pretrain.checkpoint.meta_loading import open_on_meta
 from pretrain.checkpoint.model_directory import ADAPTER_CONFIG, ModelDirectory
 from pretrain.checkpoint.resolve import (
     RESULT,
@@ -16,7 +18,7 @@ from pretrain.checkpoint.resolve import (
     models_of_run,
     resolve_model_directory,
 )
-from pretrain.checkpoint.sharded_loading import load_slices, open_on_meta
+from pretrain.checkpoint.sharded_loading import load_slices
 from pretrain.distributed.world import current_world
 from pretrain.errors import AdapterFound, CheckpointError, PretrainError
 from pretrain.models.base import Model
@@ -29,10 +31,12 @@ from pretrain.utils.tensors import hash_tensors
 __all__ = [
     "began_with",
     "hash_weights",
+    "local_directory",
     "open_source",
     "origin",
     "outline",
     "parent_step",
+    "recorded_origin",
     "resolve_source",
 ]
 
@@ -111,6 +115,16 @@ def origin(checkpoint: str | None) -> str | None:
         return None
     name = hub_name(checkpoint)
     return Path(checkpoint).name if name is None else str(name)
+
+
+def local_directory(checkpoint: str | Path) -> Path:
+    """Return the path of a checkpoint; of a model of the Hub that of its directory in the cache."""
+    return Path(checkpoint) if hub_name(checkpoint) is None else fetch_model(checkpoint)[0]
+
+
+def recorded_origin(checkpoint: str | None) -> dict[str, Any]:
+    """Return what a new checkpoint records of the one that it starts from: its name, licence and languages."""
+    return {"parent": origin(checkpoint), **terms(checkpoint or "")}
 
 
 def outline(path: str) -> Model | None:

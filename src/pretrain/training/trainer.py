@@ -42,6 +42,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from pretrain import training
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
 from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
@@ -52,7 +53,6 @@ from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
-from pretrain.nn.float8 import end_float8, use_float8
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
 from pretrain.training.compiling import decide_for
@@ -279,7 +279,8 @@ class Trainer:
                 unit=self.objective.unit_name,
                 loss_unit=self.objective.loss_unit,
             )
-            stack.callback(end_float8, self.objective)
+            if self.train.precision == "fp8":
+                stack.callback(training.end_float8, self.objective)
             with contextlib.closing(self.journal), self._memory():
                 with self._stopped_at_once():
                     resumed = self._set_up()
@@ -384,7 +385,7 @@ class Trainer:
             self.objective.float()
         self.strategy = parallelize(self)
         if self.precision.name == "fp8":  # after it, because the sizes of shards count
-            self.say(use_float8(self.objective.model.backbone.blocks()))
+            self.say(training.use_float8(self.objective.model.backbone.blocks()))
         self.eval_precision = evaluation_precision(
             self.train.eval_precision, self.precision, gathered=self.strategy.gathered
         )

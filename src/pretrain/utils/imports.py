@@ -1,4 +1,4 @@
-"""Imports by name: of what a user names by its path, and of the modules of scikit-learn."""
+"""Imports by name: of what a user names by its path, and of the modules of Pillow and scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from pretrain.errors import ConfigError, did_you_mean
 
-__all__ = ["call_named", "import_named", "sklearn_module"]
+__all__ = ["call_named", "import_named", "pillow", "sklearn_module"]
 
 
 def import_named(path: str, setting: str) -> Any:
@@ -78,6 +78,21 @@ def call_named(
         ]
         near = did_you_mean(found[1], {*known, *inherited})
         raise ConfigError(f"{spell(found[1])}: {name} has no such argument.{near}") from error
+
+
+def pillow() -> Any:
+    """Return the module ``PIL.Image``.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+    """
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise ConfigError(
+            "Images are decoded by Pillow, which is not installed. Install it with: pip install pillow"
+        ) from error
+    return PIL.Image
 
 
 def sklearn_module(name: str) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+import pretrain.data.audio
 from pretrain.data.images.decode import BrokenFile, FileItem
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ class Clip(FileItem):
         Args:
             side: rows of the image, the mel bands; it is at most four times as wide.
         """
-        from pretrain.data.audio.processor import AudioProcessor
-
-        processor = AudioProcessor(num_mel_bins=side, max_length=1 << 14, do_normalize=False)
+        processor = pretrain.data.audio.AudioProcessor(
+            num_mel_bins=side, max_length=1 << 14, do_normalize=False
+        )
         energies = processor.log_mel(self.read()[0])
         energies = energies[:: -(-len(energies) // (4 * side))].T[::-1]
         low, high = np.quantile(energies, (0.05, 0.995))

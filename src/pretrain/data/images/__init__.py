@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.data.images.decode import Picture
+from pretrain.data.images.decode import FileItem, Picture
 from pretrain.data.images.processor import ImageProcessor
 
-__all__ = ["ImageProcessor", "Picture"]
+__all__ = ["FileItem", "ImageProcessor", "Picture"]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import Picture, Stored, in_threads, pillow, to_channels
+from pretrain.data.images.decode import Picture, Stored, in_threads, to_channels
 from pretrain.errors import ConfigError
+from pretrain.utils.imports import pillow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import DataError
+from pretrain.utils.imports import pillow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +40,6 @@ __all__ = [
     "flat",
     "in_numpy",
     "in_threads",
-    "pillow",
     "to_channels",
 ]
 
@@ -81,21 +81,6 @@ _BLACK = (
     "first"
 )
 _NARROWEST = 100  # longer side of an image, in units of the shorter
-
-
-def pillow() -> Any:
-    """Return the module ``PIL.Image``.
-
-    Raises:
-        ConfigError: Pillow is not installed.
-    """
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise ConfigError(
-            "Images are decoded by Pillow, which is not installed. Install it with: pip install pillow"
-        ) from error
-    return PIL.Image
 
 
 @dataclass(frozen=True)

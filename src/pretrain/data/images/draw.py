@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.images.decode import Picture, pillow
+from pretrain.data.images.decode import Picture
+from pretrain.utils.imports import pillow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -35,10 +35,9 @@ from pretrain.data.images.decode import (
     in_threads,
 )
 from pretrain.data.images.stored import Pixels, PreparedImages
-from pretrain.data.json_shapes import HELD_OUT
 from pretrain.data.paths import hidden, tar_files, walk
 from pretrain.data.readers import table_kind
-from pretrain.data.shard_folders import parts_of_shards, shards_of
+from pretrain.data.shard_folders import HELD_OUT, parts_of_shards, shards_of
 from pretrain.data.tables import Table, read_table, shown
 from pretrain.errors import CheckpointCorrupt, DataError
 from pretrain.printing import console

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint import latest
 from pretrain.errors import ConfigError
 from pretrain.lora import LoraConfig, apply_lora
-from pretrain.nn.float8 import Float8Linear, use_float8
+from pretrain.training.float8 import Float8Linear, use_float8
 from pretrain.training.trainer import Hook
 from tiny import Rows, losses, objective, trainer
 
