@@ -19,6 +19,7 @@ class Distillation(NextToken):
     """
 
     frozen = ("teacher",)
+    loss_unit = ""  # at a temperature the loss is no likelihood of the text
 
     def __init__(self, model, teacher: str, temperature: float = 2.0):
         super().__init__(model)

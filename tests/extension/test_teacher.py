@@ -35,7 +35,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain.train(**sections("teacher", 20))
 
 
-def test_a_teacher_is_recorded_and_never_written(here: None) -> None:
+def test_a_teacher_is_recorded_and_never_written(
+    here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = {"class_path": "own_teacher:Distillation", "init_args": {"teacher": "teacher"}}
     run = pretrain.train(**sections("student", 4, seed=1, objective=chosen))
     whole = pretrain.train(**sections("whole", 8, seed=1, objective=chosen))
@@ -57,6 +59,12 @@ def test_a_teacher_is_recorded_and_never_written(here: None) -> None:
     )
     figures = pretrain.evaluate("student", objective="own_teacher:Distillation")
     assert figures["loss"] == pytest.approx(again.metrics["loss"], rel=1e-6)
+    # Its loss is no likelihood of the text, so nothing that holds for one is said of it.
+    assert not {"perplexity", "bits_per_byte"} & {*figures, *again.metrics}
+    assert (
+        "word frequencies" not in capsys.readouterr().err + Path("student/report.html").read_text()
+    )
+    assert "bits_per_byte" in pretrain.evaluate("student", objective="next-token")
     # The teacher is trained further, so it gives other targets.
     pretrain.train(**sections("teacher", 30))
     with pytest.raises(TrainingError, match="trained with teacher"):

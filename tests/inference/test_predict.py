@@ -426,6 +426,29 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def test_files_without_a_header_are_read_as_in_training(tmp_path: Path, capsys: Any) -> None:
+    sms, out = tmp_path / "sms.tsv", tmp_path / "out.csv"
+    rows = [("ham", f"All done? All {k} handed in?") for k in range(10)]
+    rows += [("spam", f"Win {k} prizes now!") for k in range(10)]
+    sms.write_text("".join(f"{label}\t{text}\n" for label, text in rows))
+    model = small("body")
+    options: dict[str, Any] = {"task": "classification", "device": "cpu", "quiet": True}
+    tuned = pretrain.finetune(model, sms, limit="2 steps", names=["label", "text"], **options)
+    target = predict_file(tuned.model, sms, out)
+    assert (
+        "the first line is a row, and the columns are named as in training"
+        in capsys.readouterr().err
+    )
+    found = read_csv(target)
+    assert [(row["label"], row["text"]) for row in found] == rows
+    assert predict(tuned.model, sms)[0]["label"] == found[0]["predicted_label"]
+    # A file with a header is read by it, and of a model that knows no names the first line is said to be taken for one.
+    headed = write_rows(tmp_path / "headed.csv", [{"text": "a cat", "label": "ham"}])
+    assert [row["text"] for row in read_csv(predict_file(tuned.model, headed, out))] == ["a cat"]
+    with pytest.raises(DataError, match="was taken for the header.*put a line with the names"):
+        predict_file(small(), sms, tmp_path / "none.csv")
+
+
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl"])
 @pytest.mark.parametrize("out", [".csv", ".tsv", ".jsonl"])
 def test_files_keep_order_and_columns(

@@ -13,7 +13,7 @@ import torch
 import pretrain
 from pretrain.cli.main import main
 from pretrain.errors import ConfigError
-from pretrain.training.lr_range import diverged, judged, smooth
+from pretrain.training.lr_range import diverged, judged, running_mean, smooth
 
 RATES = [10 ** (-6 + 6 * k / 99) for k in range(100)]
 
@@ -24,25 +24,39 @@ def bowl(rate: float) -> float:
 
 
 def test_the_suggestion_lies_where_the_loss_falls_and_below_where_it_rises() -> None:
-    found = judged(RATES, [bowl(rate) for rate in RATES])
+    found = judged(RATES, [bowl(rate) for rate in RATES], 100)
     assert found.lr is not None and 1e-3 <= found.lr <= 1e-2
     assert "falls fastest" in found.reason and "rises beyond" in found.reason
     assert found.plot().svg.count("polyline") == 2
-    steep = judged(RATES[:60], [9.0] * 58 + [5.0, 1.0])
+    steep = judged(RATES[:60], [9.0] * 58 + [5.0, 1.0], 100)
     assert steep.lr == float(f"{RATES[59] / 3:.1e}") and "a third leaves room" in steep.reason
 
 
 @pytest.mark.parametrize("loss", [lambda k: 5.0, lambda k: 5.0 + k, lambda k: math.nan])
 def test_without_a_fall_nothing_is_suggested(loss: Any) -> None:
-    found = judged(RATES, [loss(k) for k in range(100)])
+    found = judged(RATES, [loss(k) for k in range(100)], 100)
     assert found.lr is None and "fell at none of the rates" in found.reason
 
 
 def test_divergence_is_a_rise_of_the_running_mean_and_not_one_bad_batch() -> None:
     falling = [5 - k / 20 for k in range(60)]
-    assert not diverged(smooth(falling)) and not diverged(smooth([*falling, 3.5]))
-    assert diverged(smooth([*falling, *[6.0] * 10])) and diverged(smooth([*falling, math.inf]))
+
+    def ends(*losses: float) -> bool:
+        return diverged(running_mean([*falling, *losses], 100))
+
+    assert not ends() and not ends(3.5) and ends(*[6.0] * 10) and ends(math.inf)
     assert not diverged([])
+
+
+@pytest.mark.parametrize("steps", [20, 30, 100, 400])
+def test_what_is_suggested_does_not_depend_on_the_number_of_steps(steps: int) -> None:
+    draw = random.Random(1)
+    rates = [10 ** (-6 + 6 * k / (steps - 1)) for k in range(steps)]
+    losses = [bowl(rate) + draw.gauss(0, 0.02) for rate in rates]
+    found = judged(rates, losses, steps)
+    assert found.lr is not None and 4e-4 < found.lr < 3e-3, found
+    lowest = rates[min(range(steps), key=smooth(losses, steps).__getitem__)]
+    assert 4e-3 < lowest < 5e-2  # that of the curve is 0.02; a running mean is lowest at 0.06
 
 
 def text(folder: Path) -> Path:
@@ -115,7 +129,7 @@ def test_the_suggestion_is_printed_although_the_picture_cannot_be_written(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    found = judged(RATES, [bowl(rate) for rate in RATES])
+    found = judged(RATES, [bowl(rate) for rate in RATES], 100)
     monkeypatch.setattr("pretrain.training.lr_range.lr_range_test", lambda *_, **__: found)
     monkeypatch.setattr("pretrain.utils.files.replace_file", full)
     monkeypatch.chdir(tmp_path)

@@ -130,8 +130,8 @@ def check_training_folder(directory: Path, listed: Manifest) -> None:
     if not listed.training or not os.path.lexists(directory / manifest.TRAINING):
         raise CheckpointError(
             f"{directory} has no {manifest.TRAINING}/ folder (it was deleted, or the model was saved alone), so a run "
-            f"cannot be resumed from it: optimizer state and position in the data are gone. Its weights are complete; "
-            f"to continue from them, start a new run from {directory} in a new output directory."
+            f"cannot be resumed from it: optimizer state and position in the data are gone. The model is complete; to "
+            f"continue from it, start a new run from {directory} in a new output directory."
         )
 
 

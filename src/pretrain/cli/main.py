@@ -560,8 +560,8 @@ def _search(args: Any) -> None:
 _EVALUATE: tuple[Option, ...] = (
     *checkpoint(),
     ("--data", str | None,
-     "labelled rows for a fine-tuned model, a prepared directory or text for a language model; by default the held-out "
-     "rows of the run"),
+     "labelled rows for a fine-tuned model, a prepared directory or text for a language model, or the "
+     "package.module:FUNCTION that returns rows; by default the held-out rows of the run"),
     ("--columns", dict[str, str],
      "column of each role in labelled rows, e.g. --columns.label stars; by default as in the training rows", {}),
     ("--base", str | None, "the model before training, if the evaluation needs it and does not find it"),

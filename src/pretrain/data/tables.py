@@ -1026,6 +1026,7 @@ def stream_chunks(
     path: Path,
     size: int,
     *,
+    columns: Sequence[str] | None = None,
     delimiter: str | None = None,
     quoting: bool | None = None,
     encoding: str | None = None,
@@ -1033,12 +1034,12 @@ def stream_chunks(
     """Yield the rows of a file in chunks of ``size``; CSV, TSV and JSON lines are streamed, other formats read whole.
 
     All of its rows are yielded, also those that repeat the header, because answers are joined to rows by their order.
-    ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`read_table`.
+    ``columns``, ``delimiter``, ``quoting`` and ``encoding`` are those of :func:`read_table`.
 
     Raises:
         DataError: the file does not exist or has no rows, or a row is invalid (the error names its line).
     """
-    kind = table_kind(path)
+    kind, hint = table_kind(path), ""
     if kind not in ("csv", "tsv", "jsonl"):
         whole = read_table(path, delimiter=delimiter, quoting=quoting, encoding=encoding)
         yield from in_chunks(whole, size)
@@ -1049,15 +1050,16 @@ def stream_chunks(
         found = json_rows(file, note, _EXAMPLE, encoding)
         rows = ((line, _object(row, f"{file}:{line}")) for line, row in found)
     else:
-        names, cells, _ = _delimited(
-            file, kind, encoding, delimiter=delimiter, quoting=quoting, keep=True
+        names, cells, hint = _delimited(
+            file, kind, encoding, columns, delimiter=delimiter, quoting=quoting, keep=True
         )
         rows = ((line, dict(zip(names, row, strict=True))) for line, row in cells)
     empty = True
     while some := list(islice(rows, size)):
         empty = False
         keys = dict.fromkeys(name for _, row in some for name in row)
-        columns = {key: [row.get(key) for _, row in some] for key in keys}
-        yield Chunk([row for _, row in some], _of_file(file, columns, [line for line, _ in some]))
+        cells_of = {key: [row.get(key) for _, row in some] for key in keys}
+        table = _of_file(file, cells_of, [line for line, _ in some], hint=hint)
+        yield Chunk([row for _, row in some], table)
     if empty:
         raise DataError(f"{path} holds no rows. Check that it is the right file.")

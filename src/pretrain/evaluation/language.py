@@ -232,7 +232,11 @@ def _read_as_training(
 ) -> Prepared:
     """Return all of a text as training rows, read as ``reading`` says and else as the text of the run was."""
     if model.tokenizer is None:
-        raise TokenizerError(f"{path} has no tokenizer, so text cannot be turned into its ids.")
+        raise TokenizerError(
+            f"{path} has no tokenizer, so text cannot be turned into its ids. To evaluate it on rows of another kind, "
+            f"name a function that returns them: {option('data', 'package.module:FUNCTION')}; without one, the "
+            "held-out rows of its run are used."
+        )
     before = _reading_of(run_dir, model)
     text, encoding = reading.get("text", "text"), reading.get("encoding")
     separator = reading.get("separator", before.get("separator"))

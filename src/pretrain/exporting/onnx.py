@@ -49,7 +49,7 @@ def check(model: Model) -> None:
     if _reads_images(model) and kind not in (None, "image-classification"):
         raise ModelError(
             f"The export to ONNX is for classifiers of images and bodies, and this {backbone.model_type} model has the "
-            f'head {kind}. Open it with pretrain.load(PATH, head="none").'
+            f'head {kind}. Export its body from Python: pretrain.load(PATH, head="none").export("onnx").'
         )
     ropes = getattr(model.backbone.config, "rope", None) or {}
     for rope in (ropes, *ropes.values()):

@@ -340,6 +340,7 @@ class Job:
             "sources": [{"name": Path(names["train"]).name, "rows": counts["train"], "share": 1.0}],
             "rows": counts,
             "columns": self.data.columns,
+            **({"column_names": self.settings.data.names} if self.settings.data.names else {}),
             **self.measured_with(),
             "parent": origin(self.settings.model.checkpoint)
             if isinstance(self.source, str)

@@ -19,6 +19,7 @@ __all__ = [
     "columns_read",
     "columns_wanted",
     "has_columns",
+    "names_of_training",
     "recorded_mapping",
     "roles_known",
     "roles_read",
@@ -41,6 +42,23 @@ def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str
         if has_columns(table, column) and column not in given.values()
     }
     return {**remembered, **given}
+
+
+def names_of_training(model: Model, table: Table) -> list[str] | None:
+    """Return the names that the training gave to columns without a header, if the table is of a file without one."""
+    names = model.provenance.get("column_names")
+    if (
+        not isinstance(names, list)
+        or len(names) != len(table.names)
+        or set(names) & set(table.names)
+    ):
+        return None
+    if not table.hint or not all(isinstance(name, str) for name in names):
+        return None
+    note(
+        f"{table.name}: the first line is a row, and the columns are named as in training: {', '.join(names)}"
+    )
+    return names
 
 
 def has_columns(table: Table, column: Any) -> bool:

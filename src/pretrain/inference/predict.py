@@ -29,6 +29,7 @@ from pretrain.inference.columns import (
     columns_of,
     columns_read,
     columns_wanted,
+    names_of_training,
     recorded_mapping,
     roles_known,
     roles_read,
@@ -340,7 +341,10 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
         items = None if named else inputs
     if items is not None:
         return _table_of(task, items), single
-    table = task.gathered(task.read(inputs, name="inputs"), columns)
+    table = task.read(inputs, name="inputs")
+    if isinstance(inputs, Path) and (names := names_of_training(task.model, table)) is not None:
+        table = task.read(inputs, name="inputs", columns=names)
+    table = task.gathered(table, columns)
     return roles_table(table, columns_read(task, table, columns, quiet=True)), single
 
 
@@ -480,12 +484,18 @@ def predict_file(
     """
     check_count("batch_rows", batch_rows)
     source = Path(file)
-    form = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
+    form: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
     chunks = _table_chunks(source, **form)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     model = opened_model(checkpoint, device, quiet=not progress)
     own = _task_named(model, task).to(model.device)
-    chunks = _task_chunks(own, source, chunks, dict(columns or {}), **form)
+    if chunks is not None:
+        top = next(chunks)
+        chunks = chain([top], chunks)
+        if (names := names_of_training(model, top.table)) is not None:
+            form["columns"] = names
+            chunks = _table_chunks(source, **form)
+    chunks = _task_chunks(own, source, chunks, dict(columns or {}), form)
     first = next(chunks)
     chosen = columns_read(own, first.table, dict(columns or {}), quiet=not progress)
     files, count, empty = _file_columns(own, first.table, dict(columns or {})), 0, 0
@@ -514,7 +524,7 @@ def _task_chunks(
     source: Path,
     chunks: Iterator[Chunk] | None,
     columns: Mapping[str, str],
-    **form: Any,
+    form: Mapping[str, Any],
 ) -> Iterator[Chunk]:
     """Return the rows as the task reads them: streamed, or whole where several rows may be one example."""
     if chunks is not None:

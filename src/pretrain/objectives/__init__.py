@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
+from pretrain.config.aliases import use_value
 from pretrain.config.check import check_value
 from pretrain.config.spelling import either
 from pretrain.errors import ConfigError, did_you_mean, suggestion
@@ -97,6 +98,7 @@ def objective_class(class_path: str) -> type[Objective]:
     Raises:
         ConfigError: nothing of that name exists, or it is not an ``Objective``.
     """
+    class_path = use_value("objective.class_path", class_path)
     path = OBJECTIVES.get(class_path, class_path)
     if "." not in path and ":" not in path:
         if class_path in TASKS:

@@ -346,9 +346,10 @@ class TokenObjective(Objective):
     def summarize(
         self, total: float, count: float, metrics: Mapping[str, Any], stats: Mapping[str, float]
     ) -> dict[str, float]:
-        """Add perplexity, which is the exponential of the loss."""
+        """Add perplexity, which is the exponential of a loss in nats."""
         figures = super().summarize(total, count, metrics, stats)
-        figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
+        if self.loss_unit == NATS:
+            figures["perplexity"] = math.exp(min(figures["loss"], 700.0))
         return figures
 
     def head_weights(self) -> int:

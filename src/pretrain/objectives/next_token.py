@@ -19,6 +19,7 @@ from pretrain.objectives.base import (
     stack,
     target_places,
 )
+from pretrain.utils.run_log import NATS
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -73,7 +74,7 @@ class NextToken(TokenObjective):
     ) -> dict[str, float]:
         """Add bits per byte, which compares models with different tokenizers."""
         figures = super().summarize(total, count, metrics, stats)
-        if "targets_per_byte" in stats:
+        if self.loss_unit == NATS and "targets_per_byte" in stats:
             figures["bits_per_byte"] = figures["loss"] / math.log(2) * stats["targets_per_byte"]
         return figures
 

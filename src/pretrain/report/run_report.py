@@ -42,6 +42,7 @@ from pretrain.utils.html import (
     tile_row,
     write_page,
 )
+from pretrain.utils.run_log import NATS
 
 __all__ = [
     "PAGE",
@@ -212,7 +213,7 @@ def _remarks(history: History, folder: Path) -> list[str]:
     found = [line for line in (overfitted(history), resumed_with(history)) if line]
     losses = [y for _, y in history.eval_points(alike=True) if math.isfinite(y)]
     unigram = number(_block(folder).get("unigram_nats"))
-    if losses and math.isfinite(unigram) and unigram > 0:
+    if history.loss_unit == NATS and losses and math.isfinite(unigram) and unigram > 0:
         found.append(f"The held-out loss is {compare_with_unigram(min(losses), unigram)}.")
     return found
 
@@ -270,7 +271,7 @@ def _evaluations(history: History, about: Mapping[str, Any]) -> str:
     made = table(["step", *(key.replace("_", " ") for key in keys)], rows)
     last = figures[-1]
     found = [(f"model, step {rows[-1][0]:,}", last.get("loss"), last.get("bits_per_byte"))]
-    for key, name in _BASELINES.items():
+    for key, name in _BASELINES.items() if history.loss_unit == NATS else ():
         if math.isfinite(nats := number(about.get(key))):
             loss, bits = last.get("loss"), last.get("bits_per_byte")
             found.append((name, nats, nats * bits / loss if loss and bits else None))

@@ -211,8 +211,20 @@ def _limits(
         )
     if precision == "fp32" and multiplies_bf16_fast(device):
         limits.append("This device is faster in half precision: train.precision=bf16.")
-    if device.type != "cuda":
-        return limits
+    if device.type == "cuda":
+        limits += _limits_of_a_gpu(settings, device, shares, memory)
+    if not limits:
+        limits.append(
+            f"The arithmetic of the {device.type} is the limit: it takes {1 - shares['data']:.0%} of the time. A "
+            "smaller model or shorter rows (model.size, data.row_length) make a step shorter."
+        )
+    return limits
+
+
+def _limits_of_a_gpu(
+    settings: RunConfig, device: torch.device, shares: Mapping[str, float], memory: float
+) -> list[str]:
+    limits = []
     if settings.parallel.compile is False:
         limits.append("Compiled blocks are faster in longer runs: parallel.compile=true.")
     if shares["update"] < 0.1:

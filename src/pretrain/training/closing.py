@@ -16,6 +16,7 @@ from pretrain.report.history import sort_records
 from pretrain.report.remarks import compare_with_unigram, overfitted
 from pretrain.report.run_report import write
 from pretrain.training.state import Run
+from pretrain.utils.run_log import NATS
 
 __all__ = ["closing_lines", "reported", "time_and_units"]
 
@@ -55,7 +56,7 @@ def _reached(run: Run, objective: Objective, unigram: float | None) -> list[str]
         words.append(
             f"{best}validation loss {loss:.4g} (step {int(step):,}{'' if best else ', all rows'})"
         )
-        if unigram and isinstance(objective, TokenObjective):
+        if unigram and isinstance(objective, TokenObjective) and objective.loss_unit == NATS:
             words.append(compare_with_unigram(loss, unigram))
     remark = overfitted(history)
     return [", ".join(filter(None, words)), *([remark] if remark else [])]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import shutil
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ from pretrain.utils.files import note
 
 __all__ = ["LrRange", "lr_range_test"]
 
-# Weight of the latest loss in the running mean, by which falls and rises are judged.
-_SMOOTHING = 0.1
+# The part of the steps over which losses are averaged, where falls and rises are judged.
+_WINDOW = 0.1
 # The test ends when the running mean has lost this part of what it had gained.
 _LOST = 0.5
 _FEWEST = 10
@@ -48,7 +49,7 @@ class LrRange:
     Attributes:
         rates: learning rate of each step.
         losses: training loss of each step, in nats per target.
-        smoothed: running mean of the losses.
+        smoothed: mean of the losses around each step.
         lr: suggested peak learning rate; None if the loss never fell.
         reason: why this one, in a sentence.
         muon_lr: rate of Muon's matrices that belongs to ``lr``; None without Muon.
@@ -113,7 +114,7 @@ class _Rising(Trainer):
             note(f"step {step:,} of {total:,}: lr {record['lr']:.2g}, loss {record['loss']:.4g}")
 
     def _out_of_patience(self) -> bool:
-        return diverged(smooth(self.losses))
+        return diverged(running_mean(self.losses, self.state.total_steps))
 
 
 @using(TRAIN)
@@ -185,7 +186,7 @@ def lr_range_test(
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    suggested = judged(trainer.rates, trainer.losses)
+    suggested = judged(trainer.rates, trainer.losses, steps)
     if muon is None or suggested.lr is None:
         return suggested
     return dataclasses.replace(suggested, muon_lr=float(f"{muon * suggested.lr:.1e}"))
@@ -207,29 +208,39 @@ def _muon_beside(optim: OptimConfig) -> float | None:
     return optim.muon_lr / float(optim.lr)
 
 
-def smooth(losses: list[float]) -> list[float]:
-    """Return the running mean of the losses, without the pull of its start; it ends at the first non-finite loss."""
+def running_mean(losses: list[float], steps: int) -> list[float]:
+    """Return the mean of the latest losses at each step of a test of ``steps``, without the pull of its start."""
     means, mean, weight = [], 0.0, 0.0
+    latest = min(1.0, 1 / (_WINDOW * steps))
     for loss in losses:
-        mean += _SMOOTHING * (loss - mean)
-        weight += _SMOOTHING * (1 - weight)
+        mean += latest * (loss - mean)
+        weight += latest * (1 - weight)
         means.append(mean / weight)
     return means
 
 
-def diverged(smoothed: list[float]) -> bool:
+def diverged(means: list[float]) -> bool:
     """Whether the running mean has risen so far above its lowest value that higher rates need not be tried."""
-    if not smoothed or not math.isfinite(smoothed[-1]):
-        return bool(smoothed)
-    fall = max(smoothed[0] - min(smoothed), 0.02 * smoothed[0])
-    return len(smoothed) >= _FEWEST and smoothed[-1] > min(smoothed) + _LOST * fall
+    if not means or not math.isfinite(means[-1]):
+        return bool(means)
+    fall = max(means[0] - min(means), 0.02 * means[0])
+    return len(means) >= _FEWEST and means[-1] > min(means) + _LOST * fall
 
 
-def judged(rates: list[float], losses: list[float]) -> LrRange:
+def smooth(losses: list[float], steps: int) -> list[float]:
+    """Return the mean of the losses around each step, which unlike a running mean does not lag behind them."""
+    for _ in range(2):  # a mean of means gives the farthest losses the least weight
+        half = max(1, round(_WINDOW * steps / 4))
+        reach = [min(half, k, len(losses) - 1 - k) for k in range(len(losses))]
+        losses = [statistics.fmean(losses[k - r : k + r + 1]) for k, r in enumerate(reach)]
+    return losses
+
+
+def judged(rates: list[float], losses: list[float], steps: int) -> LrRange:
     """Return the result of a test: the rate of the steepest fall, at a distance from the rate where the loss rises."""
-    smoothed = smooth(losses)
-    whole = next((k for k, mean in enumerate(smoothed) if not math.isfinite(mean)), len(smoothed))
-    lows = smoothed[:whole]
+    whole = next((k for k, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+    lows = smooth(losses[:whole], steps)
+    smoothed = lows + losses[whole:]
     bottom = min(range(len(lows)), key=lows.__getitem__, default=0)
     if bottom < 2 or lows[bottom] > 0.99 * lows[0]:
         reason = f"the loss fell at none of the rates from {rates[0]:.2g} to {rates[-1]:.2g}"

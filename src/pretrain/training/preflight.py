@@ -263,7 +263,7 @@ def describe(
     choice = trainer.strategy.choice
     sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)
     accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
-    config = trainer.objective.model.backbone.config
+    model_type = trainer.objective.model.backbone.model_type
     threads = torch.get_num_threads()
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
     timed = trainer.plan.limit.kind == "minutes"
@@ -275,7 +275,7 @@ def describe(
         f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
         f"evaluation in {trainer.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "
         f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
-        f"model {config.__class__.__name__.removesuffix('Config').lower()} with {numel(trainer) - frozen:,} parameters"
+        f"model {model_type} with {numel(trainer) - frozen:,} parameters"
         f"{beside}, {type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {in_all} in all, {epochs:.2f} epochs in "
         f"{steps:,} steps{pace}",

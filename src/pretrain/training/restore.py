@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint.manifest import TRAINING
 from pretrain.checkpoint.model_directory import ModelDirectory
 from pretrain.checkpoint.peers import SINGLE_PROCESS, Peers
 from pretrain.checkpoint.resolve import RESULT, training_state_directory
@@ -306,6 +308,12 @@ def load_others(objective: Objective, path: Path) -> None:
     if not wanted:
         return
     checkpoint = training_state_directory(path)
+    if not os.path.lexists(checkpoint / TRAINING):
+        raise CheckpointError(
+            f"{checkpoint} has no {TRAINING}/ folder, in which the weights are that {type(objective).__name__} trained "
+            f"beside the model ({', '.join(sorted({name.partition('.')[0] for name in wanted}))}), so it cannot be "
+            "evaluated with this objective. The model itself is complete."
+        )
     training = read_training_slices(
         checkpoint, None, SINGLE_PROCESS, quiet=True, stems=("objective",)
     )

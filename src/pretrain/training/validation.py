@@ -42,7 +42,7 @@ class EvaluationTime:
         train, rows = trainer.train, len(trainer.eval_data)
         return (
             f"evaluations take {share:.0%} of the time: with a larger train.eval_every (now {train.eval_every}) or "
-            f"fewer train.eval_rows (now {train.eval_rows or rows:,} of {rows:,}) they take less"
+            f"fewer train.eval_rows (now {min(train.eval_rows or rows, rows):,} of {rows:,}) they take less"
         )
 
 
