@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from data.scripts import letters
 from pretrain.data import encoding
@@ -22,6 +22,7 @@ from pretrain.data.pretokenize import gpt4
 from pretrain.data.task_rows import blanks_before_words
 from pretrain.data.tokenizer import Tokenizer, train_from_texts, train_tokenizer
 from pretrain.data.tokenizer_build import KINDS, ROLES
+from pretrain.data.word_boundaries import BYTE_ALPHABET
 from pretrain.errors import DataError, TokenizerError
 
 TEXTS = [
@@ -155,6 +156,21 @@ def test_most_texts_are_encoded_from_the_cache(monkeypatch: pytest.MonkeyPatch) 
     for text in ("<tool>", "e\u0301", "'ſ", "\U0001fae8"):
         with pytest.raises(TypeError):
             fast.encode(["plain", text])
+
+
+def test_two_tokens_with_one_id() -> None:
+    vocab = {char: index for index, char in enumerate(BYTE_ALPHABET)} | {"th": 256, "the": 256}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    _check_ids(backend, FastEncoder(backend), ["the th", "then", "th"])
+
+
+def test_many_added_tokens_are_left_to_the_library() -> None:
+    backend = _splitting("gpt2")
+    backend.add_tokens([f"<|{number / 50:.2f}|>" for number in range(1501)])  # the times of Whisper
+    fast = FastEncoder(backend)
+    assert fast.rule is None
+    _check_ids(backend, fast, [*TEXTS, "<|0.02|> word <|30.00|>"])
 
 
 _KEPT: dict[str, Tokenizer] = {}

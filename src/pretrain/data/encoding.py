@@ -39,6 +39,8 @@ Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 _MAX_WORDS = 1 << 18
 _MAX_IDS = 1 << 21
 _MAX_BYTES = 200
+# Added tokens that are looked for in the text one by one; from some hundreds on the library alone is faster.
+_MAX_ADDED = 100
 # Slots of the hash table of words, as a power of two.
 _SLOT_BITS = 20
 # Follows the texts of a batch, so that sixteen bytes can be read from the place of each of theirs.
@@ -238,7 +240,8 @@ def _one_by_one(backend: tokenizers.Tokenizer) -> Callable[[list[bytes]], Encode
 def _model_alone(backend: tokenizers.Tokenizer) -> Callable[[list[bytes]], Encoded]:
     """Return what `_one_by_one` does, for byte-level BPE, which takes half as long if the words are not cut again."""
     vocab = backend.get_vocab(with_added_tokens=False)
-    if not BYTE_ALPHABET.keys() <= vocab.keys():
+    shared = len(set(vocab.values())) < len(vocab)  # the length of a token is not known from its id
+    if shared or not BYTE_ALPHABET.keys() <= vocab.keys():
         return _one_by_one(backend)
     alphabet = np.zeros(256, dtype="<u4")
     alphabet[list(BYTE_ALPHABET.values())] = [ord(char) for char in BYTE_ALPHABET]
@@ -276,6 +279,7 @@ def _rule(description: dict[str, Any]) -> str | None:
             whole
             and normalizer in (None, {"type": "NFC"})
             and composed
+            and len(plain) <= _MAX_ADDED
             and split_rule(cutter or {})
         ):
             return "bpe"
