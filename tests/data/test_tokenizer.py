@@ -165,6 +165,17 @@ def test_two_tokens_with_one_id() -> None:
     _check_ids(backend, FastEncoder(backend), ["the th", "then", "th"])
 
 
+def test_special_token_of_one_character_is_text_in_a_document() -> None:
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    model = models.BPE(vocab=bytes_ | {"a": 256, "b": 257}, merges=[], byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.add_special_tokens(["b", "c"])
+    backend.encode_special_tokens = True
+    fast = FastEncoder(backend)
+    assert fast.rule == "char"
+    _check_ids(backend, fast, ["abc", "é"])
+
+
 def test_many_added_tokens_are_left_to_the_library() -> None:
     backend = _splitting("gpt2")
     backend.add_tokens([f"<|{number / 50:.2f}|>" for number in range(1501)])  # the times of Whisper

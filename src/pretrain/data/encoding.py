@@ -291,9 +291,8 @@ def _rule(description: dict[str, Any]) -> str | None:
 
 def _character_table(backend: tokenizers.Tokenizer) -> NDArray[np.int64]:
     table = np.full(0x110000, -1, dtype=np.int64)
-    special = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for name, index in backend.get_vocab().items():
-        if len(name) == 1 and name not in special:
+    for name, index in backend.get_vocab(with_added_tokens=False).items():
+        if len(name) == 1:
             table[ord(name)] = index
     return table
 
