@@ -281,16 +281,21 @@ def test_what_is_wrong_with_the_model_itself(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bug_in_the_background_is_a_checkpoint_error_with_its_cause(tmp_path, monkeypatch):
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Panic])
+def test_a_bug_in_the_background_is_a_checkpoint_error_with_its_cause(kind, tmp_path, monkeypatch):
     def broken(*arguments, **options):
-        raise ZeroDivisionError("oh")
+        raise kind("oh")
 
     monkeypatch.setattr(saving, "write_tensors", broken)
     saver = Saver(tmp_path, background=True)
     save(saver, tiny(), 1)
-    with pytest.raises(CheckpointError, match="ZeroDivisionError: oh") as caught:
+    with pytest.raises(CheckpointError, match=f"{kind.__name__}: oh") as caught:
         saver.wait()
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert isinstance(caught.value.__cause__, kind)
 
 
 @pytest.mark.parametrize("in_background", [False, True])

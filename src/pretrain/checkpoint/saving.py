@@ -621,11 +621,13 @@ class Saver:
             part(save)
         except Exception as error:
             save.error = error
-        except BaseException:  # an interrupt: what is half written must never be published
+        except BaseException as error:  # an interrupt: what is half written must never be published
             if not self.background:
                 self._drop()
                 raise
-            save.error = CheckpointError(f"Writing {save.target} was interrupted.")
+            kind = type(error).__name__  # in a thread, of a library that panicked
+            save.error = CheckpointError(f"Writing {save.target} was ended by {kind}: {error}")
+            save.error.__cause__ = error
 
     @property
     def busy(self) -> bool:
