@@ -6,6 +6,7 @@ import csv
 import enum
 import gzip
 import json
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import pretrain
 from pretrain.config.spelling import Interface, using
 from pretrain.data.labels import is_missing, spelled
 from pretrain.data.readers import Reading
-from pretrain.data.table_readers import delimited_texts
+from pretrain.data.table_readers import conll_sentences, delimited_texts
 from pretrain.data.tables import Table, parts_of_file, read_table, splits, stream_chunks
 from pretrain.errors import DataError
 
@@ -493,6 +494,17 @@ def test_columns_of_conll_in_other_orders(
     path = write(tmp_path, "a.conll", "\n".join(blocks))
     assert read_table(path).columns == {"tokens": words, "ner_tags": tags}
     assert (told in capsys.readouterr().err) if told else not capsys.readouterr().err
+
+
+def test_the_cells_of_a_conll_file_are_not_all_held(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.conll", ("a NN B-NP O\n" * 20 + "\n") * 200)
+    tracemalloc.start()
+    try:
+        assert sum(len(words) for _, words, _ in conll_sentences(path)) == 4000
+        _, peak = tracemalloc.get_traced_memory()
+        assert peak < 25 * path.stat().st_size  # 14 times; 41 with all cells
+    finally:
+        tracemalloc.stop()
 
 
 def test_comments_in_conll_are_no_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -561,9 +561,8 @@ def conll_sentences(path: Path, encoding: str | None = None) -> Iterator[Sentenc
         DataError: a line has another number of columns than the first one, or an empty word or tag; names the line.
     """
     blocks = [*_without_comments(path, _blocks(path, encoding))]
-    sentences = [*_in_cells(path, blocks)]
-    word, tag = _word_and_tag(path, sentences)
-    for rows in sentences:
+    word, tag = _word_and_tag(path, _in_cells(path, blocks))
+    for rows in _in_cells(path, blocks):
         for number, line, cells in rows:
             if not cells[word].strip() or not cells[tag].strip():
                 raise DataError(
@@ -609,7 +608,10 @@ _TAG = re.compile(r"O|[BIESLU]-\S+")
 
 
 def _word_and_tag(path: Path, sentences: Iterable[_Cells]) -> tuple[int, int]:
-    """Return the indices of the columns of words and tags; what is unusual is told in a line."""
+    """Return the indices of the columns of words and tags; what is unusual is told in a line.
+
+    Most files are known to be usual from their first sentence, and are read no further.
+    """
     counted, several, width = True, False, 0
     marks, lasts = set[str](), set[str]()
     for rows in sentences:
