@@ -720,3 +720,5 @@ def test_known_names_are_names_whatever_they_look_like() -> None:
     for always, rows in ((False, None), (True, [[cell] for cell in cells])):
         found = read_several(cells, where, labels=["[a]", "b, c", "[0, 1]"], always=always)
         assert (found.rows, found.names, found.notes) == (rows, None, [])
+    given = read_several(["0 1", "1 0"], where, labels=["0 1", "1 0"], form="numbers", strict=True)
+    assert given.rows == [["0", "1"], ["1", "0"]]  # the form that the caller gave

@@ -945,7 +945,7 @@ class _Column:
         separator, notes = self.separator, list[str]()
         parsed = [printed_list(text) for text in texts]
         cells = {text.strip() for text in texts if text.strip()}
-        named = self.known is not None and cells <= {*self.known}
+        named = not self.strict and self.known is not None and cells <= {*self.known}
         if separator != "" and not named:
             numbers = self.form == "numbers" and self.strict
             if numbers and all(items is None for items in parsed):
@@ -1407,8 +1407,10 @@ def _either(mark: str) -> str:
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|True|False|true|false|None|null|nan|NaN"
 _ITEM = re.compile(rf"(?:np\.\w+|numpy\.\w+)\(\s*({_QUOTED}|{_PLAIN})\s*\)|({_QUOTED}|{_PLAIN})")
-# Atomic groups, so that a long text that is no list is given up at its first strange character.
-_ITEMS = re.compile(rf"(?:(?>{_ITEM.pattern})(?>\s*,\s*|\s+|\Z))*+")
+# Atomic groups, so that a long text that is no list is given up at its first strange character; none that captures,
+# for which Python 3.11 may raise SystemError in a possessive repeat.
+_VALUE = rf"(?:np\.\w+|numpy\.\w+)\(\s*(?:{_QUOTED}|{_PLAIN})\s*\)|{_QUOTED}|{_PLAIN}"
+_ITEMS = re.compile(rf"(?:(?>{_VALUE})(?>\s*,\s*|\s+|\Z))*+")
 _WRAPPED = re.compile(
     r"(?:array|tensor|set|frozenset|list)\((.*?)(?:,\s*dtype=[\w.'<>]+)?\)", re.DOTALL
 )
