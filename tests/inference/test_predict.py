@@ -445,6 +445,15 @@ def test_files_without_a_header_are_read_as_in_training(tmp_path: Path, capsys: 
     # A file with a header is read by it, and of a model that knows no names the first line is said to be taken for one.
     headed = write_rows(tmp_path / "headed.csv", [{"text": "a cat", "label": "ham"}])
     assert [row["text"] for row in read_csv(predict_file(tuned.model, headed, out))] == ["a cat"]
+    for name, columns in (("review", None), ("TEXT", None), ("remark", {"text": "remark"})):
+        headed = write_rows(tmp_path / "headed.csv", [{name: "a cat", "id": "1"}])
+        found = read_csv(predict_file(tuned.model, headed, out, columns=columns))
+        assert [(row[name], row["id"]) for row in found] == [("a cat", "1")]
+        assert len(predict(tuned.model, headed, columns=columns)) == 1
+    asked = tmp_path / "asked.tsv"  # in which a class is called like a column
+    asked.write_text("question\twho is there\nquestion\twhy\nham\tall done\n")
+    found = read_csv(predict_file(tuned.model, asked, out))
+    assert [row["text"] for row in found] == ["who is there", "why", "all done"]
     with pytest.raises(DataError, match="was taken for the header.*put a line with the names"):
         predict_file(small(), sms, tmp_path / "none.csv")
 

@@ -12,16 +12,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every, parse_limit
 from pretrain.config.run import Sections, sections_of, setting
 from pretrain.config.spelling import option, option_name
 from pretrain.data.readers import table_kind
 from pretrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["TuneConfig", "from_memory", "rate_of_muon"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pretrain.data.labelled import Role, choose_columns
 from pretrain.data.tables import Table
+from pretrain.errors import DataError
 from pretrain.objectives.tasks import Task
 from pretrain.utils.files import note
 
@@ -44,17 +46,25 @@ def columns_of(model: Model, table: Table, given: Mapping[str, Any]) -> dict[str
     return {**remembered, **given}
 
 
-def names_of_training(model: Model, table: Table) -> list[str] | None:
-    """Return the names that the training gave to columns without a header, if the table is of a file without one."""
-    names = model.provenance.get("column_names")
+def names_of_training(task: Task, table: Table, given: Mapping[str, Any]) -> list[str] | None:
+    """Return the names that the training gave to columns without a header, if the table is of a file without one.
+
+    Its first line is a header if the inputs are found by it, under names that are no values further below.
+    """
+    names = task.model.provenance.get("column_names")
     if (
-        not isinstance(names, list)
+        not table.hint
+        or not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
         or len(names) != len(table.names)
         or set(names) & set(table.names)
     ):
         return None
-    if not table.hint or not all(isinstance(name, str) for name in names):
-        return None
+    with contextlib.suppress(DataError):  # no column of some input
+        roles, wanted = roles_known(task, given), columns_wanted(task, table, given)
+        chosen = choose_columns(table, roles, wanted, quiet=True)
+        if chosen and all(name not in table.columns[name] for name in chosen.values()):
+            return None
     note(
         f"{table.name}: the first line is a row, and the columns are named as in training: {', '.join(names)}"
     )

@@ -342,7 +342,7 @@ def _as_table(task: Task, inputs: Any, columns: Mapping[str, str]) -> tuple[Tabl
     if items is not None:
         return _table_of(task, items), single
     table = task.read(inputs, name="inputs")
-    if isinstance(inputs, Path) and (names := names_of_training(task.model, table)) is not None:
+    if isinstance(inputs, Path) and (names := names_of_training(task, table, columns)) is not None:
         table = task.read(inputs, name="inputs", columns=names)
     table = task.gathered(table, columns)
     return roles_table(table, columns_read(task, table, columns, quiet=True)), single
@@ -484,17 +484,11 @@ def predict_file(
     """
     check_count("batch_rows", batch_rows)
     source = Path(file)
-    form: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
+    form = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
     chunks = _table_chunks(source, **form)  # an unreadable file raises before the model is loaded
     target = _target(source, out)
     model = opened_model(checkpoint, device, quiet=not progress)
     own = _task_named(model, task).to(model.device)
-    if chunks is not None:
-        top = next(chunks)
-        chunks = chain([top], chunks)
-        if (names := names_of_training(model, top.table)) is not None:
-            form["columns"] = names
-            chunks = _table_chunks(source, **form)
     chunks = _task_chunks(own, source, chunks, dict(columns or {}), form)
     first = next(chunks)
     chosen = columns_read(own, first.table, dict(columns or {}), quiet=not progress)
@@ -529,6 +523,10 @@ def _task_chunks(
     """Return the rows as the task reads them: streamed, or whole where several rows may be one example."""
     if chunks is not None:
         first = next(chunks)
+        if (names := names_of_training(task, first.table, columns)) is not None:
+            form = {**form, "columns": names}
+            chunks = stream_chunks(source, _CHUNK, **form)
+            first = next(chunks)
         with muted():  # it is said for all rows below
             found = task.gathered(first.table, columns)
         if found is first.table or len(found) > len(first.table):  # rows of targets are no inputs
