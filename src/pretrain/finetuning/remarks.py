@@ -75,8 +75,8 @@ def hardly_better_than_trivial(result: Finetuned) -> str | None:
         return None
     words = "little more than" if ahead > 0 else "nothing beyond"
     return (
-        f"the held-out {name} is {ours:.4g}, that of the baseline ({result.task.trivial_name}) {guess:.4g}: the model "
-        f"has learned {words} that baseline"
+        f"the held-out {name} is {ours:.4g}, against {guess:.4g} ({result.task.trivial_name}): the model has learned "
+        f"{words} that baseline"
     )
 
 
