@@ -106,7 +106,7 @@ def test_the_ground_stays_small():
     assert not graph["printing"]
     assert set(graph["errors"]) <= {"printing"}
     assert set(graph["utils"]) <= {"errors", "printing"}
-    assert set(graph["nn"]) <= {"errors"}
+    assert set(graph["nn"]) <= {"errors", "utils"}
     assert set(graph["config"]) <= {"errors", "printing", "utils"}
     assert not set(graph["data"]) & {"nn", "models", "objectives", "training"}
 
@@ -135,12 +135,8 @@ def test_only_the_hub_finds_our_modules_by_name():
 
 
 def test_functions_import_no_module_of_ours():
-    """What only some runs need is named in the ``__init__`` of its folder, see `on_use`.
-
-    The kernel of Triton may fail to be imported, and the command line may be interrupted while it is.
-    """
-    places = {where.rpartition(":")[0] for where in delayed_imports()}
-    assert places == {"__main__.py", "nn/loss.py"}
+    """What only some runs need is named in the ``__init__`` of its folder, see `on_use`."""
+    assert not delayed_imports()
 
 
 def test_a_trainer_sets_its_own_attributes():

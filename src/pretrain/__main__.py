@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 
+from pretrain import cli
+
 __all__ = ["main"]
 
 
 def main() -> int:
-    """Run one command, see ``pretrain.cli.main``; Ctrl-C while that is imported is one line, too."""
+    """Run one command, see ``pretrain.cli.main``; Ctrl-C while that is imported, on its first use, is one line, too."""
     try:
-        from pretrain.cli.main import main as run
+        run = cli.main.main
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         return 130

@@ -627,6 +627,7 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(
                 raise KeyboardInterrupt
 
     monkeypatch.delitem(sys.modules, "pretrain.cli.main")
+    monkeypatch.delattr(started.cli, "main")
     monkeypatch.setattr(sys, "meta_path", [Stopping(), *sys.meta_path])
     assert started.main() == 130
     assert capsys.readouterr().err == "interrupted.\n"

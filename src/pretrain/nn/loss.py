@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain import nn
 from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 
 __all__ = ["IGNORE", "chunked_cross_entropy"]
@@ -228,13 +229,12 @@ def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None
     if device.type != "cuda" or torch.version.hip:
         return None
     try:
-        from pretrain.nn.loss_kernel import cross_entropy_
-
+        kernel = nn.loss_kernel.cross_entropy_
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(8, 1000, generator=generator).to(device, torch.bfloat16)
         labels = torch.tensor([0, 999, IGNORE, 7, 5, 300, IGNORE, 998], device=device)
         loss, hits, grad = _chunk(logits, labels, 5.0, True, None)
-        found = cross_entropy_(logits, labels, softcap=5.0)
+        found = kernel(logits, labels, softcap=5.0)
         torch.testing.assert_close(found, (loss, hits), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits.float(), grad, rtol=2e-2, atol=1e-4)
     except Exception as error:  # Triton needs a C compiler, and raises errors of many classes
@@ -244,4 +244,4 @@ def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None
             stacklevel=2,
         )
         return None
-    return cross_entropy_
+    return kernel
