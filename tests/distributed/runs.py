@@ -104,9 +104,9 @@ def train(
     before = trainer._fetch
 
     def fetch(steps: Any) -> Any:
-        state, share = trainer.state, trainer.feed.share_rows
-        place = state.rows + trainer.feed._first
-        ledger[state.step] = [int(i) for i in trainer.feed._loader.indices(place, share)]
+        state, share = trainer.state, trainer.setup.feed.share_rows
+        place = state.rows + trainer.setup.feed._first
+        ledger[state.step] = [int(i) for i in trainer.setup.feed.loader.indices(place, share)]
         return before(steps)
 
     trainer._fetch = fetch  # type: ignore[method-assign]

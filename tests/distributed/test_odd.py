@@ -110,7 +110,10 @@ def test_sharded_blocks_that_cannot_be_compiled_run_eagerly(
             run.parallel = ParallelConfig(device="cpu", strategy="fsdp", compile=setting)
             run.world = World.find()
             run.fit()
-            assert run.compiled == (False, "compiling failed" if setting else "as configured")
+            assert run.setup.strategy.compiled == (
+                False,
+                "compiling failed" if setting else "as configured",
+            )
     finally:
         dist.destroy_process_group()
     assert losses(tmp_path / "failed") == losses(tmp_path / "plain")

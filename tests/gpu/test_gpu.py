@@ -41,7 +41,7 @@ def test_it_learns_in_every_precision(tmp_path: Path, kind: str, precision: str)
     line = losses(run.path)
     assert line[-1][1] < 0.9 * line[0][1]
     assert next(task.objective.parameters()).dtype is torch.float32
-    assert task.scaler.enabled == (precision == "fp16")
+    assert task.setup.scaler.enabled == (precision == "fp16")
 
 
 @pytest.mark.parametrize("kind", ["NextToken", "MaskedLM"])
@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_the_cpu(kind: str) -> None:
 
 def test_fp16_overflow_is_skipped_and_the_scale_is_saved(tmp_path: Path) -> None:
     task, _ = _fit(tmp_path, "NextToken", "fp16", limit="4 steps")
-    scale = task.scaler.state()
+    scale = task.setup.scaler.state()
     again = trainer(
         tmp_path,
         objective(),

@@ -68,14 +68,12 @@ def test_a_run_is_measured_by_its_limit(monkeypatch: pytest.MonkeyPatch) -> None
         run: Any = SimpleNamespace(
             parallel=ParallelConfig(compile=setting),
             device=torch.device(device),
-            plan=Plan(train, rows, goal, len(rows)),
             train=train,
-            row_length=16,
             objective=goal,
-            precision=None,
             world=world,
         )
-        return decide_for(run)[0]
+        precision: Any = None
+        return decide_for(run, Plan(train, rows, goal, len(rows)), precision, 16)[0]
 
     assert decided("8 minutes") and not decided("7 minutes")
     step = goal.flops(4 * 16, 0, 16)

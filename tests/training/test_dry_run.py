@@ -12,7 +12,7 @@ import torch
 from pretrain.config import ParallelConfig
 from pretrain.errors import TrainingError
 from pretrain.models.backbone import Backbone
-from pretrain.training import trainer as trainer_module
+from pretrain.training import setup
 from tiny import Rows, losses, objective, trainer
 
 
@@ -100,7 +100,7 @@ def test_auto_does_without_a_compiler_that_is_wrong(
 ) -> None:
     trainer(tmp_path / "plain", objective(), Rows(8), limit="3 steps").fit()
     compiled_by(wrong(3.0), monkeypatch)
-    monkeypatch.setattr(trainer_module, "decide_for", lambda run: (True, "for this test"))
+    monkeypatch.setattr(setup, "decide_for", lambda *about: (True, "for this test"))
     trainer(tmp_path / "auto", objective(), Rows(8), limit="3 steps").fit()
     said = capfd.readouterr().err
     assert "compiles this model wrongly: its blocks run eagerly" in said

@@ -138,7 +138,7 @@ def test_a_run_learns_as_in_bf16_and_resumes_to_the_same_bits(
     said = printed.out + printed.err
     assert "12 of 12 linear layers of the blocks multiply in float8" in said
     assert "fp8 compute" in said and "evaluation in bf16" in said
-    assert task.eval_precision.name == "bf16"
+    assert task.setup.eval_precision.name == "bf16"
     assert not any(isinstance(m, Float8Linear) for m in task.objective.modules())
     one, two = losses(low.out), losses(task.out)
     assert one != two

@@ -400,7 +400,7 @@ def test_only_a_gradient_moves_the_loss_scale(
     seen = []
 
     def arm(record: Any) -> None:
-        seen.append((record["skipped"], task.scaler.scale, task.scaler.good))
+        seen.append((record["skipped"], task.setup.scaler.scale, task.setup.scaler.good))
 
     task.hooks = [Hook(arm)]
 
@@ -408,7 +408,7 @@ def test_only_a_gradient_moves_the_loss_scale(
 
     def with_scale(trainer: Any) -> bool:
         done = set_up(trainer)
-        trainer.scaler.enabled, trainer.scaler.scale = True, 8.0
+        trainer.setup.scaler.enabled, trainer.setup.scaler.scale = True, 8.0
         return done
 
     monkeypatch.setattr(Trainer, "_set_up", with_scale)

@@ -242,7 +242,7 @@ def test_interrupted_is_uninterrupted(tmp_path: Path, optim: dict[str, Any], cra
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for (name, a), (_, b) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    mine, theirs = task.optimizers.state(), other.optimizers.state()
+    mine, theirs = task.setup.optimizers.state(), other.setup.optimizers.state()
     assert mine.keys() == theirs.keys()
     assert any(key.startswith("anchor/") for key in mine) == ("l2_sp" in optim)
     assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
@@ -263,6 +263,8 @@ def test_a_longer_limit_freezes_nothing_again(tmp_path: Path) -> None:
     longer.hooks = [Hook(lambda _: states.append([p.requires_grad for p in goal.parameters()]))]
     longer.fit()
     # Step 8 of 40 alone would release the head only; the first run had come down to depth 1.
-    assert longer.layers.lowest_unfrozen(8, 40) == 3 and longer.layers.lowest_unfrozen(7, 8) == 1
+    assert (
+        longer.setup.layers.lowest_unfrozen(8, 40) == 3 and longer.layers.lowest_unfrozen(7, 8) == 1
+    )
     assert longer.state.unfrozen_from == 1
     assert states == [[depth >= 1 for depth in goal.model.depths().values()]] * len(states)

@@ -149,5 +149,5 @@ def test_what_does_not_fit_by_the_estimate_is_not_tried(
     held = (needed[8] + needed[16]) / 2
     monkeypatch.setattr(micro_rows, "common_resources", lambda device, world: (held, None, 1))
     assert candidates(run) == [1, 2, 4, 8]
-    run.feed.share_rows, run.micro_rows = 12, 6
+    run.setup.feed.share_rows, run.setup.feed.micro_rows = 12, 6
     assert candidates(run) == [3, 6, 12][:2] + [12] * (micro_rows._needed(run, 12) < held)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pretrain.config import ParallelConfig
-from pretrain.distributed.estimates import MeshShape, memory
+from pretrain.distributed.estimates import MeshShape, Needs, memory
 from pretrain.distributed.mesh import USABLE
 from pretrain.distributed.world import World
 from pretrain.finetuning.start import freeze
@@ -29,12 +29,21 @@ from tiny import Rows, losses, objective, trainer
 CPU = torch.device("cpu")
 
 
-def ready(out: Path, goal: Any, precision: str = "fp32", **optim: Any) -> Trainer:
-    """A trainer that has its device and its precision, and has not begun."""
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def ready(out: Path, goal: Any, **optim: Any) -> Trainer:
+    """A trainer that has its device, and has not begun."""
     task = trainer(out, goal, Rows(8), optim=optim)
-    task.device, task.precision = CPU, Precision(precision, types[precision], CPU, "as configured")
+    task.device = CPU
     return task
+
+
+def computing_in(name: str) -> Precision:
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Precision(name, types[name], CPU, "as configured")
+
+
+def needs(task: Trainer, precision: str = "fp32") -> Needs:
+    """The sizes of its run with micro-batches of one row."""
+    return needs_of(task, computing_in(precision), 1)
 
 
 # ------------------------------------------------------------------------------------------------- Muon
@@ -52,21 +61,21 @@ def test_muon_is_counted_where_it_steps(tmp_path: Path, how: str) -> None:
     elif how == "blocks":
         freeze(goal.model, 1)
     task = ready(tmp_path, goal, name="muon")
-    needs = needs_of(task, 1)
+    needed = needs(task)
     blocks = goal.model.backbone.blocks()
     made = build_optimizers(goal, task.optim, blocks, CPU).optimizers
     stepped = [
         p for o in made if isinstance(o, Muon) for group in o.param_groups for p in group["params"]
     ]
-    assert needs.muon == sum(p.numel() for p in stepped) <= needs.trainable
-    assert (needs.muon == 0) == (how == "backbone")
+    assert needed.muon == sum(p.numel() for p in stepped) <= needed.trainable
+    assert (needed.muon == 0) == (how == "backbone")
     for p in goal.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad else None
     for optimizer in made:
         optimizer.step()
     state = [v for o in made for s in o.state.values() for v in s.values()]
     moments = sum(t.numel() for t in state if isinstance(t, torch.Tensor) and t.ndim)
-    assert memory(needs, MeshShape(), "single", 16).moments == 4 * moments
+    assert memory(needed, MeshShape(), "single", 16).moments == 4 * moments
 
 
 # ------------------------------------------------------------------------------------ the type of the gather
@@ -89,10 +98,10 @@ def test_the_estimate_knows_the_type_of_the_gather(
     goal = objective()
     if adapter is not None:
         apply_lora(goal.model, LoraConfig(r=2, dora=adapter == "dora"))
-    needs = needs_of(ready(tmp_path, goal, precision), 1)
-    assert needs.gather_bytes == gathered
-    assert needs.compute_bytes == (4 if precision == "fp32" else 2)
-    cast = memory(needs, MeshShape(1, 2, 1), "fsdp", 16).casts
+    needed = needs(ready(tmp_path, goal), precision)
+    assert needed.gather_bytes == gathered
+    assert needed.compute_bytes == (4 if precision == "fp32" else 2)
+    cast = memory(needed, MeshShape(1, 2, 1), "fsdp", 16).casts
     assert (cast > 0) == (gathered == 4 and precision != "fp32")
 
 
@@ -157,12 +166,12 @@ def test_a_mesh_is_chosen_by_the_poorest_host(
 
     monkeypatch.setattr(spreading, "choose_mesh", choose)
     for local, others, precision in ((8, [1.0, 1.0, 2], "bf16"), (2, [1.0, 1.0, 8], "fp32")):
-        task = ready(tmp_path, objective(), precision)
+        task = ready(tmp_path, objective())
         task.world = Company(local, [others])
         # Rank 0 says what the run needs, for the hardware of the others may choose another precision.
         task.world.broadcast_object = lambda value: value | {"compute_bytes": 2, "gather_bytes": 2}  # type: ignore[method-assign]
         with pytest.raises(InterruptedError):
-            spreading.parallelize(task)
+            spreading.parallelize(task, computing_in(precision), (False, ""))
     assert asked == [(1.0, 2, 2), (1.0, 2, 2)]
 
 
@@ -177,8 +186,8 @@ def test_a_cpu_has_what_its_container_has(monkeypatch: pytest.MonkeyPatch) -> No
 
 def small_host(monkeypatch: pytest.MonkeyPatch, task: Trainer, rows: int) -> None:
     """A host on which so many rows fit, and not one more."""
-    needs = needs_of(task, 1)
-    total = memory(needs, MeshShape(), "single", rows * needs.row_length).total
+    needed = needs(task)
+    total = memory(needed, MeshShape(), "single", rows * needed.row_length).total
     monkeypatch.setattr(spreading, "total_memory", lambda: total / USABLE)
 
 
@@ -191,7 +200,7 @@ def test_a_micro_batch_is_chosen_that_fits(
     small_host(monkeypatch, ready(tmp_path, objective()), 4)
     tight = trainer(tmp_path / "tight", objective(), Rows(24), batch_rows=12, limit="4 steps")
     tight.fit()
-    assert tight.micro_rows == tight.strategy.choice.micro_rows == 4
+    assert tight.micro_rows == tight.setup.strategy.choice.micro_rows == 4
     assert "12 rows = 4 micro x 3 accumulated" in capsys.readouterr().err
     for one, other in zip(losses(tmp_path / "roomy"), losses(tmp_path / "tight"), strict=True):
         assert other == pytest.approx(one, rel=1e-5)
@@ -221,11 +230,11 @@ def test_the_memory_that_is_printed_is_measured(
     monkeypatch.setattr(preflight, "peak_memory", lambda device: 3.0 * (1 << 30))
     task = trainer(tmp_path, objective(), Rows(8), limit="1 steps")
     task.fit()
-    choice = task.strategy.choice
+    choice = task.setup.strategy.choice
     assert choice.memory is not None
     for advice, size in (("", 1), ("; that may not fit", 1), ("; that may not fit", 2)):
         whole = replace(choice.memory, moments=0.5 * (1 << 30))
-        task.strategy.choice = replace(choice, memory=whole, advice=advice)
+        task.setup.strategy.choice = replace(choice, memory=whole, advice=advice)
         task.world.size, before = size, task.world.size
         try:
             lines = describe(task, None, 1, 1.0)

@@ -53,7 +53,7 @@ def test_the_source_of_a_mixture_that_is_read_most_is_named(tmp_path: Path) -> N
         train=SimpleNamespace(batch_rows=large + small),
         train_data=found.train,
         eval_data=None,
-        plan=SimpleNamespace(epoch_rows=large + small),
+        setup=SimpleNamespace(plan=SimpleNamespace(epoch_rows=large + small)),
         about={"parent": "base"},
         objective=objective(),
     )

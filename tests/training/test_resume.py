@@ -349,7 +349,7 @@ def test_documents_cut_anew_go_on_where_they_were(
 
     def run(name: str, crash_after: int | None = None, **options: Any) -> None:
         def note(record: Any) -> None:
-            batch = task.feed.step_at(task.state.rows)[0]["input_ids"]  # of the next step
+            batch = task.setup.feed.step_at(task.state.rows)[0]["input_ids"]  # of the next step
             batches.setdefault(name, []).append(batch.numpy().tobytes())
             if record["step"] == crash_after:
                 raise Crash

@@ -216,7 +216,7 @@ def test_remarks_on_what_cannot_be_learnt() -> None:
                 num_documents=rows.get("documents", 100), num_tokens=rows.get("tokens", 10**6)
             ),
             eval_data=SimpleNamespace(num_documents=rows.get("held_out", 5)),
-            plan=SimpleNamespace(epoch_rows=1000),
+            setup=SimpleNamespace(plan=SimpleNamespace(epoch_rows=1000)),
             objective=SimpleNamespace(
                 model=SimpleNamespace(backbone=SimpleNamespace(vocab_size=8192))
             ),

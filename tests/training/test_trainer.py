@@ -105,7 +105,7 @@ def test_non_finite_step_changes_neither_weights_nor_moments(tmp_path: Path, nam
     task = trainer(tmp_path, goal, Rows(8), optim={"name": name}, limit="4 steps")
 
     def keep(record: Any) -> None:
-        moments = {key: value.clone() for key, value in task.optimizers.state().items()}
+        moments = {key: value.clone() for key, value in task.setup.optimizers.state().items()}
         seen.append((record["skipped"], _weights(goal), moments))
 
     task.hooks = [Hook(keep)]
@@ -117,7 +117,7 @@ def test_non_finite_step_changes_neither_weights_nor_moments(tmp_path: Path, nam
     assert any(not torch.equal(value, seen[3][1][key]) for key, value in seen[2][1].items())
     assert task.state.skipped == 1
     skipped = [r for r in task.journal.records if r.get("event") == "skipped"]
-    assert skipped[0]["step"] == 3 and skipped[0]["rows"] == task.feed.indices(8)
+    assert skipped[0]["step"] == 3 and skipped[0]["rows"] == task.setup.feed.indices(8)
 
 
 def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:

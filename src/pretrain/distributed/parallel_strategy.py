@@ -81,7 +81,7 @@ class ParallelStrategy(Strategy):
         *,
         device: torch.device,
         gather: torch.dtype = torch.float32,
-        compiled: bool = False,
+        compiled: tuple[bool, str] = (False, ""),
     ) -> None:
         if settings.reproducible and (found := changing_buffers(objective.model)):
             raise ConfigError(

@@ -39,9 +39,10 @@ class Strategy:
         choice: sizes of the mesh, and ``single``, ``ddp`` or ``fsdp``.
         settings: the ``parallel`` section.
         device: of this process.
-        compiled: compile the blocks.
+        compiled: whether to compile the blocks, and why.
 
     Attributes:
+        compiled: whether the blocks are compiled, and why.
         layout: which shard of every parameter this rank holds, by its name in the objective and in the model.
         sharded: FSDP2 shards the weights.
         cut: no rank has all weights, so that all ranks must take part whenever the model runs.
@@ -62,10 +63,10 @@ class Strategy:
         settings: ParallelConfig,
         *,
         device: torch.device,
-        compiled: bool = False,
+        compiled: tuple[bool, str] = (False, ""),
     ) -> None:
         self.objective, self.world, self.choice, self.settings = objective, world, choice, settings
-        self.device = device
+        self.device, self.compiled = device, compiled
         self.unused_parameters: frozenset[str] = frozenset()
         self.uneven = False
         self._has_buffers = bool(changing_buffers(objective))
@@ -75,7 +76,7 @@ class Strategy:
         # With CPU offload, the parameters lie on the CPU between passes: their device is not where the model computes.
         model.computes_on = device if settings.cpu_offload else None
         model.backbone.set_activation_checkpointing(settings.activation_checkpointing)
-        if compiled:
+        if compiled[0]:
             model.backbone.compile_blocks()
         self._place()
         # A model that FSDP2 has wrapped cannot be used by itself, even if it is not sharded.
@@ -91,6 +92,11 @@ class Strategy:
         """Move the objective to the device; one on the meta device gets its memory later, in ``fill``."""
         if not any(p.is_meta for p in self.objective.parameters()):
             self.objective.to(self.device)
+
+    def run_eagerly(self, why: str) -> None:
+        """Replace the compiled blocks by eager ones."""
+        self.objective.model.backbone.eager_blocks()
+        self.compiled = False, why
 
     def fill(self, *, initialise: bool) -> None:
         """Allocate the memory of a model that was built on the meta device, and set its weights.

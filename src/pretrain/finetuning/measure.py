@@ -212,7 +212,7 @@ def measure_in_parts(
     Returns:
         The metrics of each part, the same on all ranks; empty for None.
     """
-    chosen, strategy, world = run.best or run.checkpoint, trainer.strategy, trainer.world
+    chosen, strategy, world = run.best or run.checkpoint, trainer.setup.strategy, trainer.world
     assert chosen is not None
     world.mark("evaluate", run.step)
     load_weights(trainer.objective, chosen, {}, layout=strategy.layout, peers=world)
@@ -224,7 +224,7 @@ def measure_in_parts(
         batch_rows = evaluation_rows(
             trainer.objective, rows, trainer.train.batch_rows, trainer.device
         )
-        precision = trainer.eval_precision
+        precision = trainer.setup.eval_precision
         figures.append(
             evaluate_rows(
                 trainer.objective, rows, precision, batch_rows=batch_rows, strategy=strategy

@@ -45,7 +45,7 @@ def ngram_baseline(trainer: Trainer) -> dict[str, float]:
     # A mixture of sources may visit a row twice.
     seen = np.unique(
         rows.order(trainer.train.seed).indices(
-            0, min(trainer.state.rows, trainer.plan.epoch_rows, most)
+            0, min(trainer.state.rows, trainer.setup.plan.epoch_rows, most)
         )
     )
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from pretrain.training.peak import peak_flops
 
 if TYPE_CHECKING:
+    from pretrain.training.plan import Plan
+    from pretrain.training.precision import Precision
     from pretrain.training.trainer import Trainer
 
 __all__ = ["decide_for", "eager_seconds", "should_compile"]
@@ -43,16 +45,18 @@ def eager_seconds(steps: int, flops: float, peak: float) -> float:
     return steps * flops / (_EAGER_SHARE * peak)
 
 
-def decide_for(trainer: Trainer) -> tuple[bool, str]:
+def decide_for(
+    trainer: Trainer, plan: Plan, precision: Precision, row_length: int
+) -> tuple[bool, str]:
     """Return ``should_compile`` of a run, the same on all ranks, before its model is distributed."""
-    setting, device, limit = trainer.parallel.compile, trainer.device.type, trainer.plan.limit
+    setting, device, limit = trainer.parallel.compile, trainer.device.type, plan.limit
     seconds = 60.0 * limit.value if limit.kind == "minutes" else 0.0
     if setting == "auto" and device == "cuda" and not seconds:
-        units = trainer.train.batch_rows * trainer.row_length
+        units = trainer.train.batch_rows * row_length
         # The head, which works on the targets, is never compiled.
-        flops = trainer.objective.flops(units, 0, trainer.row_length)
-        peak = peak_flops(trainer.precision) * trainer.world.size
-        seconds = eager_seconds(trainer.plan.total_steps(), flops, peak)
+        flops = trainer.objective.flops(units, 0, row_length)
+        peak = peak_flops(precision) * trainer.world.size
+        seconds = eager_seconds(plan.total_steps(), flops, peak)
     decision: tuple[bool, str] = should_compile(
         setting, device, trainer.world.broadcast_object(seconds)
     )

@@ -36,24 +36,25 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
         TrainingError: there are no targets, memory does not suffice, the loss is not finite, a coupled loss does not
             gather the rows of all ranks, or compiled blocks compute something else.
     """
+    strategy = trainer.setup.strategy
     counts = [float(trainer.objective.count(batch)) for batch in batches]
     (count,) = trainer.world.all_reduce_sum([sum(counts)])
     check_targets(count, trainer.state.step, trainer.state.rows, trainer.train.batch_rows)
     usable = batches[max(range(len(counts)), key=lambda i: counts[i] > 0)]
-    largest = trainer.feed.largest()
+    largest = trainer.setup.feed.largest()
     trainer.objective.train()
     with effects_undone(trainer):
         # The first pass includes allocation and kernel selection; the time of the second is returned.
         tried = [usable if largest is None else largest, usable]
         try:
-            if trainer.strategy.sharded:
+            if strategy.sharded:
                 _find_used_for_fsdp2(trainer, tried)
-            if trainer.compiled[0]:
+            if strategy.compiled[0]:
                 try_compiled(trainer, tried[0])
             run_pass(trainer, tried[0])
             check_coupling(trainer)
             loss, seconds = run_pass(trainer, usable)
-            if trainer.compiled[0]:
+            if strategy.compiled[0]:
                 check_compiled(trainer, usable)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -64,15 +65,15 @@ def dry_run(trainer: Trainer, batches: Sequence[Batch]) -> tuple[float, float]:
                 f"the memory of {trainer.device}. {trainer.less_memory()} shorter rows, or set "
                 "parallel.activation_checkpointing=full."
             ) from error
-        if not trainer.strategy.sharded:
-            trained = trainer.strategy.trainable_parameters()
+        if not strategy.sharded:
+            trained = strategy.trainable_parameters()
             _set_unused(trainer, {name for name, p in trained.items() if p.grad is not None})
     if not math.isfinite(loss):
         raise TrainingError(
             f"The loss of the first batch is {loss}. Likely causes: a non-finite number in the weights or the rows, or "
             "the range of fp16 (set train.precision=fp32)."
         )
-    if unused := sorted(trainer.strategy.unused_parameters):
+    if unused := sorted(strategy.unused_parameters):
         trainer.say(
             f"no gradient reaches {len(unused)} trainable tensors, the first is {unused[0]}"
         )
@@ -88,9 +89,10 @@ def run_pass(trainer: Trainer, batch: Batch, seed: int = 0) -> tuple[float, floa
 
 
 def _forward_backward(trainer: Trainer, batch: Batch, seed: int = 0) -> Loss:
+    setup = trainer.setup
     torch.manual_seed(hash_seed(trainer.train.seed, trainer.state.step, seed))
-    with trainer.precision.autocast():
-        result = trainer.strategy.forward_no_sync(to_device(batch, trainer.device))
+    with setup.precision.autocast():
+        result = setup.strategy.forward_no_sync(to_device(batch, trainer.device))
     if not isinstance(result, Loss):
         raise ModelError(
             f"{type(trainer.objective).__name__} returned {type(result).__name__}; forward must return a "
@@ -108,26 +110,27 @@ def effects_undone(trainer: Trainer) -> Iterator[None]:
     yield
     for name, buffer in trainer.objective.named_buffers():
         buffer.copy_(buffers[name])
-    trainer.optimizers.zero_grad()
+    trainer.setup.optimizers.zero_grad()
     torch.set_rng_state(state)
 
 
 def _find_used_for_fsdp2(trainer: Trainer, tried: Sequence[Batch]) -> None:
     """Find the parameters that gradients reach: FSDP2 must know before its first backward pass if ranks differ."""
-    strategy: Any = trainer.strategy  # a `ParallelStrategy`
+    strategy: Any = trainer.setup.strategy  # a `ParallelStrategy`
     found: set[str] = set()
     for batch in tried:
-        with trainer.precision.autocast():
+        with trainer.setup.precision.autocast():
             found |= strategy.used_parameters(to_device(batch, trainer.device))
     _set_unused(trainer, found)
 
 
 def _set_unused(trainer: Trainer, reached: set[str]) -> None:
     """Set the parameters that get no gradient on any rank, and whether ranks differ in this, in the strategy."""
-    unused = sorted(trainer.strategy.trainable_parameters().keys() - reached)
+    strategy = trainer.setup.strategy
+    unused = sorted(strategy.trainable_parameters().keys() - reached)
     everywhere = [set(names) for names in trainer.world.all_gather_object(unused)]
     nowhere = set.intersection(*everywhere)
-    trainer.strategy.set_unused_parameters(nowhere, uneven=set.union(*everywhere) != nowhere)
+    strategy.set_unused_parameters(nowhere, uneven=set.union(*everywhere) != nowhere)
 
 
 def check_coupling(trainer: Trainer) -> None:
@@ -151,7 +154,7 @@ def try_compiled(trainer: Trainer, batch: Batch) -> None:
     Dynamo, the inductor, Triton and the C++ compiler raise errors of many classes. One that is the model's own is
     raised again by the pass that follows with eager blocks.
     """
-    fault = ""
+    setup, fault = trainer.setup, ""
     try:
         _forward_backward(trainer, batch)
     except PretrainError:
@@ -161,10 +164,10 @@ def try_compiled(trainer: Trainer, batch: Batch) -> None:
             raise
         cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a compiler raises
         fault = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    trainer.optimizers.zero_grad()
+    setup.optimizers.zero_grad()
     if fault := next(filter(None, trainer.world.all_gather_object(fault)), ""):
-        trainer.strategy.reshard()
-        trainer.run_eagerly("compiling failed")
+        setup.strategy.reshard()
+        setup.strategy.run_eagerly("compiling failed")
         trainer.say(f"the blocks cannot be compiled, so they run eagerly: {fault}")
 
 
@@ -174,15 +177,16 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
     Raises:
         TrainingError: they are far apart, and ``parallel.compile`` is not ``auto``, which then runs eager blocks.
     """
+    setup = trainer.setup
     passes = []
     # Eager with two seeds, to measure the effect of dropout alone.
     for stance, seed in (("default", 0), ("force_eager", 0), ("force_eager", 1)):
-        trainer.optimizers.zero_grad()
+        setup.optimizers.zero_grad()
         with torch.compiler.set_stance(stance):
             loss, _ = run_pass(trainer, batch, seed)
         grads = [
             local(p.grad)
-            for p in trainer.strategy.trainable_parameters().values()
+            for p in setup.strategy.trainable_parameters().values()
             if p.grad is not None
         ]
         mine = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()])
@@ -198,5 +202,5 @@ def check_compiled(trainer: Trainer, batch: Batch) -> None:
             raise TrainingError(
                 f"{wrong}set parallel.compile=false, or use another version of torch."
             )
-        trainer.run_eagerly("compiled wrongly")
+        setup.strategy.run_eagerly("compiled wrongly")
         trainer.say(f"{wrong}its blocks run eagerly.")

@@ -106,10 +106,10 @@ class Feed:
         batch_rows: rows in a global batch.
         micro_rows: rows in a micro-batch; may be set to another divisor of the share during a run.
         share: data-parallel rank and size; every rank gets an equal number of consecutive rows of a global batch.
-        total_rows: rows of the whole run; None if it is limited by time.
 
     Attributes:
         share_rows: rows of a global batch that this rank gets.
+        total_rows: rows of the whole run; None if it is limited by time, or not known yet.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class Feed:
         batch_rows: int,
         micro_rows: int,
         share: tuple[int, int] = (0, 1),
-        total_rows: int | None = None,
     ) -> None:
-        self._objective, self._loader, self._total_rows = objective, loader, total_rows
+        self._objective, self.loader = objective, loader
+        self.total_rows: int | None = None
         self._batch_rows, self.micro_rows = batch_rows, micro_rows
         self.share_rows = batch_rows // share[1]
         self._first = share[0] * self.share_rows
@@ -132,12 +132,12 @@ class Feed:
         return self._split(position, self.micro_rows)
 
     def _split(self, position: int, micro_rows: int) -> list[Batch]:
-        if self._total_rows is not None:
-            self._objective.progress = min(1.0, position / self._total_rows)
+        if self.total_rows is not None:
+            self._objective.progress = min(1.0, position / self.total_rows)
         first_row = position + self._first
-        examples = self._loader.examples(first_row, self.share_rows)
-        rngs = row_rngs(self._loader.seed, "collate", first_row, self.share_rows)
-        rows, batches = self._loader.indices(first_row, self.share_rows), []
+        examples = self.loader.examples(first_row, self.share_rows)
+        rngs = row_rngs(self.loader.seed, "collate", first_row, self.share_rows)
+        rows, batches = self.loader.indices(first_row, self.share_rows), []
         for i in range(0, self.share_rows, micro_rows):
             end = i + micro_rows
             batch = self._objective.collate(examples[i:end], rngs[i:end])
@@ -147,18 +147,18 @@ class Feed:
 
     def largest(self) -> Batch | None:
         """Return a micro-batch of the longest rows; None for data whose rows all have one length."""
-        rows = self._loader.rows
+        rows = self.loader.rows
         if not hasattr(rows, "largest"):
             return None
         longest = [int(i) for i in rows.largest(self.micro_rows)]
-        rngs = [row_rngs(self._loader.seed, "collate", i, 1)[0] for i in longest]
+        rngs = [row_rngs(self.loader.seed, "collate", i, 1)[0] for i in longest]
         batch = self._objective.collate([rows[i] for i in longest], rngs)
         check_batch(batch, self._objective.model, "Training", longest)
         return batch
 
     def indices(self, position: int) -> list[int]:
         """Return the indices, in the data, of the rows of the global batch at ``position``."""
-        return [int(i) for i in self._loader.indices(position, self._batch_rows)]
+        return [int(i) for i in self.loader.indices(position, self._batch_rows)]
 
     def steps(self, position: int) -> Generator[list[Batch], None, None]:
         """Yield steps from ``position``, endlessly, prefetched by the loader's thread; closing it stops the thread."""
@@ -168,7 +168,7 @@ class Feed:
             return at, rows, self._split(at, rows)
 
         places = ((at, self._batch_rows) for at in itertools.count(position, self._batch_rows))
-        with contextlib.closing(self._loader.stream(places, make)) as stream:
+        with contextlib.closing(self.loader.stream(places, make)) as stream:
             for at, rows, batches in stream:
                 yield batches if rows == self.micro_rows else self.step_at(at)
 

@@ -49,7 +49,7 @@ def candidates(trainer: Trainer) -> list[int]:
     All divide the rows of this rank. More than the rule takes are tried by a single process only, which can give up a
     size for which the estimate of memory was too low.
     """
-    rule, share = trainer.micro_rows, trainer.feed.share_rows
+    rule, share = trainer.micro_rows, trainer.setup.feed.share_rows
     smaller = [rule // k for k in (4, 2) if rule % k == 0 and share % (rule // k) == 0]
     if trainer.world.size > 1:
         return [*smaller, rule]
@@ -61,9 +61,12 @@ def candidates(trainer: Trainer) -> list[int]:
 
 def _needed(trainer: Trainer, rows: int) -> float:
     """Return the bytes that a device should have for micro-batches of so many rows, by the estimate."""
-    choice, length = trainer.strategy.choice, row_length(trainer.train_data, trainer.objective)
+    choice, length = (
+        trainer.setup.strategy.choice,
+        row_length(trainer.train_data, trainer.objective),
+    )
     needed = memory(
-        needs_of(trainer, rows),
+        needs_of(trainer, trainer.setup.precision, rows),
         choice.sizes,
         choice.strategy,
         rows * length,
@@ -85,11 +88,11 @@ def fastest_micro_rows(trainer: Trainer, seconds: float) -> tuple[float, str]:
     Returns:
         Seconds of an optimizer step, and what the first lines of the run say about the choice.
     """
-    rule, share, sizes = trainer.micro_rows, trainer.feed.share_rows, candidates(trainer)
+    rule, share, sizes = trainer.micro_rows, trainer.setup.feed.share_rows, candidates(trainer)
     seconds = trainer.world.broadcast_object(seconds)
     # Every size gets the rows of the largest one, after a pass over a single micro-batch.
     cost = seconds * (len(sizes) * max(sizes) + sum(sizes)) / share
-    if len(sizes) == 1 or cost > _SHARE * seconds * trainer.plan.total_steps(seconds):
+    if len(sizes) == 1 or cost > _SHARE * seconds * trainer.setup.plan.total_steps(seconds):
         return seconds, (
             f" (not measured: {cost:.2g} s are more than {_SHARE:.0%} of this run)"
             if len(sizes) > 1
@@ -120,8 +123,8 @@ def _measure(trainer: Trainer, rows: int) -> float | None:
 
     Compiled blocks are measured without the compiler, which would make new code for every size.
     """
-    batches = trainer.feed.step_at(trainer.state.rows)[: rows // trainer.micro_rows]
-    largest = trainer.feed.largest()
+    batches = trainer.setup.feed.step_at(trainer.state.rows)[: rows // trainer.micro_rows]
+    largest = trainer.setup.feed.largest()
     try:
         with effects_undone(trainer), trainer.objective.model.backbone.uncompiled():
             run_pass(trainer, batches[0] if largest is None else largest)
@@ -130,7 +133,7 @@ def _measure(trainer: Trainer, rows: int) -> float | None:
         if not out_of_memory(error) or trainer.world.size > 1:
             raise
     # Outside of the handler, whose traceback keeps the activations alive.
-    trainer.optimizers.zero_grad()
+    trainer.setup.optimizers.zero_grad()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     return None

@@ -25,6 +25,8 @@ from pretrain.training.precision import choose_device
 from pretrain.utils.memory_info import total_memory
 
 if TYPE_CHECKING:
+    from pretrain.objectives.base import Objective
+    from pretrain.training.precision import Precision
     from pretrain.training.trainer import Trainer
 
 __all__ = ["enter_world", "parallelize", "run_lock"]
@@ -66,8 +68,13 @@ def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def parallelize(trainer: Trainer) -> Strategy:
+def parallelize(trainer: Trainer, precision: Precision, compiled: tuple[bool, str]) -> Strategy:
     """Choose the sizes of the mesh, print why, and distribute the objective over it.
+
+    Args:
+        trainer: in its world, on its device.
+        precision: of training.
+        compiled: whether to compile the blocks, and why.
 
     Raises:
         ConfigError: the sizes do not fit the ranks, the batch or the model; the message lists the possible ones.
@@ -81,7 +88,7 @@ def parallelize(trainer: Trainer) -> Strategy:
         )
     memory, host, local = common_resources(device, world)
     # Broadcast, because choices that depend on the hardware may differ between hosts, and the mesh must not.
-    needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, guess))))
+    needs = Needs(**world.broadcast_object(asdict(needs_of(trainer, precision, guess))))
     config = objective.model.backbone.config
     choice = choose_mesh(
         settings,
@@ -99,7 +106,6 @@ def parallelize(trainer: Trainer) -> Strategy:
     if choice.strategy == "fsdp":
         world = world.with_process_group()
     world.build_mesh(choice.sizes)
-    compiled = trainer.compiled[0]
     strategy: Strategy
     if world.size == 1 and choice.strategy == "single" and not settings.reproducible:
         strategy = Strategy(objective, world, choice, settings, device=device, compiled=compiled)
@@ -110,7 +116,7 @@ def parallelize(trainer: Trainer) -> Strategy:
             choice,
             settings,
             device=device,
-            gather=gather_type(trainer),
+            gather=gather_type(objective, precision),
             compiled=compiled,
         )
     if world.size > 1:
@@ -119,17 +125,15 @@ def parallelize(trainer: Trainer) -> Strategy:
     return strategy
 
 
-def gather_type(trainer: Trainer) -> torch.dtype:
+def gather_type(objective: Objective, precision: Precision) -> torch.dtype:
     """Return the type in which FSDP2 all-gathers the weights of the blocks."""
-    adapter = trainer.objective.model.adapter
+    adapter = objective.model.adapter
     # DoRA computes norms in fp32, also under autocast, so it needs fp32 weights.
     exact = adapter is not None and adapter.config.dora
-    return (
-        torch.bfloat16 if trainer.precision.dtype is torch.bfloat16 and not exact else torch.float32
-    )
+    return torch.bfloat16 if precision.dtype is torch.bfloat16 and not exact else torch.float32
 
 
-def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
+def needs_of(trainer: Trainer, precision: Precision, micro_rows: int) -> Needs:
     """Return the sizes from which the memory of the run is estimated."""
     objective, optim = trainer.objective, trainer.optim
     model = objective.model
@@ -147,9 +151,9 @@ def needs_of(trainer: Trainer, micro_rows: int) -> Needs:
         micro_tokens=micro_rows * length,
         ema=bool(optim.ema),
         anchors=bool(optim.l2_sp),
-        compute_bytes=trainer.precision.dtype.itemsize,
-        gather_bytes=gather_type(trainer).itemsize,
-        keeps_weights=multiplies_rows(trainer.device, trainer.precision.dtype, length),
+        compute_bytes=precision.dtype.itemsize,
+        gather_bytes=gather_type(objective, precision).itemsize,
+        keeps_weights=multiplies_rows(trainer.device, precision.dtype, length),
         checkpointing=trainer.parallel.activation_checkpointing,
         device=trainer.device.type,
     )

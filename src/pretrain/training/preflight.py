@@ -93,7 +93,7 @@ def preflight(trainer: Trainer, checkpoint: Path | None) -> float:
             f"first loss {first_loss:.3f}, an untrained model has about {expected:.3f}{verdict}"
         )
     if checkpoint is None:
-        lines += remarks(trainer, trainer.plan.first_total(trainer.state, seconds))
+        lines += remarks(trainer, trainer.setup.plan.first_total(trainer.state, seconds))
     else:
         lines.append(check_resumed(trainer, checkpoint))
     trainer.journal.started()
@@ -108,7 +108,7 @@ def first_pass(trainer: Trainer) -> tuple[float, float]:
     Returns:
         Loss of the first batch, and estimated seconds per optimizer step.
     """
-    batches = trainer.feed.step_at(trainer.state.rows)
+    batches = trainer.setup.feed.step_at(trainer.state.rows)
     try:
         loss, seconds = dry_run(trainer, batches)
         return loss, seconds * len(batches)
@@ -122,7 +122,7 @@ def first_pass(trainer: Trainer) -> tuple[float, float]:
 def checkpoint_size(trainer: Trainer) -> int:
     """Return the bytes of a checkpoint: weights, moments, L2-SP anchors, and the raw weights if an average is kept."""
     model, optim = trainer.objective.model, trainer.optim
-    trained = numel(trainer, trainer.params)
+    trained = numel(trainer, trainer.setup.params)
     floats = (2 if optim.ema else 1) * numel(trainer) + (3 if optim.l2_sp else 2) * trained
     # Divided by the local parameters of the model only, because `estimated_size` multiplies by that number.
     return estimated_size(model, copies=floats / max(1, model.num_parameters()))
@@ -132,7 +132,7 @@ def numel(trainer: Trainer, names: Iterable[str] | None = None) -> int:
     """Return the number of elements in the named parameters (default: all) of the objective, unsharded."""
     if names is None:
         names = [name for name, _ in trainer.objective.named_parameters()]
-    return sum(math.prod(trainer.strategy.layout.shapes[name]) for name in names)
+    return sum(math.prod(trainer.setup.strategy.layout.shapes[name]) for name in names)
 
 
 def frozen_beside(trainer: Trainer) -> list[str]:
@@ -145,15 +145,16 @@ def check_monitor(trainer: Trainer) -> None:
     """Check that ``train.monitor`` is among the figures of an evaluation."""
     if trainer.eval_data is None or trainer.train.monitor == "loss":
         return
+    setup = trainer.setup
     # The first few rows may have no targets; all rows are evaluated later.
     with contextlib.suppress(NoTargets):
         figures = evaluate_rows(
             trainer.objective,
             trainer.eval_data,
-            trainer.eval_precision,
+            setup.eval_precision,
             batch_rows=trainer.micro_rows,
             limit=trainer.micro_rows,
-            strategy=trainer.strategy,
+            strategy=setup.strategy,
             split=False,
         )
         score(figures, trainer.train.monitor)
@@ -206,7 +207,7 @@ def check_lengths(trainer: Trainer) -> None:
 def check_round_trip(trainer: Trainer) -> None:
     """Save the model, reload it and compare, before any training."""
     model, world = trainer.objective.model, trainer.world
-    layout = trainer.strategy.layout if world.size > 1 else None
+    layout = trainer.setup.strategy.layout if world.size > 1 else None
     folder = Path(
         world.broadcast_object(os.fspath(temporary_name(trainer.out / "preflight", "new")))
     )
@@ -238,7 +239,7 @@ def check_resumed(trainer: Trainer, checkpoint: Path) -> str:
     line = f"resuming {checkpoint.name}: row {trainer.state.rows:,} of the run"
     if saved is None:
         return line
-    with trainer.average.applied():
+    with trainer.setup.average.applied():
         now = trainer.probe()
     if now is None or not math.isclose(now, saved, rel_tol=1e-2, abs_tol=1e-3):
         raise TrainingError(
@@ -253,28 +254,29 @@ def describe(
 ) -> list[str]:
     """Return the lines that are printed before the first step; ``micro`` says how the micro-batch was chosen."""
     train, optim, data = trainer.train, trainer.optim, trainer.train_data
-    steps = trainer.plan.first_total(trainer.state, seconds)
+    setup, precision, plan = trainer.setup, trainer.setup.precision, trainer.setup.plan
+    steps = plan.first_total(trainer.state, seconds)
     in_all = f"{getattr(data, 'num_tokens', 0):,}"
     if in_all == "0":  # counting rows takes time, so only a limit that needs it does
-        counted = trainer.plan.limit.kind == "tokens"
-        each = trainer.plan.units_per_row if counted else row_length(data, trainer.objective)
+        counted = plan.limit.kind == "tokens"
+        each = plan.units_per_row if counted else row_length(data, trainer.objective)
         in_all = f"about {len(data) * each:,.0f}"
-    epochs = steps * train.batch_rows / trainer.plan.epoch_rows
-    choice = trainer.strategy.choice
+    epochs = steps * train.batch_rows / plan.epoch_rows
+    choice, compiled = setup.strategy.choice, setup.strategy.compiled
     sizes, needed = choice.sizes, memory_needed(trainer, resumed=checkpoint is not None)
     accumulation = train.batch_rows // (trainer.micro_rows * sizes.dp)
     model_type = trainer.objective.model.backbone.model_type
     threads = torch.get_num_threads()
     size = f"{'up to ' * hasattr(data, 'longest')}{row_length(data, trainer.objective)}"
-    timed = trainer.plan.limit.kind == "minutes"
+    timed = plan.limit.kind == "minutes"
     left = steps - trainer.state.step
     frozen = numel(trainer, frozen_beside(trainer))
     beside = f" and {frozen:,} frozen in the objective" if frozen else ""
     pace = f", about {duration(left * seconds)} on this machine" if left > 0 and not timed else ""
     lines = [
-        f"device {trainer.device}, {trainer.precision.name} compute ({trainer.precision.reason}), fp32 weights, "
-        f"evaluation in {trainer.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "
-        f"{'compiled' if trainer.compiled[0] else 'eager'} blocks ({trainer.compiled[1]})",
+        f"device {trainer.device}, {precision.name} compute ({precision.reason}), fp32 weights, "
+        f"evaluation in {setup.eval_precision.name}, {threads} thread{'s' * (threads != 1)}, "
+        f"{'compiled' if compiled[0] else 'eager'} blocks ({compiled[1]})",
         f"model {model_type} with {numel(trainer) - frozen:,} parameters"
         f"{beside}, {type(trainer.objective).__name__}",
         f"data {len(data):,} rows of {size} {trainer.objective.unit_name}, {in_all} in all, {epochs:.2f} epochs in "
@@ -375,7 +377,7 @@ def remarks(trainer: Trainer, steps: int) -> list[str]:
     documents = getattr(data, "num_documents", 0)
     if not documents:  # of prepared text only
         return lines
-    epochs = steps * train.batch_rows / trainer.plan.epoch_rows
+    epochs = steps * train.batch_rows / trainer.setup.plan.epoch_rows
     which, repeats = most_repeated(data)
     if (readings := epochs * repeats) > _MANY_EPOCHS:
         lines.append(
@@ -440,6 +442,6 @@ def memory_needed(trainer: Trainer, *, resumed: bool) -> float:
     The former is measured, because an estimate from model sizes misses libraries and the allocator, which take more
     than a small model.
     """
-    estimate = trainer.strategy.choice.memory
+    estimate = trainer.setup.strategy.choice.memory
     later = 0.0 if estimate is None or resumed else estimate.moments
     return peak_memory(trainer.device) + later

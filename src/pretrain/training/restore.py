@@ -54,7 +54,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     """Return what must be unchanged on resume, so that no row is repeated or skipped."""
     return {
         "rows": len(trainer.train_data),
-        "rows of an epoch": trainer.plan.epoch_rows,
+        "rows of an epoch": trainer.setup.plan.epoch_rows,
         "data": trainer.fingerprint,
         "train.seed": trainer.train.seed,
         "train.batch_rows": trainer.train.batch_rows,
@@ -95,9 +95,10 @@ def origin(objective: Objective, base: str | None) -> dict[str, Any]:
 
 def training_state(trainer: Trainer) -> TrainingState:
     """Return the state that `restore` needs: this rank's shards of the tensors, and plain values."""
-    tensors = {"optimizer": trainer.optimizers.state()}
-    if trainer.average.decay:
-        tensors["weights"] = trainer.average.other()
+    setup = trainer.setup
+    tensors = {"optimizer": setup.optimizers.state()}
+    if setup.average.decay:
+        tensors["weights"] = setup.average.other()
     others = other_tensors(trainer.objective)
     if others:
         tensors["objective"] = others
@@ -111,14 +112,15 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
     """Restore a trainer from a checkpoint, which may have been written by another number of ranks.
 
     Args:
-        trainer: with its model, optimizers and average in place.
+        trainer: with its set-up.
         checkpoint: its files have been verified by ``latest_on_all_ranks``.
 
     Raises:
         TrainingError: the checkpoint belongs to another model, objective, data set or order; see `check_same`.
         CheckpointError: the checkpoint lacks state that resuming needs.
     """
-    layout = trainer.strategy.layout if trainer.world.size > 1 else None
+    setup = trainer.setup
+    layout = setup.strategy.layout if trainer.world.size > 1 else None
     # `latest_on_all_ranks` has verified all bytes, each file on one rank.
     training = read_training_slices(checkpoint, layout, trainer.world, verified=True)
     check_same(trainer, checkpoint, training.state)
@@ -153,25 +155,25 @@ def restore(trainer: Trainer, checkpoint: Path) -> RunState:
             f"{checkpoint.name} was evaluated by an earlier version, whose figures of these held-out rows cannot be "
             "compared, so the best begins afresh"
         )
-    trainer.scaler.load(state.scale)
+    setup.scaler.load(state.scale)
     others = training.tensors.get("objective", {})
     load_weights(
         trainer.objective, checkpoint, others, layout=layout, peers=trainer.world, verified=True
     )
-    for stem in ["optimizer", "weights"] if trainer.average.decay else ["optimizer"]:
+    for stem in ["optimizer", "weights"] if setup.average.decay else ["optimizer"]:
         if stem not in training.tensors:
             raise CheckpointError(
                 f"{checkpoint}/training lacks {stem}.safetensors: the run was made with another optim.ema. Use the "
                 "old value or a new train.out."
             )
-    if trainer.average.decay:
-        trainer.average.load(training.tensors["weights"])
+    if setup.average.decay:
+        setup.average.load(training.tensors["weights"])
     elif "weights" in training.tensors:
         raise CheckpointError(
             f"{checkpoint} holds the average of the weights, and this run keeps none (optim.ema is 0), so it would go "
             "on from other weights than those of its moments. Use the old value or a new train.out."
         )
-    trainer.optimizers.load(training.tensors["optimizer"])
+    setup.optimizers.load(training.tensors["optimizer"])
     keep_best(trainer, state)
     return state
 
@@ -237,7 +239,7 @@ def check_same(trainer: Trainer, checkpoint: Path, recorded: Mapping[str, Any]) 
                 "moments, its schedule or its averages do not fit. Restore the setting, or use a new train.out."
             )
     check_objective(trainer.objective, checkpoint)
-    computed, precision = recorded["run"].get("facts", {}).get("precision"), trainer.precision
+    computed, precision = recorded["run"].get("facts", {}).get("precision"), trainer.setup.precision
     if computed not in (None, precision.name):
         trainer.say(
             f"{checkpoint.name} was computed in {computed}, and the run goes on in {precision.name} "

@@ -46,34 +46,35 @@ def take_step(
         factor: learning rate of this step, as a multiple of that of the settings.
         began: when fetching the micro-batches started.
     """
-    state, strategy, optim = trainer.state, trainer.strategy, trainer.optim
+    state, setup, optim = trainer.state, trainer.setup, trainer.optim
+    strategy = setup.strategy
     check_targets(count, state.step, state.rows, trainer.train.batch_rows)
-    if optim.unfreeze and trainer.layers.unfreeze(state):
+    if optim.unfreeze and setup.layers.unfreeze(state):
         strategy.wrap()
     totals = _backward(trainer, batches, count)
     trainer.world.mark("update", state.step)
-    trainer.scaler.unscale([local(p.grad) for p in trainer.params.values() if p.grad is not None])
-    losses, grad_norm = strategy.reduce_loss_and_norm(totals, trainer.params)
+    setup.scaler.unscale([local(p.grad) for p in setup.params.values() if p.grad is not None])
+    losses, grad_norm = strategy.reduce_loss_and_norm(totals, setup.params)
     nll = sum(losses)
     finite = math.isfinite(nll) and math.isfinite(grad_norm)
     if finite:
         if optim.clip:
-            strategy.clip(trainer.params, optim.clip, grad_norm)
-        trainer.optimizers.set_factor(factor)
-        trainer.optimizers.step()
+            strategy.clip(setup.params, optim.clip, grad_norm)
+        setup.optimizers.set_factor(factor)
+        setup.optimizers.step()
         with torch.no_grad():
             trainer.objective.after_step()
         if optim.ema:
-            trainer.average.update(state.step)
+            setup.average.update(state.step)
         state.skipped_in_row = 0
     else:
         strategy.restore_buffers()
-    trainer.optimizers.zero_grad()
+    setup.optimizers.zero_grad()
     if not finite:
         _report_skipped(trainer, nll, grad_norm)
     # The loss is never scaled: a non-finite one says nothing about the scale.
     if math.isfinite(nll):
-        trainer.scaler.update(finite)
+        setup.scaler.update(finite)
     state.step += 1
     state.rows += trainer.train.batch_rows
     state.tokens += tokens
@@ -97,25 +98,25 @@ def _backward(trainer: Trainer, batches: list[Batch], count: float) -> list[Tens
 
     If memory runs out, the same rows are tried again in smaller micro-batches, because nothing has changed yet.
     """
-    state, world = trainer.state, trainer.world
+    state, setup, world = trainer.state, trainer.setup, trainer.world
     first = world.dp_rank * len(batches)
 
     def run(index: int) -> Tensor:
         world.mark("forward", state.step)
         torch.manual_seed(hash_seed(trainer.train.seed, state.step, first + index))
-        with trainer.precision.autocast():
-            loss = trainer.strategy.forward(to_device(batches[index], trainer.device))
+        with setup.precision.autocast():
+            loss = setup.strategy.forward(to_device(batches[index], trainer.device))
         world.mark("backward", state.step)
-        torch.autograd.backward(loss.total * (trainer.scaler.scale / count))
+        torch.autograd.backward(loss.total * (setup.scaler.scale / count))
         return loss.total.detach()
 
     try:
-        return trainer.strategy.backward_microbatches(run, len(batches))
+        return setup.strategy.backward_microbatches(run, len(batches))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error) or not trainer.halve_micro_rows():
             raise
     # Outside of the handler, whose traceback keeps the activations alive.
-    return _backward(trainer, trainer.feed.step_at(state.rows), count)
+    return _backward(trainer, setup.feed.step_at(state.rows), count)
 
 
 def _report_skipped(trainer: Trainer, nll: float, grad_norm: float) -> None:
@@ -124,14 +125,14 @@ def _report_skipped(trainer: Trainer, nll: float, grad_norm: float) -> None:
     Raises:
         TrainingError: `_MAX_SKIPPED_IN_ROW` steps in a row were skipped.
     """
-    state, step = trainer.state, trainer.state.step + 1
+    state, setup, step = trainer.state, trainer.setup, trainer.state.step + 1
     # The loss is never scaled, so only a non-finite gradient can be caused by the scale.
-    if math.isfinite(nll) and trainer.scaler.may_cause_overflow():
-        trainer.say(f"step {step}: fp16 overflow at scale {trainer.scaler.scale:g}, skipped")
+    if math.isfinite(nll) and setup.scaler.may_cause_overflow():
+        trainer.say(f"step {step}: fp16 overflow at scale {setup.scaler.scale:g}, skipped")
         return
     state.skipped += 1
     state.skipped_in_row += 1
-    rows = trainer.feed.indices(state.rows)
+    rows = setup.feed.indices(state.rows)
     named = f"training rows {', '.join(map(str, rows[:16]))}{', ...' * (len(rows) > 16)}"
     trainer.say(f"step {step}: loss {nll}, gradient norm {grad_norm}: skipped; {named}")
     trainer.journal.write({"event": "skipped", "step": step, "rows": rows, "loss": nll})

@@ -12,14 +12,11 @@ trainer and set nothing on it; `take_step`, `run_validation` and `Plan.replan` c
 | out, world, origin | __init__ | once |
 | hooks, quiet | __init__ | once; a caller may set them before ``fit`` |
 | device, journal, _stop | fit | once, before the set-up |
-| precision, scaler, plan, row_length, layers, optimizers, average, feed | _set_up | once |
-| planned, _saver | _set_up | once |
-| strategy, eval_precision, params | _place | once, in the set-up |
+| setup | _set_up | once, a frozen `TrainSetup` of all parts |
+| planned | _set_up | once |
 | _began, _evaluation_time | _loop | once, after the set-up |
 | changed, _run_directory | __init__, fit | empty, then once |
 | state | __init__, _set_up | new, then replaced by that of the resumed checkpoint |
-| compiled | _set_up, run_eagerly | decided, then again if the compiler fails in the dry run |
-| micro_rows | _set_up, split | chosen, then resumed, measured, or halved when memory ran out |
 | metrics | __init__, fit, _evaluate | empty, then those of the log, then those of each evaluation |
 | peak | __init__, _set_up, _evaluate | 0, then measured, also with each evaluation |
 | about | __init__, _evaluate | given, then with the n-gram baseline of the last evaluation |
@@ -40,41 +37,30 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from pretrain import training
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
 from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
-from pretrain.data.loader import Examples, Loader
+from pretrain.data.loader import Examples
 from pretrain.data.row_source import hash_rows
-from pretrain.distributed.strategy import Strategy
 from pretrain.distributed.world import World, current_world
 from pretrain.errors import ConfigError, PretrainError, TrainingError, out_of_memory
 from pretrain.nn.buffers import changing_buffers
 from pretrain.objectives.base import Batch, Objective
 from pretrain.training.baseline import ngram_baseline
-from pretrain.training.compiling import decide_for
-from pretrain.training.ema import WeightAverage
 from pretrain.training.evaluate import probe_loss
-from pretrain.training.feed import Feed
-from pretrain.training.layers import Layers
 from pretrain.training.logging import Journal
-from pretrain.training.optim import Optimizers, build_optimizers, resolve_lr
-from pretrain.training.parallelize import enter_world, parallelize, run_lock
+from pretrain.training.optim import resolve_lr
+from pretrain.training.parallelize import enter_world, run_lock
 from pretrain.training.peak import peak_flops
-from pretrain.training.plan import Plan, choose_micro_rows, mean_length, resolve_amounts
-from pretrain.training.precision import (
-    LossScale,
-    Precision,
-    common_precision,
-    evaluation_precision,
-)
-from pretrain.training.preflight import check_rows, check_trainable, frozen_beside, numel, preflight
+from pretrain.training.plan import resolve_amounts
+from pretrain.training.preflight import frozen_beside, numel, preflight
 from pretrain.training.restore import origin, restore, training_state
 from pretrain.training.run_directory import NewRunDirectory, RunDirectory
 from pretrain.training.schedule import lr_factor
+from pretrain.training.setup import TrainSetup, build_setup
 from pretrain.training.state import (
     Changed,
     Run,
@@ -154,22 +140,9 @@ class Trainer:
 
     device: torch.device
     journal: Journal
-    precision: Precision
-    eval_precision: Precision
-    scaler: LossScale
-    strategy: Strategy
-    params: dict[str, Tensor]  # the trainable ones
-    layers: Layers
-    optimizers: Optimizers
-    average: WeightAverage
-    compiled: tuple[bool, str]  # whether the blocks are, and why
-    micro_rows: int
-    feed: Feed
-    plan: Plan
+    setup: TrainSetup
     planned: int  # total steps before this start, of a run that is resumed
-    row_length: int
     _stop: StopRequest
-    _saver: Saver
     _began: float
     _evaluation_time: EvaluationTime
 
@@ -298,100 +271,46 @@ class Trainer:
                 return run
 
     def _set_up(self) -> bool:
-        """Set up precision, mesh, optimizers, batches and state in the order of their dependencies, and run all checks.
+        """Build the set-up, restore the newest checkpoint into it, and run all checks.
 
         Returns:
             True if a checkpoint is resumed.
         """
-        train, world = self.train, self.world
-        check_rows(self.train_data, train.batch_rows)
-        check_trainable(self.objective)
-        if self.parallel.threads:
-            torch.set_num_threads(self.parallel.threads)
-        self.precision = common_precision(train.precision, self.device, world)
-        self.scaler = LossScale(self.precision.name == "fp16")
-        checkpoint = latest_on_all_ranks(self.out, world)
-        loader = Loader(self.train_data, seed=train.seed)
-        self.plan = Plan(train, self.train_data, self.objective, loader.epoch_length)
-        self.journal.epoch_rows = self.plan.epoch_rows
-        self.row_length = round(mean_length(self.train_data, self.objective))
-        self.compiled = decide_for(self)
-        with self.journal.starting("placing the model"):
-            self._place(checkpoint)
-        self.layers = Layers(self.objective, self.optim)
-        self.optimizers = build_optimizers(
-            self.objective,
-            self.optim,
-            self.objective.model.backbone.blocks(),
-            self.device,
-            scales=self.layers.scales,
-            fresh=self.layers.fresh,
-            collectives=self.strategy.matrix_collectives(),
-        )
-        self.average = WeightAverage(self.objective.model, self.optim.ema)
-        self._saver = Saver(
-            self.out,
-            background=train.async_save,
-            layout=self.strategy.layout if world.size > 1 else None,
-            peers=world,
-        )
-        sizes = self.strategy.choice.sizes
-        self.micro_rows = choose_micro_rows(
-            train,
-            self.train_data,
-            self.objective,
-            self.device,
-            share=train.batch_rows // sizes.dp,
-            even=self.parallel.reproducible,
-            most=self.strategy.choice.micro_rows,
-        )
+        checkpoint = latest_on_all_ranks(self.out, self.world)
+        setup = self.setup = build_setup(self, checkpoint)
+        plan, feed = setup.plan, setup.feed
+        self.journal.epoch_rows = plan.epoch_rows
         if checkpoint is not None:
             with self.journal.starting(f"reading {checkpoint.name}"):
                 self.state, self._checkpoint = restore(self, checkpoint), checkpoint
-            self.plan.keep(self.state)
-        timed = self.plan.limit.kind == "minutes"
-        loader.recut = self.state.recut
-        self.feed = Feed(
-            self.objective,
-            loader,
-            batch_rows=train.batch_rows,
-            micro_rows=self.micro_rows,
-            share=(world.dp_rank, sizes.dp),
-            total_rows=None if timed else self.plan.total_steps() * train.batch_rows,
-        )
+            plan.keep(self.state)
+        if plan.limit.kind != "minutes":
+            feed.total_rows = plan.total_steps() * self.train.batch_rows
+        feed.loader.recut = self.state.recut
         self._keep_micro_rows()
         self._fix_statistics(new=checkpoint is None)
         seconds = preflight(self, checkpoint)
         self.planned = self.state.total_steps  # before, of a run that is resumed
-        self.state.total_steps = world.broadcast_object(self.plan.first_total(self.state, seconds))
+        total = plan.first_total(self.state, seconds)
+        self.state.total_steps = self.world.broadcast_object(total)
         if checkpoint is not None:
             self._say_schedule()
         if self.optim.unfreeze:
-            self.layers.unfreeze(self.state)  # DDP must not wait for gradients of frozen layers
-        self.strategy.wrap()
-        self.state.limit, self.peak = train.limit, peak_flops(self.precision)
+            setup.layers.unfreeze(self.state)  # DDP must not wait for gradients of frozen layers
+        setup.strategy.wrap()
+        self.state.limit, self.peak = self.train.limit, peak_flops(setup.precision)
         self.state.facts |= {
             "parameters": numel(self) - numel(self, frozen_beside(self)),
-            "trained": numel(self, self.params),
-            "hardware": hardware(self.device, world.size),
-            "precision": self.precision.name,
+            "trained": numel(self, setup.params),
+            "hardware": hardware(self.device, self.world.size),
+            "precision": setup.precision.name,
         }
         return checkpoint is not None
 
-    def _place(self, checkpoint: Path | None) -> None:
-        """Distribute the model over the ranks, in fp32, allocate its memory and set its weights."""
-        if any(p.dtype is not torch.float32 for p in self.objective.parameters()):
-            self.say("the weights are converted to fp32: half-precision weights lose small updates")
-            self.objective.float()
-        self.strategy = parallelize(self)
-        if self.precision.name == "fp8":  # after it, because the sizes of shards count
-            self.say(training.use_float8(self.objective.model.backbone.blocks()))
-        self.eval_precision = evaluation_precision(
-            self.train.eval_precision, self.precision, gathered=self.strategy.gathered
-        )
-        self.strategy.fill(initialise=checkpoint is None)
-        self.strategy.broadcast_initial_values()
-        self.params = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch: chosen, then resumed, measured, or halved when memory ran out."""
+        return self.setup.feed.micro_rows
 
     def _keep_micro_rows(self) -> None:
         """Keep the micro-batches of the steps before, if they were measured or memory ran out with larger ones."""
@@ -399,7 +318,7 @@ class Trainer:
         automatic = not self.train.micro_rows
         # A larger size than that of the rule may not fit here; only a single process can reduce it again.
         usable = (alone and automatic) if rows > self.micro_rows else (alone or automatic)
-        if rows and usable and self.feed.share_rows % rows == 0:
+        if rows and usable and self.setup.feed.share_rows % rows == 0:
             self.split(rows)
 
     def _fix_statistics(self, *, new: bool) -> None:
@@ -435,7 +354,7 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            rows = f" with {self.micro_rows} rows at a time" if hasattr(self, "micro_rows") else ""
+            rows = f" with {self.micro_rows} rows at a time" if hasattr(self, "setup") else ""
             raise TrainingError(
                 f"There is not enough memory on {self.device} for step {self.state.step + 1:,}{rows}. "
                 f"{self.less_memory()} shorter rows or a smaller model, or set "
@@ -447,9 +366,9 @@ class Trainer:
         state, stop, stopped = self.state, self._stop, "limit"
         self._began = time.monotonic() - state.seconds  # the start-up does not count as training
         self._evaluation_time = EvaluationTime()
-        steps = self.feed.steps(state.rows)
+        steps = self.setup.feed.steps(state.rows)
         self.objective.train()
-        with garbage_collection_paused(), self._saver:
+        with garbage_collection_paused(), self.setup.saver:
             try:
                 # A resumed run may have been shortened to a step that it has passed.
                 pending = state.eval_pending or state.last_eval < state.step >= state.total_steps
@@ -466,8 +385,8 @@ class Trainer:
                     self._after_step(record)
             finally:
                 steps.close()
-                self.layers.unfreeze_from(0)  # undo gradual unfreezing for the caller
-                self.strategy.release()
+                self.setup.layers.unfreeze_from(0)  # undo gradual unfreezing for the caller
+                self.setup.strategy.release()
             return self._finish(stopped)
 
     def _fetch(self, steps: Iterator[list[Batch]]) -> tuple[list[Batch], float, int]:
@@ -484,13 +403,13 @@ class Trainer:
                 counts[1] = float(sum(self.objective.units(batch) for batch in batches))
         except PretrainError as error:
             failure = error
-        failing = self._saver.failed
+        failing = self.setup.saver.failed
         lost = self._run_directory is not None and self._run_directory.lost(now=failing)
         flags = [
             float(failure is not None),
             float(failing),
             float(lost),
-            float(self._saver.written),
+            float(self.setup.saver.written),
         ]
         count, tokens, failed, save_failed, directory_lost, written, *asked = (
             self.world.all_reduce_sum([*counts, *flags, *self._stop.flags()])
@@ -502,9 +421,9 @@ class Trainer:
         if save_failed or written == self.world.size:
             self.world.mark("save", self.state.step)
         if save_failed:
-            self._saver.wait()  # raises on all ranks, some of which may still be writing
+            self.setup.saver.wait()  # raises on all ranks, some of which may still be writing
         if written == self.world.size:
-            self._saver.publish()
+            self.setup.saver.publish()
         self._stop.agree(asked)
         return batches, count, int(tokens)
 
@@ -531,7 +450,7 @@ class Trainer:
             return False
         fewer = [r for r in range(1, before // 2 + 1) if self.train.batch_rows % r == 0]
         self.split(max(fewer), record=True)
-        self.optimizers.zero_grad()
+        self.setup.optimizers.zero_grad()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -543,16 +462,11 @@ class Trainer:
         self.journal.write({"event": "memory", "step": step, "micro_rows": self.micro_rows})
         return True
 
-    def run_eagerly(self, why: str) -> None:
-        """Replace the compiled blocks by eager ones."""
-        self.objective.model.backbone.eager_blocks()
-        self.compiled = False, why
-
     def split(self, micro_rows: int, *, record: bool = False) -> None:
         """Set the rows of a micro-batch, a divisor of the rows of this rank; recorded, a resumed run keeps them."""
         if record:
             self.state.micro_rows = micro_rows
-        self.micro_rows = self.feed.micro_rows = micro_rows
+        self.setup.feed.micro_rows = micro_rows
 
     def _say_schedule(self) -> None:
         """Say if another length of a resumed run changes its learning rate at once, or ends it before the rate has."""
@@ -561,7 +475,7 @@ class Trainer:
         state.step, state.total_steps = max(min(step, planned - 1), 0), planned
         before = self.lr_factor()
         state.step, state.total_steps = step, total
-        peak, about = float(self.optim.lr), "about " * (self.plan.limit.kind == "minutes")
+        peak, about = float(self.optim.lr), "about " * (self.setup.plan.limit.kind == "minutes")
         if total <= step < planned and self.optim.schedule != "constant":
             self.say(
                 f"{step:,} of {planned:,} steps have been made, so none follows: the run ends before its learning "
@@ -589,11 +503,11 @@ class Trainer:
         """Log, evaluate, save and call hooks, each at its own interval."""
         state = self.state
         state.seconds = time.monotonic() - self._began
-        state.total_steps = self.plan.replan(state, self.world.broadcast_int)
+        state.total_steps = self.setup.plan.replan(state, self.world.broadcast_int)
         last = state.step >= state.total_steps
         if last or state.step <= 10 or state.step % self.train.log_every == 0:
             flops = self.objective.flops(
-                state.window_tokens, int(state.window_count), self.row_length
+                state.window_tokens, int(state.window_count), self.setup.row_length
             )
             self.journal.steps(
                 record,
@@ -618,8 +532,8 @@ class Trainer:
         validation = run_validation(self, last=last)
         if validation is None:
             return False
-        self.metrics, self.peak = dict(validation.figures), peak_flops(self.precision)
-        self.plan.reserve = 1.0 + 1.2 * validation.seconds
+        self.metrics, self.peak = dict(validation.figures), peak_flops(self.setup.precision)
+        self.setup.plan.reserve = 1.0 + 1.2 * validation.seconds
         self._restore_files()
         self.journal.evaluation(self.state, self.metrics, validation.samples, validation.note)
         if remark := self._evaluation_time.add(time.monotonic() - began, self):
@@ -644,7 +558,7 @@ class Trainer:
     def interval(self, name: str, total: int) -> int:
         """Return the steps between evaluations (``eval``) or saves (``save``) of a run of ``total``; 0 is never."""
         every = self.train.eval_every if name == "eval" else self.train.save_every
-        epoch = self.plan.epoch_rows / self.train.batch_rows
+        epoch = self.setup.plan.epoch_rows / self.train.batch_rows
         work = self._evaluation_work() if name == "eval" else 0.0
         return parse_every(every, total, f"train.{name}_every", epoch, work)
 
@@ -654,7 +568,7 @@ class Trainer:
     def probe(self) -> float | None:
         """Return the loss on fixed rows, by which a resumed run verifies its weights; None without a finite loss."""
         rows = self.eval_data if self.eval_data is not None else self.train_data
-        return probe_loss(self.objective, rows, self.precision, self.strategy)
+        return probe_loss(self.objective, rows, self.setup.precision, self.setup.strategy)
 
     def save(self) -> Path:
         """Write a checkpoint of this step; earlier checkpoints are kept until the new one is durable.
@@ -663,20 +577,20 @@ class Trainer:
             TrainingError: the run directory is gone; the checkpoint is written beside it.
         """
         self._check_run_directory()
-        return self._save(self._saver)
+        return self._save(self.setup.saver)
 
     def _save(self, saver: Saver) -> Path:
         state = self.state
         self.world.mark("save", state.step)
         state.last_save = state.step
-        state.scale = self.scaler.state()
+        state.scale = self.setup.scaler.state()
         state.seconds = time.monotonic() - self._began
         self.journal.sync()
         state.log, state.lr = self.journal.last, float(self.optim.lr)
         state.facts["peak_memory"] = max(
             peak_memory(self.device), state.facts.get("peak_memory", 0.0)
         )
-        with self.average.applied():
+        with self.setup.average.applied():
             state.probe_loss = self.probe()
             measured = {} if state.eval_pending or state.last_eval != state.step else self.metrics
             about = {"objective": self.objective.record(), "metrics": measured}
@@ -718,8 +632,8 @@ class Trainer:
         )
         self.world.mark("save", self.state.step)
         with contextlib.suppress(PretrainError):
-            self._saver.wait()  # it may have failed to write to the lost directory
-        layout = self.strategy.layout if self.world.size > 1 else None
+            self.setup.saver.wait()  # it may have failed to write to the lost directory
+        layout = self.setup.strategy.layout if self.world.size > 1 else None
         self._save(Saver(fallback, layout=layout, peers=self.world))
 
         def keep() -> str:
@@ -744,7 +658,7 @@ class Trainer:
         if state.last_save != state.step or self._checkpoint is None:
             self.save()
         self.world.mark("save", state.step)
-        self._saver.wait()
+        self.setup.saver.wait()
         self._check_run_directory()
         if self.asked_to_stop():  # a signal may have arrived during the save
             stopped = self._stop.agreed or stopped

@@ -72,7 +72,7 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     request interrupts the evaluation, because there may only be time to save.
     """
     assert trainer.eval_data is not None
-    state, strategy, rows = trainer.state, trainer.strategy, len(trainer.eval_data)
+    state, setup, rows = trainer.state, trainer.setup, len(trainer.eval_data)
     limit = min(trainer.train.eval_rows or rows, rows)
     try:
         figures, seconds = _figures(trainer, limit)
@@ -92,9 +92,9 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
     samples: list[str] = []
     trainer.world.mark("evaluate", state.step)
     # The scores of a run that diverged give no text; its next steps are skipped, and say what to change.
-    if strategy.generates_samples and math.isfinite(figures.get("loss", 0.0)):
+    if setup.strategy.generates_samples and math.isfinite(figures.get("loss", 0.0)):
         plain = trainer.objective.model.backbone.uncompiled()
-        with trainer.average.applied(), strategy.whole(), plain:
+        with setup.average.applied(), setup.strategy.whole(), plain:
             samples = trainer.objective.preview(
                 [trainer.eval_data[0]], trainer.train.sample, trainer.train.seed
             )
@@ -104,18 +104,18 @@ def run_validation(trainer: Trainer, *, last: bool = False) -> Evaluation | None
 def _figures(trainer: Trainer, limit: int) -> tuple[dict[str, float], float]:
     """Return the metrics on ``limit`` rows, and the seconds that all rows would take."""
     assert trainer.eval_data is not None
-    began, train = time.monotonic(), trainer.train
+    began, train, setup = time.monotonic(), trainer.train, trainer.setup
     trainer.world.mark("evaluate", trainer.state.step)
     # Coupled rows are compared within one global batch, for any number of ranks.
     rows = train.batch_rows if trainer.objective.couples_examples else trainer.micro_rows
-    with trainer.average.applied():
+    with setup.average.applied():
         figures = evaluate_rows(
             trainer.objective,
             trainer.eval_data,
-            trainer.eval_precision,
+            setup.eval_precision,
             batch_rows=rows,
             limit=limit,
-            strategy=trainer.strategy,
+            strategy=setup.strategy,
             stopped=trainer.asked_to_stop,
         )
     # All ranks must make the same decisions from them.
