@@ -263,8 +263,7 @@ def test_a_longer_limit_freezes_nothing_again(tmp_path: Path) -> None:
     longer.hooks = [Hook(lambda _: states.append([p.requires_grad for p in goal.parameters()]))]
     longer.fit()
     # Step 8 of 40 alone would release the head only; the first run had come down to depth 1.
-    assert (
-        longer.setup.layers.lowest_unfrozen(8, 40) == 3 and longer.layers.lowest_unfrozen(7, 8) == 1
-    )
+    layers = longer.setup.layers
+    assert layers.lowest_unfrozen(8, 40) == 3 and layers.lowest_unfrozen(7, 8) == 1
     assert longer.state.unfrozen_from == 1
     assert states == [[depth >= 1 for depth in goal.model.depths().values()]] * len(states)
