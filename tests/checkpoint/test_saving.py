@@ -281,6 +281,24 @@ def test_what_is_wrong_with_the_model_itself(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_small_files_are_flushed_while_the_large_ones_are_written(tmp_path, monkeypatch):
+    began, write_large, write_small = threading.Event(), saving.write_tensors, files.write_file
+
+    def begin(*arguments, **options):
+        began.set()
+        return write_large(*arguments, **options)
+
+    def wait(*arguments):
+        assert began.wait(30)
+        return write_small(*arguments)
+
+    monkeypatch.setattr(saving, "_LARGE", 0)
+    monkeypatch.setattr(saving, "write_tensors", begin)
+    monkeypatch.setattr(files, "write_file", wait)
+    path = save_checkpoint(tmp_path, tiny(), step=1, tokens=0, pretrain_block={})
+    assert latest(tmp_path) == path
+
+
 class Panic(BaseException):
     """As a library in Rust raises it."""
 

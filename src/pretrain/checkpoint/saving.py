@@ -362,15 +362,16 @@ class _Unfinished:
         own = [plan for plan in self.draft.files if plan.owner == self.peers.rank]
         sizes = {plan.name: total_bytes(plan.layout) for plan in own}
         try:
-            with files.writing(self.target, self._needed):
+            with files.writing(self.target, self._needed), ThreadPoolExecutor(_AT_ONCE) as threads:
+                rest = [plan for plan in own if sizes[plan.name] >= large]
+                written = threads.map(self._write_tensors, rest)
+                # Each small file waits for the disk while the threads hash the large ones.
                 if self.peers.rank == 0:
                     self._write_small_files()
                 for plan in own:
                     if sizes[plan.name] < large:
                         self._write_tensors(plan)
-                with ThreadPoolExecutor(_AT_ONCE) as threads:
-                    rest = [plan for plan in own if sizes[plan.name] >= large]
-                    list(threads.map(self._write_tensors, rest))  # raises the error of any
+                list(written)  # raises the error of any
         except Exception as error:
             self.error = error
 
