@@ -529,7 +529,7 @@ def test_inspect_says_what_lies_there(tmp_path, tokenizer, monkeypatch):
         tmp_path, 12, model, pretrain_block={"objective": "NextToken"}, training=state()
     )
     monkeypatch.setattr(
-        "pretrain.checkpoint.model_directory.read_tensors", None
+        "pretrain.checkpoint.model_directory.checked_tensors", None
     )  # weights are not loaded
     found = inspect(tmp_path)
     expected = {

@@ -528,6 +528,11 @@ def test_weights_with_nan_are_not_taken_for_healthy(tmp_path):
 
     save_model(build("gpt2", vocab_size=9, **SIZES), tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-4] + b"\xff" * 4)
+    with pytest.raises(CheckpointCorrupt, match="SHA-256"):  # damage is not called divergence
+        load(tmp_path / "m")
+    file.write_bytes(good)
     tensors = load_file(file)
     tensors["transformer.ln_f.weight"][0] = float("nan")
     save_file(tensors, file)
@@ -609,13 +614,14 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
 
     save_model(build("gpt2", vocab_size=9, **SIZES), tmp_path / "m")
     wanted = load(tmp_path / "m", quiet=True).state_dict()
-    original = model_directory.read_tensors
+    original = model_directory.checked_tensors
 
+    @contextlib.contextmanager
     def then_cut(path, *arguments, **options):
-        found = original(path, *arguments, **options)
-        os.truncate(path, 0)
-        return found
+        with original(path, *arguments, **options) as found:
+            os.truncate(path, 0)
+            yield found
 
-    monkeypatch.setattr(model_directory, "read_tensors", then_cut)
+    monkeypatch.setattr(model_directory, "checked_tensors", then_cut)
     found = load(tmp_path / "m", quiet=True).state_dict()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -185,3 +186,27 @@ def test_a_link_in_place_of_a_file_is_said_not_to_be_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(CheckpointCorrupt, match="a link or device.*copy the file"):
         read_bytes(tmp_path / "link")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.binary(max_size=40), st.booleans()), max_size=30), st.integers(1, 60))
+def test_pieces_of_any_size_are_hashed_in_their_order(pieces, threaded):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "THREADED", threaded)
+        digest = files.BackgroundDigest(b"start")
+        for piece, wait in pieces:
+            digest.update(piece)
+            if wait:
+                digest.wait()
+        whole = b"start" + b"".join(piece for piece, _ in pieces)
+        assert digest.hexdigest() == hashlib.sha256(whole).hexdigest()
+
+
+def test_hashing_a_small_file_takes_little_memory(tmp_path):
+    write_file(tmp_path / "f", b"text")
+    tracemalloc.start()
+    try:
+        hash_file(tmp_path / "f")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import time
@@ -17,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.errors import CheckpointCorrupt, CheckpointError, PretrainError
-from pretrain.utils.files import Record
+from pretrain.utils.files import BackgroundDigest, Record
 from pretrain.utils.tensors import (
     DTYPES,
     LazyTensors,
+    checked_tensors,
+    in_huge_pages,
     read_header,
     read_tensors,
     tensor_bytes,
@@ -328,3 +331,78 @@ def test_writing_takes_no_copy_of_a_tensor_on_the_cpu():
     view = tensor_bytes(tensor)
     tensor += 1
     assert bytes(view) == tensor.numpy().tobytes()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(["changed", "missing", "added"]))
+def test_any_byte_that_differs_is_found_whatever_the_pieces(tmp_path_factory, data, damage):
+    path = tmp_path_factory.getbasetemp() / "pieces.safetensors"
+    path.unlink(missing_ok=True)
+    tensors = {"a": torch.arange(50.0), "b": torch.ones(3, 7), "c": torch.arange(40)}
+    record = write_tensors(path, tensors)
+    good = path.read_bytes()
+    start = len(good) - sum(tensor.nbytes for tensor in tensors.values())
+    borders = st.integers(0, 9).map(lambda i: start + 64 * i)  # of the pieces that are read
+    place = data.draw(st.integers(0, len(good) - 1) | borders)
+    middle = {"changed": bytes([good[place] ^ data.draw(st.integers(1, 255))]), "missing": b""}
+    path.write_bytes(good[:place] + middle.get(damage, good[place:][:1] * 2) + good[place + 1 :])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.utils.tensors.CHUNK", 64)
+        patch.setattr("pretrain.utils.files.THREADED", 100)
+        with pytest.raises(CheckpointCorrupt):
+            read_tensors(path, record)
+        path.write_bytes(good)
+        equal(read_tensors(path, record), tensors)
+
+
+@pytest.mark.parametrize("kind", [None, ValueError, KeyboardInterrupt])
+def test_damage_is_told_before_what_it_led_to(tmp_path, kind):
+    path = tmp_path / "m.safetensors"
+    record = write_tensors(path, sample())
+    wrong = Record(record.size, "0" * 64)
+
+    def use():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:  # a run that is stopped opens models while it ends
+            with checked_tensors(path, wrong):
+                if kind is not None:
+                    raise kind from None
+
+    with pytest.raises(KeyboardInterrupt if kind is KeyboardInterrupt else CheckpointCorrupt):
+        use()
+
+
+def test_what_was_converted_is_freed_before_the_next_tensor_is_read(tmp_path, monkeypatch):
+    path, held, most = tmp_path / "m.safetensors", [0], [0]
+    record = write_tensors(path, {f"t{i}": torch.ones(100).bfloat16() for i in range(5)})
+
+    class Counting(BackgroundDigest):
+        def update(self, piece):
+            super().update(piece)
+            held[0] += len(piece)
+            most[0] = max(most[0], held[0] - size)
+
+        def wait(self):
+            super().wait()
+            held[0] = size
+
+    size = path.stat().st_size - 1000
+    monkeypatch.setattr("pretrain.utils.tensors.BackgroundDigest", Counting)
+    read_tensors(path, record, floats_to_fp32=True)
+    assert most[0] == 200
+
+
+def test_large_tensors_lie_in_huge_pages():
+    tensor = in_huge_pages(torch.empty(9 << 20, dtype=torch.uint8).fill_(1))
+    assert torch.equal(tensor, torch.ones_like(tensor))
+    assert in_huge_pages(torch.empty(9 << 20, device="meta")).is_meta
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
+        pytest.skip("the system has no huge pages")
+    middle, inside = tensor.data_ptr() + (4 << 20), False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= middle < int(match[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                assert "hg" in line.split()

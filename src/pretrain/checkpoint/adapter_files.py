@@ -86,9 +86,9 @@ def open_adapter(
     """
     path = directory.path
     settings = from_peft(directory.json(ADAPTER_CONFIG), path / ADAPTER_CONFIG)
-    tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
-    config = directory.model_config()
-    facts = _facts(config)
+    with read_weights(directory, {ADAPTER_WEIGHTS: None}) as tensors:
+        config = directory.model_config()
+        facts = _facts(config)
     base_path = base if base is not None else _find(settings, path)
     try:
         source = _Base(base_path, verify=verify)
@@ -202,8 +202,8 @@ class _Base:
             return found
         with reading(self.directory.path):
             names = self.directory.weight_files()
-            tensors = read_weights(self.directory, names)
-            verify_rest(self.directory, names)
+            with read_weights(self.directory, names) as tensors:
+                verify_rest(self.directory, names)
         return tensors
 
 
@@ -347,7 +347,7 @@ def adapted_values(
             f"{path} holds an adapter for another base than that of the model that is restored from it. Use the base "
             "of the checkpoint, or a new output directory."
         )
-    tensors = read_weights(directory, {ADAPTER_WEIGHTS: None})
-    verify_rest(directory, {ADAPTER_WEIGHTS: None})
+    with read_weights(directory, {ADAPTER_WEIGHTS: None}) as tensors:
+        verify_rest(directory, {ADAPTER_WEIGHTS: None})
     shapes = None if full is None else {name: tuple(p.shape) for name, p in full.items()}
     return fill(model, tensors, path / ADAPTER_WEIGHTS, shapes)

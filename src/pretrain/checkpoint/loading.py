@@ -139,9 +139,9 @@ def _load(
             f"{path} holds no adapter, so base= has no meaning here. Leave it out."
         )
     model, config, names = open_described(directory, head=head, tokenizer=tokenizer)
-    tensors = read_weights(directory, names)
-    verify_rest(directory, names)
-    report = model.load_disk_state(tensors, adopt=True)
+    with read_weights(directory, names) as tensors:
+        verify_rest(directory, names)
+        report = model.load_disk_state(tensors, adopt=True)
     if model.fresh and model.card is not None:
         model.extra_config["pretrain"] = {}  # the card describes a model without these parts
     model.source, model.files_hash = named, directory.weights_hash(names)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.errors import CheckpointCorrupt, CheckpointError
 from pretrain.utils.files import Record, note, read_bytes
 from pretrain.utils.strict_json import parse_json
-from pretrain.utils.tensors import read_tensors
+from pretrain.utils.tensors import checked_tensors
 
 __all__ = [
     "ModelDirectory",
@@ -252,23 +252,28 @@ class ModelDirectory:
         return ""
 
 
+@contextlib.contextmanager
 def read_weights(
     directory: ModelDirectory, names: Mapping[str, set[str] | None]
-) -> dict[str, Tensor]:
+) -> Iterator[dict[str, Tensor]]:
     """Read all tensors of the given files, with bf16, fp16 and fp64 converted to fp32.
+
+    Hashes are compared when the block ends; see `checked_tensors`.
 
     Raises:
         CheckpointCorrupt: a file is damaged, or does not hold exactly the tensors that the index names.
         CheckpointError: a tensor holds NaN or infinity.
     """
     tensors: dict[str, Tensor] = {}
-    for name, expected in names.items():
-        part = read_tensors(directory.real(name), directory.record(name), floats_to_fp32=True)
-        check_index(directory, name, expected, part)
-        for tensor_name, tensor in part.items():
-            refuse_non_finite(directory.path / name, tensor_name, tensor)
-        tensors.update(part)
-    return tensors
+    with contextlib.ExitStack() as stack:
+        for name, expected in names.items():
+            file, record = directory.real(name), directory.record(name)
+            part = stack.enter_context(checked_tensors(file, record, floats_to_fp32=True))
+            check_index(directory, name, expected, part)
+            for tensor_name, tensor in part.items():
+                refuse_non_finite(directory.path / name, tensor_name, tensor)
+            tensors.update(part)
+        yield tensors
 
 
 def check_index(

@@ -26,7 +26,7 @@ from pretrain.models.names import (
     to_disk,
 )
 from pretrain.nn.buffers import stored_tensors
-from pretrain.utils.tensors import LazyTensors
+from pretrain.utils.tensors import LazyTensors, in_huge_pages
 
 if TYPE_CHECKING:
     from pretrain.models.base import Model
@@ -158,7 +158,8 @@ def load_disk_state(
             elif adopt and value.is_contiguous() and len(entry.memory) == 1:
                 _make_real(model, name, value)
             else:
-                _make_real(model, name, value.clone(memory_format=torch.contiguous_format))
+                copy = torch.empty_like(value, memory_format=torch.contiguous_format)
+                _make_real(model, name, in_huge_pages(copy).copy_(value))
 
     report, fresh = match_disk_state(model, tensors, fill)
     report.untied = untied

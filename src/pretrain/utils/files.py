@@ -17,6 +17,7 @@ import os
 import secrets
 import stat
 import threading
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 CHUNK = 4 << 20  # bytes per write, read and hash update
-THREADED = 1 << 20  # bytes; smallest piece that is hashed in a thread
+THREADED = 1 << 20  # bytes that are gathered before a thread hashes them
 SMALL = 64 << 20  # bytes; largest file that `read_bytes` reads by default
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -254,41 +255,55 @@ def known_as(data: bytes) -> str:
 
 
 class BackgroundDigest:
-    """SHA-256 of pieces in their order: large ones are hashed in a thread, while the caller reads or writes on."""
+    """SHA-256 of pieces in their order, computed by a thread while the caller reads, converts or writes on."""
 
     def __init__(self, start: bytes = b"") -> None:
         self._digest = hashlib.sha256(start)
+        self._pieces, self._gathered = deque[bytes | memoryview](), 0
         self._hasher: threading.Thread | None = None
 
     def update(self, piece: bytes | memoryview) -> None:
-        """Hash a piece, which must not change before `wait` or the next call returns."""
-        self.wait()
-        if len(piece) < THREADED:
-            self._digest.update(piece)
-            return
-        # hashlib releases the GIL, and hashing takes longer than reading or writing.
-        self._hasher = threading.Thread(target=self._digest.update, args=(piece,))
-        self._hasher.start()
+        """Hash a piece, which must not change, and is held in memory, until `wait` returns."""
+        self._pieces.append(piece)
+        self._gathered += len(piece)
+        hashing = self._hasher is not None and self._hasher.is_alive()
+        if self._gathered >= THREADED and not hashing:
+            # hashlib releases the GIL, and hashing takes longer than reading or writing.
+            self._hasher, self._gathered = threading.Thread(target=self._hash), 0
+            self._hasher.start()
+
+    def _hash(self) -> None:
+        with contextlib.suppress(IndexError):  # no piece is left
+            while True:
+                self._digest.update(self._pieces.popleft())
 
     def wait(self) -> None:
         """Wait until all pieces are hashed."""
         if self._hasher is not None:
             self._hasher.join()
             self._hasher = None
+        self._hash()  # what came after the thread had ended
+        self._gathered = 0
 
     def hexdigest(self) -> str:
         """Return the hash of all pieces."""
         self.wait()
         return self._digest.hexdigest()
 
+    def close(self) -> None:
+        """Hash no more pieces."""
+        self._pieces.clear()
+
 
 def hash_file(path: Path) -> Record:
     """Return the size and SHA-256 of a regular file, read in chunks."""
-    descriptor, _ = open_regular(path)
+    descriptor, expected = open_regular(path)
     digest, size = BackgroundDigest(), 0
     with open(descriptor, "rb", buffering=0) as file:
-        buffer, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
+        room = min(expected + 1, CHUNK)
+        buffer, other = memoryview(bytearray(room)), memoryview(bytearray(room))
         while count := file.readinto(buffer):
+            digest.wait()  # for the bytes of the other buffer
             digest.update(buffer[:count])
             size += count
             buffer, other = other, buffer
