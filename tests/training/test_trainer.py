@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ctypes
 import inspect
 import json
 import math
 import os
+import resource
 import signal
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -144,6 +147,28 @@ def test_a_run_that_diverges_is_told_the_learning_rate_after_an_evaluation_too(
     )
     with pytest.raises(TrainingError, match=r"3 steps in a row.*optim\.lr"):
         task.fit()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no glibc")
+def test_pages_that_a_step_frees_are_kept_for_the_next_one(tmp_path: Path) -> None:
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("the C library is not glibc")
+    faults, resident = [], []
+
+    def allocate(record: Any) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(1 << 22) for _ in range(6)]  # 6 x 4,096 pages
+        del blocks
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        resident.append(_resident())
+
+    trainer(tmp_path, objective(), Rows(8), hooks=[allocate], limit="4 steps").fit()
+    assert max(faults[1:]) < 2048, faults
+    assert _resident() < resident[-1] - 4 * 2**24  # after the run they go back to the system
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_hooks_see_a_read_only_record(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import html
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ __all__ = [
     "RunState",
     "StopRequest",
     "catch_signals",
+    "freed_memory_kept",
     "garbage_collection_paused",
     "isolated_torch_state",
     "last_metrics",
@@ -44,6 +47,9 @@ SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(sign
 _SAME_REQUEST = 2.0  # seconds within which a second signal counts as the same request
 # Seconds after a run was stopped or failed in which a launcher may repeat its signal, before it kills.
 _LINGER = 30.0
+# Parameters of glibc's mallopt. Blocks above the mmap threshold lie outside of the heap and go back to the system when
+# they are freed; 32 MB is the most that malloc takes, and the most to which it raises the threshold by itself.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 1 << 25
 # Setting that changed on resuming -> its value before and now.
 Changed = dict[str, tuple[Any, Any]]
 # Attribute of `RunState` -> its key in state.json, where they differ.
@@ -329,6 +335,26 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.enable()
         if not frozen:
             gc.unfreeze()
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let glibc's malloc keep what a step frees for the next one: the system zeroes every page that it gives again.
+
+    Afterwards the unused pages go back to the system. Other allocators stay as they are, and so does malloc where the
+    user has set it by environment variables.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ from pretrain.training.state import (
     RunState,
     StopRequest,
     catch_signals,
+    freed_memory_kept,
     garbage_collection_paused,
     isolated_torch_state,
     last_metrics,
@@ -368,7 +369,7 @@ class Trainer:
         self._evaluation_time = EvaluationTime()
         steps = self.setup.feed.steps(state.rows)
         self.objective.train()
-        with garbage_collection_paused(), self.setup.saver:
+        with garbage_collection_paused(), freed_memory_kept(), self.setup.saver:
             try:
                 # A resumed run may have been shortened to a step that it has passed.
                 pending = state.eval_pending or state.last_eval < state.step >= state.total_steps
