@@ -34,7 +34,7 @@ from pretrain.training.trainer import Trainer
 from .harness import FP32, Case, Contender, Settings, Tolerance, Work, moved
 
 Made = tuple[Callable[[], float], Work]
-BETAS, LR = (0.9, 0.999), 1e-4
+BETAS, LR = (0.9, 0.999), 2e-5
 # Trainers shuffle, each by itself: after the same rows in another order losses and updates are near, not equal.
 WITHIN = Tolerance(FP32.first, 0.25, 0.4)
 SCORED = 160  # rows on which losses are compared before and after
