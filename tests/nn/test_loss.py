@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from pretrain.nn import loss
 from pretrain.nn.loss import chunked_cross_entropy
 
 
@@ -55,6 +56,39 @@ def test_equals_plain_cross_entropy(
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
     hits = ((logits.argmax(1) == labels) & (labels != -100)).sum()
     assert correct == hits
+
+
+@given(
+    n=st.integers(1, 40),
+    v=st.integers(2, 30),
+    chunk=st.integers(1, 50),
+    cached=st.integers(1, 200),
+    cap=st.sampled_from([None, 5.0]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_in_turn_equal_whole_chunks(
+    n: int, v: int, chunk: int, cached: int, cap: float | None, dtype: torch.dtype, seed: int
+) -> None:
+    hidden, weight, bias, labels = _case(n, 6, v, seed)
+    inputs = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
+    labels[::3] = -100
+
+    def run() -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype):
+            total, hits = chunked_cross_entropy(
+                inputs[0], inputs[1], labels, bias=inputs[2], softcap=cap, chunk=chunk
+            )
+        return [total.detach(), hits, *torch.autograd.grad(total, inputs)]
+
+    plain, plain_hits, *plain_grads = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_WIDE", {"cpu": cached})
+        total, hits, *grads = run()
+    torch.testing.assert_close(total, plain, rtol=1e-6, atol=1e-6)
+    assert hits == plain_hits
+    torch.testing.assert_close(grads, plain_grads, rtol=1e-5, atol=1e-6)
 
 
 def test_fully_masked_batch_is_zero() -> None:

@@ -10,7 +10,6 @@ Letters: P parameters, D hidden, L layers, F intermediate, V vocabulary, T token
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 __all__ = [
@@ -31,10 +30,13 @@ ROOMY = 0.2
 MATRICES_TOGETHER = 1 << 26
 _MATRIX_BYTES = {"cuda": 16}
 _MATRIX_BYTES_FP32 = 24
-# A chunk of logits: elements by device, and bytes per element: the product, fp32, log-probabilities, gradient, cast.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
-_CHUNK_BYTES = 16
-_CHUNK_ROWS = 128  # at least
+# The vocabulary loss (nn/loss.py): bytes of a chunk of logits by device, up to half as many more where the last chunk
+# would be short, its fewest targets, the logits that are in fp32 at the same time, and their bytes: the copy, the
+# log-probabilities, the gradient.
+_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+_CHUNK_ROWS = 128
+_WIDE = {"cpu": 1 << 20}
+_WIDE_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,13 @@ def logits_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
     if not needs.vocabulary:
         return 0.0
     mine = needs.vocabulary / tp
-    budget = _CHUNK_ELEMENTS.get(needs.device, 1 << 24)
-    chunk = min(tokens, max(_CHUNK_ROWS, budget // max(1, math.ceil(mine)))) * mine
+    budget = _CHUNK_BYTES.get(needs.device, 1 << 26) / needs.compute_bytes
+    chunk = min(tokens * mine, 1.5 * max(_CHUNK_ROWS * mine, budget))
+    logits = (
+        chunk * needs.compute_bytes + min(chunk, _WIDE.get(needs.device, 1 << 26)) * _WIDE_BYTES
+    )
     cast = needs.compute_bytes if needs.compute_bytes < FP32 else 0
-    return chunk * _CHUNK_BYTES + mine * needs.hidden * (FP32 + cast) + tokens * needs.hidden * FP32
+    return logits + mine * needs.hidden * (FP32 + cast) + tokens * needs.hidden * FP32
 
 
 def memory(

@@ -12,6 +12,7 @@ Letters: N targets, D hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +27,13 @@ from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 __all__ = ["IGNORE", "chunked_cross_entropy"]
 
 IGNORE = -100
-# Logits per chunk: small enough for a CPU's cache, large enough for efficient matrix products on a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+# Bytes of a chunk of logits, which its gradient replaces: a CPU's malloc keeps them for the next step, and the matrix
+# products of a GPU are efficient.
+_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Fewest targets in a chunk: each chunk adds a whole (V, D) matrix to the gradient of the weight.
 _CHUNK_ROWS = 128
-# With the kernel, a chunk takes 2 bytes per logit in place of 16.
-_CHUNK_ELEMENTS_KERNEL = 1 << 27
+# Numbers that are in fp32 at the same time: they stay in a CPU's cache.
+_WIDE = {"cpu": 1 << 20}
 
 
 def chunked_cross_entropy(
@@ -63,18 +65,19 @@ def chunked_cross_entropy(
         that are the argmax of their logits (fp32 scalar without one; of equal logits the lowest id counts, as in
         ``torch.argmax``). Both are zero without targets.
     """
-    kernel = _kernel(hidden.device) if vocab is None else None
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk is None:
-        budget = _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)
-        if kernel is not None:
-            budget = _CHUNK_ELEMENTS_KERNEL
         # All ranks that share a vocabulary must use the same chunks, although the last ones may hold fewer rows.
         rows = weight.shape[0] if vocab is None else vocab.rows
-        chunk = max(_CHUNK_ROWS, budget // max(1, rows))
+        most = max(_CHUNK_ROWS, _CHUNK_BYTES.get(device, 1 << 26) // dtype.itemsize // max(1, rows))
+        chunk = math.ceil(len(hidden) / max(1, round(len(hidden) / most)))
+    kernel = _kernel(hidden.device) if vocab is None else None
+    kernel = kernel or functools.partial(_cross_entropy_, vocab=vocab)
     if vocab is not None:
         hidden = copy_to_tensor_parallel(hidden, vocab.group)
     total, correct = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled(), vocab, kernel
+        hidden, weight, bias, labels, softcap, chunk, torch.is_grad_enabled(), kernel, dtype
     )
     return total, correct
 
@@ -90,13 +93,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk: int,
         grad_enabled: bool,  # passed in, because autograd disables gradients inside forward
-        vocab: VocabShard | None,
-        kernel: Callable[..., tuple[Tensor, Tensor]] | None,
+        kernel: Callable[..., tuple[Tensor, Tensor]],
+        dtype: torch.dtype,  # of the products
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
         needs_hidden, needs_weight, needs_bias = (
             grad_enabled and needed for needed in ctx.needs_input_grad[:3]
         )
@@ -111,53 +111,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_bias else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             correct = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            for start in range(0, hidden.shape[0], chunk):
+            # All chunks share one buffer: pages that the system has yet to clear cost a CPU more than the product.
+            room = low_weight.new_empty((min(chunk, len(hidden)), len(low_weight)))
+            for start in range(0, len(hidden), max(1, chunk)):
                 part = hidden[start : start + chunk].to(dtype)
-                target = labels[start : start + chunk]
-                logits = part @ low_weight.T  # (n, V)
+                logits = torch.mm(part, low_weight.T, out=room[: len(part)])  # (n, V)
                 if bias is not None:
-                    logits = logits + bias.to(dtype)
-                if kernel is None:
-                    loss, hits, grad = _chunk(logits, target, softcap, with_grad, vocab)
-                else:
-                    loss, hits = kernel(
-                        logits, target, softcap=softcap, lift=lift, gradient=with_grad
-                    )
-                    grad = logits  # overwritten by its gradient, times lift
+                    logits += bias.to(dtype)
+                target = labels[start : start + chunk]
+                loss, hits = kernel(logits, target, softcap=softcap, lift=lift, gradient=with_grad)
                 total += loss
                 correct += hits
                 if not with_grad:
                     continue
-                low = (grad if lift == 1.0 or kernel else grad * lift).to(dtype)
+                grad = logits  # replaced by its gradient, times lift
                 if grad_hidden is not None:
-                    back = low @ low_weight
-                    grad_hidden[start : start + chunk] = (
-                        back if lift == 1.0 else back.float() / lift
-                    )
-                if grad_weight is not None and low.dtype is grad_weight.dtype:
-                    grad_weight.addmm_(low.T, part)
+                    grad_hidden[start : start + chunk] = (grad @ low_weight).to(wide) / lift
+                if grad_weight is not None and dtype is grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, part)
                 elif grad_weight is not None:
-                    grad_weight.add_(low.T @ part, alpha=1.0 / lift)
+                    # A CPU widens and adds as many rows of the product as its cache holds.
+                    rows = max(1, _WIDE.get(device, grad_weight.numel()) // len(part[0]))
+                    for at in range(0, len(grad_weight), rows):
+                        product = grad[:, at : at + rows].T @ part
+                        grad_weight[at : at + rows].add_(product, alpha=1.0 / lift)
                 if grad_bias is not None:
-                    alpha = 1.0 if kernel is None else 1.0 / lift
-                    grad_bias.add_(grad.sum(0, dtype=torch.float32), alpha=alpha)
+                    grad_bias.add_(grad.sum(0, dtype=torch.float32), alpha=1.0 / lift)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_total.to(grad_hidden.dtype)).to(ctx.hidden_dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        if grad_bias is not None:
-            grad_bias = (grad_bias * grad_total).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (g if g is None else (g * grad_total.to(g.dtype)).to(dtype) for g, dtype in found)
+        return *scaled, *[None] * 6
+
+
+def _cross_entropy_(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    softcap: float | None,
+    lift: float,
+    gradient: bool,
+    vocab: VocabShard | None,
+) -> tuple[Tensor, Tensor]:
+    """Do in plain torch what the Triton kernel does, with fp32 copies of a few rows at a time."""
+    columns = logits.shape[1] if vocab is None else vocab.rows
+    rows = max(1, _WIDE.get(logits.device.type, 1 << 26) // columns)
+    total, correct = torch.zeros(2, device=logits.device)
+    for part, ids in zip(torch.split(logits, rows), torch.split(target, rows), strict=True):
+        loss, hits, grad = _chunk(part, ids, softcap, gradient, vocab)
+        total += loss
+        correct += hits
+        if gradient:
+            part.copy_(grad if lift == 1.0 else grad * lift)
+    return total, correct
 
 
 def _chunk(
