@@ -287,7 +287,7 @@ class Embeddings:
                     loss = task(task.collate(list(rows)[: self.batch], [None] * self.batch))
                 losses = [float(loss.total / loss.count)]
             run_ours(task, rows, self.batch, self.steps, self.settings, self.out, marks)
-            return (marks[-2][0] - marks[0][0]) / tokens, Work(tokens, losses)
+            return cost_of(marks), Work(tokens, losses)
 
         work = train(True)[1]
         return lambda: train(False)[0], work
@@ -317,12 +317,16 @@ class Embeddings:
                         transformers.BatchEncoding(part).to(model.device).data for part in parts
                     ]
                     losses = [float(loss(moved_parts, None))]
-            marks: list[float] = []
+            read, marks = [0], []
+
+            def count(module: Any, args: Any) -> None:
+                read[0] += sum(int(part["attention_mask"].sum()) for part in args[0])
 
             class Marks(transformers.TrainerCallback):
                 def on_step_end(this, *args: Any, **kwargs: Any) -> None:
-                    marks.append(self.settings.clock())
+                    marks.append((self.settings.clock(), read[0]))
 
+            loss.register_forward_pre_hook(count)
             with tempfile.TemporaryDirectory(dir=self.out) as folder:
                 arguments = library.SentenceTransformerTrainingArguments(
                     folder, per_device_train_batch_size=self.batch, max_steps=self.steps, learning_rate=LR,
@@ -340,9 +344,7 @@ class Embeddings:
                         loss=loss,
                         callbacks=[Marks()],
                     ).train()
-            texts_read = [row[key] for row in self.pairs for key in ("anchor", "positive")]
-            tokens = sum(map(len, model.tokenizer(texts_read)["input_ids"]))
-            return (marks[-2] - marks[0]) / tokens, Work(tokens, losses)
+            return cost_of(marks), Work(read[0], losses)
 
         work = train(True)[1]
         return lambda: train(False)[0], work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -297,6 +298,30 @@ def test_small_files_are_flushed_while_the_large_ones_are_written(tmp_path, monk
     monkeypatch.setattr(files, "write_file", wait)
     path = save_checkpoint(tmp_path, tiny(), step=1, tokens=0, pretrain_block={})
     assert latest(tmp_path) == path
+
+
+def test_an_error_in_a_small_file_begins_no_other_large_one(tmp_path, monkeypatch):
+    begun, write_large = [], saving.write_tensors
+    failed = threading.Event()
+
+    def slowly(path, *arguments, **options):
+        begun.append(path)
+        assert failed.wait(30)
+        return write_large(path, *arguments, **options)
+
+    def fail(*arguments):
+        while len(begun) < saving._AT_ONCE:
+            time.sleep(0.001)
+        threading.Timer(0.2, failed.set).start()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(saving, "_LARGE", 0)
+    monkeypatch.setattr(saving, "write_tensors", slowly)
+    monkeypatch.setattr(files, "write_file", fail)
+    with pytest.raises(CheckpointError):
+        saving.save_model(tiny(), tmp_path / "m", max_shard_bytes=1)
+    assert len(begun) == saving._AT_ONCE
+    assert list(tmp_path.iterdir()) == []
 
 
 class Panic(BaseException):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import time
 import tracemalloc
 
@@ -200,6 +201,38 @@ def test_pieces_of_any_size_are_hashed_in_their_order(pieces, threaded):
                 digest.wait()
         whole = b"start" + b"".join(piece for piece, _ in pieces)
         assert digest.hexdigest() == hashlib.sha256(whole).hexdigest()
+
+
+def test_a_digest_that_is_closed_hashes_no_more(monkeypatch):
+    monkeypatch.setattr(files, "THREADED", 1)
+    digest, free, hashed = files.BackgroundDigest(), threading.Event(), []
+
+    class Slow:
+        def update(self, piece):
+            hashed.append(piece)
+            assert free.wait(30)
+
+    digest._digest = Slow()
+    for _ in range(9):
+        digest.update(b"piece")
+    digest.close()
+    free.set()
+    digest.wait()
+    assert len(hashed) <= 2  # one by the thread, and one that it may have taken before
+
+
+def test_an_error_of_the_thread_is_raised_with_the_hash(monkeypatch):
+    monkeypatch.setattr(files, "THREADED", 1)
+    digest = files.BackgroundDigest()
+
+    class Broken:
+        def update(self, piece):
+            raise MemoryError
+
+    digest._digest = Broken()
+    digest.update(b"piece")
+    with pytest.raises(MemoryError):
+        digest.hexdigest()
 
 
 def test_hashing_a_small_file_takes_little_memory(tmp_path):

@@ -355,6 +355,16 @@ def test_any_byte_that_differs_is_found_whatever_the_pieces(tmp_path_factory, da
         equal(read_tensors(path, record), tensors)
 
 
+def test_a_type_that_damage_made_is_damage(tmp_path):
+    path = tmp_path / "m.safetensors"
+    record = write_tensors(path, {"a": torch.arange(3)})
+    path.write_bytes(path.read_bytes().replace(b"I64", b"U64"))
+    with pytest.raises(CheckpointCorrupt):
+        read_tensors(path, record)
+    with pytest.raises(CheckpointError, match="type U64"):
+        read_tensors(path)
+
+
 @pytest.mark.parametrize("kind", [None, ValueError, KeyboardInterrupt])
 def test_damage_is_told_before_what_it_led_to(tmp_path, kind):
     path = tmp_path / "m.safetensors"
@@ -399,10 +409,11 @@ def test_large_tensors_lie_in_huge_pages():
     assert in_huge_pages(torch.empty(9 << 20, device="meta")).is_meta
     if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
         pytest.skip("the system has no huge pages")
-    middle, inside = tensor.data_ptr() + (4 << 20), False
+    middle, inside, flags = tensor.data_ptr() + (4 << 20), False, []
     with open("/proc/self/smaps") as lines:
         for line in lines:
             if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
                 inside = int(match[1], 16) <= middle < int(match[2], 16)
             elif inside and line.startswith("VmFlags:"):
-                assert "hg" in line.split()
+                flags = line.split()
+    assert "hg" in flags

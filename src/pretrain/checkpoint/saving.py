@@ -365,12 +365,16 @@ class _Unfinished:
             with files.writing(self.target, self._needed), ThreadPoolExecutor(_AT_ONCE) as threads:
                 rest = [plan for plan in own if sizes[plan.name] >= large]
                 written = threads.map(self._write_tensors, rest)
-                # Each small file waits for the disk while the threads hash the large ones.
-                if self.peers.rank == 0:
-                    self._write_small_files()
-                for plan in own:
-                    if sizes[plan.name] < large:
-                        self._write_tensors(plan)
+                try:
+                    # Each small file waits for the disk while the threads hash the large ones.
+                    if self.peers.rank == 0:
+                        self._write_small_files()
+                    for plan in own:
+                        if sizes[plan.name] < large:
+                            self._write_tensors(plan)
+                except BaseException:
+                    threads.shutdown(wait=False, cancel_futures=True)  # no other file is begun
+                    raise
                 list(written)  # raises the error of any
         except Exception as error:
             self.error = error

@@ -48,7 +48,7 @@ _SAME_REQUEST = 2.0  # seconds within which a second signal counts as the same r
 # Seconds after a run was stopped or failed in which a launcher may repeat its signal, before it kills.
 _LINGER = 30.0
 # Parameters of glibc's mallopt. Blocks above the mmap threshold lie outside of the heap and go back to the system when
-# they are freed; 32 MB is the most that malloc takes, and the most to which it raises the threshold by itself.
+# they are freed; 32 MB is the most to which malloc raises the threshold by itself, and the most that some versions take.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 1 << 25
 # Setting that changed on resuming -> its value before and now.
 Changed = dict[str, tuple[Any, Any]]
@@ -341,11 +341,14 @@ def garbage_collection_paused() -> Iterator[None]:
 def freed_memory_kept() -> Iterator[None]:
     """Let glibc's malloc keep what a step frees for the next one: the system zeroes every page that it gives again.
 
-    Afterwards the unused pages go back to the system. Other allocators stay as they are, and so does malloc where the
-    user has set it by environment variables.
+    Afterwards the unused pages go back to the system, and the thresholds of the process stay at the largest values that
+    malloc would choose by itself. Other allocators stay as they are, and so does malloc where the user has set it by
+    environment variables.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    chosen |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if chosen or not hasattr(libc, "mallopt"):
         yield
         return
     libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)

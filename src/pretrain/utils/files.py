@@ -261,6 +261,7 @@ class BackgroundDigest:
         self._digest = hashlib.sha256(start)
         self._pieces, self._gathered = deque[bytes | memoryview](), 0
         self._hasher: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def update(self, piece: bytes | memoryview) -> None:
         """Hash a piece, which must not change, and is held in memory, until `wait` returns."""
@@ -269,8 +270,14 @@ class BackgroundDigest:
         hashing = self._hasher is not None and self._hasher.is_alive()
         if self._gathered >= THREADED and not hashing:
             # hashlib releases the GIL, and hashing takes longer than reading or writing.
-            self._hasher, self._gathered = threading.Thread(target=self._hash), 0
+            self._hasher, self._gathered = threading.Thread(target=self._hash_in_thread), 0
             self._hasher.start()
+
+    def _hash_in_thread(self) -> None:
+        try:
+            self._hash()
+        except BaseException as error:
+            self._error = error  # raised by `wait`: a piece is missing in the hash
 
     def _hash(self) -> None:
         with contextlib.suppress(IndexError):  # no piece is left
@@ -282,6 +289,8 @@ class BackgroundDigest:
         if self._hasher is not None:
             self._hasher.join()
             self._hasher = None
+        if self._error is not None:
+            raise self._error
         self._hash()  # what came after the thread had ended
         self._gathered = 0
 

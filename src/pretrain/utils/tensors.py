@@ -30,6 +30,7 @@ from pretrain.utils.files import (
     BackgroundDigest,
     HashingFile,
     Record,
+    hash_file,
     known_as,
     open_regular,
 )
@@ -118,7 +119,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for huge pages for a new tensor on the CPU, which is filled much faster in them; return the tensor."""
+    """Ask for huge pages for a new tensor on the CPU, which is often filled much faster in them; return the tensor."""
     if tensor.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         start = -(-tensor.data_ptr() // _HUGE) * _HUGE
         length = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE * _HUGE
@@ -267,7 +268,14 @@ def checked_tensors(
             if record is not None:
                 record.check(path, size)
             head = read_header_bytes(path, descriptor, size)
-            infos = parse_header(path, size, head, slashes)
+            try:
+                infos = parse_header(path, size, head, slashes)
+            except CheckpointCorrupt:
+                raise
+            except CheckpointError:  # a type that is not read, unless the header is damaged
+                if record is not None:
+                    record.check(path, size, hash_file(path).sha256)
+                raise
             _fits_memory(path, size)
             digest.update(head)
             tensors = {}
