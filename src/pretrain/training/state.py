@@ -48,7 +48,7 @@ _SAME_REQUEST = 2.0  # seconds within which a second signal counts as the same r
 # Seconds after a run was stopped or failed in which a launcher may repeat its signal, before it kills.
 _LINGER = 30.0
 # Parameters of glibc's mallopt. Blocks above the mmap threshold lie outside of the heap and go back to the system when
-# they are freed; 32 MB is the most to which malloc raises the threshold by itself, and the most that some versions take.
+# they are freed; 32 MB is the most to which malloc raises the threshold by itself, and which every version takes.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -1, -3, 1 << 25
 # Setting that changed on resuming -> its value before and now.
 Changed = dict[str, tuple[Any, Any]]
