@@ -125,13 +125,14 @@ def delayed_imports() -> list[str]:
         if where.parts[0] in ("hub.py", "cli"):
             continue
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(function, ast.FunctionDef):
-                inside = (node for node in ast.walk(function) if isinstance(node, ast.ImportFrom))
-                found += [
-                    f"{where}:{node.lineno}"
-                    for node in inside
-                    if (node.module or "").startswith("pretrain")
-                ]
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                if any(name.partition(".")[0] == "pretrain" for name in names):
+                    found.append(f"{where}:{node.lineno}")
     return sorted(set(found))
 
 
@@ -146,7 +147,9 @@ def set_on_trainers() -> dict[str, str]:
             elif isinstance(node, ast.AnnAssign | ast.AugAssign):
                 targets = [node.target]
             for item in (item for target in targets for item in ast.walk(target)):
-                if isinstance(item, ast.Attribute) and ast.unparse(item).startswith("trainer."):
+                if not isinstance(item, ast.Attribute):
+                    continue
+                if ast.unparse(item).startswith(("trainer.", "setup.")):
                     found[ast.unparse(item)] = f"{path.relative_to(SRC.parent)}:{node.lineno}"
     return found
 

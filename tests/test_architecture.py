@@ -135,7 +135,7 @@ def test_only_the_hub_finds_our_modules_by_name():
 
 
 def test_functions_import_no_module_of_ours():
-    """What only some runs need is named in the ``__init__`` of its folder, see `on_use`."""
+    """What only some runs need is named in the ``__init__`` of its folder, see `on_use`; hub.py and cli/ apart."""
     assert not delayed_imports()
 
 

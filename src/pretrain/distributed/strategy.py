@@ -42,7 +42,7 @@ class Strategy:
         compiled: whether to compile the blocks, and why.
 
     Attributes:
-        compiled: whether the blocks are compiled, and why.
+        compiled: whether the blocks are compiled until ``release``, and why.
         layout: which shard of every parameter this rank holds, by its name in the objective and in the model.
         sharded: FSDP2 shards the weights.
         cut: no rank has all weights, so that all ranks must take part whenever the model runs.

@@ -27,8 +27,7 @@ from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 __all__ = ["IGNORE", "chunked_cross_entropy"]
 
 IGNORE = -100
-# Bytes of a chunk of logits, which its gradient replaces: a CPU's malloc keeps them for the next step, and the matrix
-# products of a GPU are efficient.
+# Bytes of a chunk of logits, which its gradient replaces: as many as malloc keeps, and as a GPU multiplies fast.
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Fewest targets in a chunk: each chunk adds a whole (V, D) matrix to the gradient of the weight.
 _CHUNK_ROWS = 128

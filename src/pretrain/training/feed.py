@@ -108,6 +108,7 @@ class Feed:
         share: data-parallel rank and size; every rank gets an equal number of consecutive rows of a global batch.
 
     Attributes:
+        loader: rows in the order of training; a run that is resumed sets how it cuts documents.
         share_rows: rows of a global batch that this rank gets.
         total_rows: rows of the whole run; None if it is limited by time, or not known yet.
     """

@@ -61,10 +61,8 @@ def candidates(trainer: Trainer) -> list[int]:
 
 def _needed(trainer: Trainer, rows: int) -> float:
     """Return the bytes that a device should have for micro-batches of so many rows, by the estimate."""
-    choice, length = (
-        trainer.setup.strategy.choice,
-        row_length(trainer.train_data, trainer.objective),
-    )
+    choice = trainer.setup.strategy.choice
+    length = row_length(trainer.train_data, trainer.objective)
     needed = memory(
         needs_of(trainer, trainer.setup.precision, rows),
         choice.sizes,

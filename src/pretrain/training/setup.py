@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain import training
 from pretrain.checkpoint import Saver
+from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.data.loader import Loader
 from pretrain.distributed.strategy import Strategy
 from pretrain.training.compiling import decide_for
@@ -34,11 +35,15 @@ if TYPE_CHECKING:
 __all__ = ["TrainSetup", "build_setup"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainSetup:
-    """The parts of a run, each of which is responsible for what changes in it.
+    """The parts of a run: none is replaced, but most of them change.
+
+    The trainer sets length, cutting and micro-batches of ``feed`` and the reserve of ``plan``; `restore` loads
+    ``scaler``, ``average`` and ``optimizers``; the dry run may tell ``strategy`` to run its blocks eagerly.
 
     Attributes:
+        checkpoint: the newest, to be restored; without one, initial weights have been drawn.
         plan: number of steps.
         row_length: mean units of a row, rounded.
         precision: of training.
@@ -53,6 +58,7 @@ class TrainSetup:
         saver: writes checkpoints.
     """
 
+    checkpoint: Path | None
     plan: Plan
     row_length: int
     precision: Precision
@@ -67,15 +73,15 @@ class TrainSetup:
     saver: Saver
 
 
-def build_setup(trainer: Trainer, checkpoint: Path | None) -> TrainSetup:
+def build_setup(trainer: Trainer) -> TrainSetup:
     """Distribute the model over the ranks, set its weights, and build what trains, averages, feeds and saves it.
 
     Args:
         trainer: in its world, on its device.
-        checkpoint: to be restored afterwards; without one, initial weights are drawn.
 
     Raises:
         DataError, ConfigError: the rows, the model or the settings do not fit each other.
+        CheckpointError: there are checkpoints, and all of them are damaged.
     """
     train, world, objective = trainer.train, trainer.world, trainer.objective
     check_rows(trainer.train_data, train.batch_rows)
@@ -83,6 +89,9 @@ def build_setup(trainer: Trainer, checkpoint: Path | None) -> TrainSetup:
     if trainer.parallel.threads:
         torch.set_num_threads(trainer.parallel.threads)
     precision = common_precision(train.precision, trainer.device, world)
+    checkpoint = latest_on_all_ranks(
+        trainer.out, world
+    )  # reads all of it, so what needs less time comes before
     loader = Loader(trainer.train_data, seed=train.seed)
     plan = Plan(train, trainer.train_data, objective, loader.epoch_length)
     row_length = round(mean_length(trainer.train_data, objective))
@@ -104,6 +113,7 @@ def build_setup(trainer: Trainer, checkpoint: Path | None) -> TrainSetup:
         most=strategy.choice.micro_rows,
     )
     return TrainSetup(
+        checkpoint=checkpoint,
         plan=plan,
         row_length=row_length,
         precision=precision,

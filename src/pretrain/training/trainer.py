@@ -41,7 +41,6 @@ import torch
 from pretrain import training
 from pretrain.checkpoint import Saver
 from pretrain.checkpoint.result import write_result
-from pretrain.checkpoint.sharded_loading import latest_on_all_ranks
 from pretrain.config import OptimConfig, ParallelConfig, TrainConfig, parse_every
 from pretrain.data.loader import Examples
 from pretrain.data.row_source import hash_rows
@@ -277,9 +276,8 @@ class Trainer:
         Returns:
             True if a checkpoint is resumed.
         """
-        checkpoint = latest_on_all_ranks(self.out, self.world)
-        setup = self.setup = build_setup(self, checkpoint)
-        plan, feed = setup.plan, setup.feed
+        setup = self.setup = build_setup(self)
+        checkpoint, plan, feed = setup.checkpoint, setup.plan, setup.feed
         self.journal.epoch_rows = plan.epoch_rows
         if checkpoint is not None:
             with self.journal.starting(f"reading {checkpoint.name}"):
