@@ -181,8 +181,11 @@ def joined(sources: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]
     first, *others = (json.loads(source.read_text(encoding="utf-8")) for source in sources)
     about, rows, remarks = first["about"], first["rows"], []
     for source, later in zip(sources[1:], others, strict=True):
+        # A later run may have peers that the first had not.
+        about["versions"] = later["about"]["versions"] | about["versions"]
         for key in ("cpu", "device", "versions"):
-            if later["about"][key] != about[key]:
+            found = later["about"][key]
+            if found != (about[key] if key != "versions" else {p: about[key][p] for p in found}):
                 raise SystemExit(
                     f"{source} is of another {key} than {sources[0]}; make a page of each"
                 )
