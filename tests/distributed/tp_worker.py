@@ -420,8 +420,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     # Several chunks and pieces, whose size would differ between processes if each took its own rows for it.
-    loss_module._WIDE["cpu"] = likelihood._LOGITS = 46 * 45
-    loss_module._CHUNK_BYTES["cpu"], loss_module._CHUNK_ROWS = 4 * 46 * 45, 1
+    loss_module.WIDE["cpu"] = likelihood._LOGITS = 46 * 45
+    loss_module.CHUNK_BYTES["cpu"], loss_module.CHUNK_ROWS = 4 * 46 * 45, 1
     names = FOUR if dist.get_world_size() == 4 else CASES
     out = Path(sys.argv[1]) / f"{dist.get_rank()}.json"
     out.write_text(json.dumps({name: CASES[name]() for name in names}))

@@ -84,7 +84,7 @@ def test_rows_in_turn_equal_whole_chunks(
 
     plain, plain_hits, *plain_grads = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "_WIDE", {"cpu": cached})
+        patch.setattr(loss, "WIDE", {"cpu": cached})
         total, hits, *grads = run()
     torch.testing.assert_close(total, plain, rtol=1e-6, atol=1e-6)
     assert hits == plain_hits

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pretrain import nn
+
 __all__ = [
     "FP32",
     "MATRICES_TOGETHER",
@@ -30,12 +32,7 @@ ROOMY = 0.2
 MATRICES_TOGETHER = 1 << 26
 _MATRIX_BYTES = {"cuda": 16}
 _MATRIX_BYTES_FP32 = 24
-# The vocabulary loss (nn/loss.py): bytes of a chunk of logits by device, up to half as many more where the last chunk
-# would be short, its fewest targets, the logits that are in fp32 at the same time, and their bytes: the copy, the
-# log-probabilities, the gradient.
-_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
-_CHUNK_ROWS = 128
-_WIDE = {"cpu": 1 << 20}
+# Bytes of each logit of the vocabulary loss that is in fp32: the copy, the log-probabilities, the gradient.
 _WIDE_BYTES = 12
 
 
@@ -171,11 +168,12 @@ def logits_bytes(needs: Needs, tokens: int, tp: int = 1) -> float:
     if not needs.vocabulary:
         return 0.0
     mine = needs.vocabulary / tp
-    budget = _CHUNK_BYTES.get(needs.device, 1 << 26) / needs.compute_bytes
-    chunk = min(tokens * mine, 1.5 * max(_CHUNK_ROWS * mine, budget))
-    logits = (
-        chunk * needs.compute_bytes + min(chunk, _WIDE.get(needs.device, 1 << 26)) * _WIDE_BYTES
-    )
+    loss = nn.loss  # imported here, because what reads sizes of meshes alone starts without torch
+    budget = loss.CHUNK_BYTES.get(needs.device, 1 << 26) / needs.compute_bytes
+    # The loss makes a chunk up to half as large again where the last one would be short.
+    chunk = min(tokens * mine, 1.5 * max(loss.CHUNK_ROWS * mine, budget))
+    wide = min(chunk, loss.WIDE.get(needs.device, 1 << 26))
+    logits = chunk * needs.compute_bytes + wide * _WIDE_BYTES
     cast = needs.compute_bytes if needs.compute_bytes < FP32 else 0
     return logits + mine * needs.hidden * (FP32 + cast) + tokens * needs.hidden * FP32
 

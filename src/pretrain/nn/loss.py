@@ -24,15 +24,15 @@ from torch.autograd.function import once_differentiable
 from pretrain import nn
 from pretrain.nn.tensor_parallel import VocabShard, copy_to_tensor_parallel
 
-__all__ = ["IGNORE", "chunked_cross_entropy"]
+__all__ = ["CHUNK_BYTES", "CHUNK_ROWS", "IGNORE", "WIDE", "chunked_cross_entropy"]
 
 IGNORE = -100
 # Bytes of a chunk of logits, which its gradient replaces: as many as malloc keeps, and as a GPU multiplies fast.
-_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 # Fewest targets in a chunk: each chunk adds a whole (V, D) matrix to the gradient of the weight.
-_CHUNK_ROWS = 128
+CHUNK_ROWS = 128
 # Numbers that are in fp32 at the same time: they stay in a CPU's cache.
-_WIDE = {"cpu": 1 << 20}
+WIDE = {"cpu": 1 << 20}
 
 
 def chunked_cross_entropy(
@@ -69,7 +69,7 @@ def chunked_cross_entropy(
     if chunk is None:
         # All ranks that share a vocabulary must use the same chunks, although the last ones may hold fewer rows.
         rows = weight.shape[0] if vocab is None else vocab.rows
-        most = max(_CHUNK_ROWS, _CHUNK_BYTES.get(device, 1 << 26) // dtype.itemsize // max(1, rows))
+        most = max(CHUNK_ROWS, CHUNK_BYTES.get(device, 1 << 26) // dtype.itemsize // max(1, rows))
         chunk = math.ceil(len(hidden) / max(1, round(len(hidden) / most)))
     kernel = _kernel(hidden.device) if vocab is None else None
     kernel = kernel or functools.partial(_cross_entropy_, vocab=vocab)
@@ -130,7 +130,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, part)
                 elif grad_weight is not None:
                     # A CPU widens and adds as many rows of the product as its cache holds.
-                    rows = max(1, _WIDE.get(device, grad_weight.numel()) // len(part[0]))
+                    rows = max(1, WIDE.get(device, grad_weight.numel()) // len(part[0]))
                     for at in range(0, len(grad_weight), rows):
                         product = grad[:, at : at + rows].T @ part
                         grad_weight[at : at + rows].add_(product, alpha=1.0 / lift)
@@ -144,8 +144,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = (g if g is None else (g * grad_total.to(g.dtype)).to(dtype) for g, dtype in found)
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (g if g is None else (g * grad_total.to(g.dtype)).to(dtype) for g, dtype in grads)
         return *scaled, *[None] * 6
 
 
@@ -160,7 +160,7 @@ def _cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """Do in plain torch what the Triton kernel does, with fp32 copies of a few rows at a time."""
     columns = logits.shape[1] if vocab is None else vocab.rows
-    rows = max(1, _WIDE.get(logits.device.type, 1 << 26) // columns)
+    rows = max(1, WIDE.get(logits.device.type, 1 << 26) // columns)
     total, correct = torch.zeros(2, device=logits.device)
     for part, ids in zip(torch.split(logits, rows), torch.split(target, rows), strict=True):
         loss, hits, grad = _chunk(part, ids, softcap, gradient, vocab)

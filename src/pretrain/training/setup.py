@@ -89,9 +89,8 @@ def build_setup(trainer: Trainer) -> TrainSetup:
     if trainer.parallel.threads:
         torch.set_num_threads(trainer.parallel.threads)
     precision = common_precision(train.precision, trainer.device, world)
-    checkpoint = latest_on_all_ranks(
-        trainer.out, world
-    )  # reads all of it, so what needs less time comes before
+    # Every byte of the checkpoint is read here, so the checks that take less time come before.
+    checkpoint = latest_on_all_ranks(trainer.out, world)
     loader = Loader(trainer.train_data, seed=train.seed)
     plan = Plan(train, trainer.train_data, objective, loader.epoch_length)
     row_length = round(mean_length(trainer.train_data, objective))
